@@ -1,0 +1,100 @@
+"""The only place that touches moving JAX APIs: meshes, axis types, shard_map and its varying-axes types."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+# The mesh axes that split the batch.
+BATCH_AXES = ("data", "fsdp", "expert")
+
+
+def make_mesh(devices, axis_names: tuple[str, ...], axis_sizes: tuple[int, ...]) -> Mesh:
+    """A mesh of Auto axes over `devices`, in the order that JAX finds best for their links.
+
+    `jax.make_mesh` defaults to Explicit axes and `Mesh` to Auto ones, so the type is always given.
+    """
+    types, devices = (AxisType.Auto,) * len(axis_names), np.asarray(devices).ravel().tolist()
+    return jax.make_mesh(axis_sizes, axis_names, axis_types=types, devices=devices)
+
+
+def current_mesh():
+    """The abstract mesh set by `jax.set_mesh`, or None when there is none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh is None or mesh.empty else mesh
+
+
+def axis_size(mesh, *names: str) -> int:
+    """Product of the sizes of those of `names` that `mesh` has; 1 without a mesh."""
+    size = 1
+    for name in names:
+        size *= mesh.shape.get(name, 1) if mesh is not None else 1
+    return size
+
+
+def inside_shard_map(mesh) -> bool:
+    """Whether the code is traced inside a shard_map over some axis of `mesh`."""
+    return mesh is not None and any(kind == AxisType.Manual for kind in mesh.axis_types)
+
+
+def constrain(array: jax.Array, *spec: tuple[str, ...]) -> jax.Array:
+    """Asks for a sharding under a mesh of Auto axes; axes that it lacks or that do not divide are left out.
+
+    Args:
+      array: of any shape.
+      spec: for each dimension the mesh axes that split it, or an empty tuple.
+    """
+    mesh = current_mesh()
+    if mesh is None or any(kind != AxisType.Auto for kind in mesh.axis_types):
+        return array
+    parts = [tuple(name for name in names if name in mesh.shape) or None for names in spec]
+    parts = [
+        names if names is None or size % axis_size(mesh, *names) == 0 else None
+        for names, size in zip(parts, array.shape, strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(array, PartitionSpec(*parts))
+
+
+def shard_map(f, mesh, in_specs, out_specs):
+    """`jax.shard_map` over all axes of `mesh` with its replication checks on."""
+    return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+
+
+def varying_axes(*arrays) -> frozenset[str]:
+    """Mesh axes over which any of `arrays` varies inside a shard_map; empty outside."""
+    axes: frozenset[str] = frozenset()
+    for array in arrays:
+        axes |= jax.typeof(array).manual_axis_type.varying
+    return axes
+
+
+def vary(array, axes: frozenset[str]):
+    """`array`, typed as varying over `axes` too. Its gradient is then summed over the added axes."""
+    missing = tuple(sorted(axes - varying_axes(array)))
+    return jax.lax.pcast(array, missing, to="varying") if missing else array
+
+
+def vary_alike(*arrays):
+    """All `arrays`, typed as varying over all their axes: what a custom_vjp and a loop carry need."""
+    axes = varying_axes(*arrays)
+    return tuple(vary(array, axes) for array in arrays)
+
+
+def zeros(shape, dtype, like) -> jax.Array:
+    """Zeros that vary over the same mesh axes as `like`, fit to be a loop carry."""
+    return vary(jnp.zeros(shape, dtype), varying_axes(like))
+
+
+def argsort(x: jax.Array) -> jax.Array:
+    """Stable argsort of [M], int32.
+
+    `jnp.argsort` (jax 0.10.2 and 0.12.0) types its result as the same on all shards of a shard_map even
+    where `x` varies; residuals of a gradient then silently take shard 0's value.
+    """
+    return jax.lax.sort((x, jnp.arange(x.shape[0], dtype=jnp.int32)), num_keys=1, is_stable=True)[1]
+
+
+__all__ = [
+    "AxisType", "BATCH_AXES", "Mesh", "PartitionSpec", "argsort", "axis_size", "constrain", "current_mesh",
+    "inside_shard_map", "make_mesh", "shard_map", "vary", "vary_alike", "varying_axes", "zeros",
+]  # fmt: skip

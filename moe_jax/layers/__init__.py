@@ -1,0 +1,1 @@
+"""Linen modules with logical axes."""

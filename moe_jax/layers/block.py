@@ -1,0 +1,93 @@
+"""One Transformer block: attention, then a dense or a routed feed-forward layer, each after a norm and with a residual."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moe_jax.config import ModelConfig
+from moe_jax.layers.attention import Attention, KVCache
+from moe_jax.layers.ffn import FeedForward
+from moe_jax.layers.moe import MoE
+from moe_jax.layers.norms import make_norm
+from moe_jax.layers.rotary import Rotary
+from moe_jax.routing import ROUTERS
+from moe_jax.types import Aux, RouterInputs
+
+
+class BlockInputs(NamedTuple):
+    """What every block of a model sees beside the hidden states.
+
+    token_ids, positions, segment_ids: int32 [B, S]; segment 0 is padding. key: typed PRNG key or None. step: int32 scalar or
+    None. train: static.
+    """
+
+    token_ids: jax.Array
+    positions: jax.Array
+    segment_ids: jax.Array
+    key: jax.Array | None = None
+    step: jax.Array | None = None
+    train: bool = False
+
+
+def router_inputs(inputs: BlockInputs, layer: jax.Array | int) -> RouterInputs:
+    """The same, flattened to [T], with the noise key of block number `layer`."""
+    return RouterInputs(
+        token_ids=inputs.token_ids.reshape(-1),
+        positions=inputs.positions.reshape(-1),
+        segment_ids=inputs.segment_ids.reshape(-1),
+        valid=inputs.segment_ids.reshape(-1) > 0,
+        key=None if inputs.key is None else jax.random.fold_in(inputs.key, layer),
+        step=inputs.step,
+        train=inputs.train,
+    )
+
+
+class Block(nn.Module):
+    """A pre-norm block; `kind` is "dense" or "routed". Parameters: norm_attention, attention, norm_ffn, ffn or moe."""
+
+    config: ModelConfig
+    kind: str
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, inputs: BlockInputs, layer: jax.Array | int = 0, cache: KVCache | None = None
+    ) -> tuple[jax.Array, Aux | None, KVCache | None]:
+        """x [B, S, D] -> (x [B, S, D], Aux of a routed block or None, the cache with these tokens or None)."""
+        c, dtype = self.config, jnp.dtype(self.config.dtype)
+        rotary = None
+        if c.positions == "rope":
+            rotary = Rotary(
+                c.rope_theta, c.rope_scaling, c.rope_factor, c.rope_low_frequency, c.rope_high_frequency, c.rope_original_length
+            )  # fmt: skip
+        attention = Attention(
+            heads=c.heads, kv_heads=c.kv_heads, head_width=c.head_width, rotary=rotary, qk_norm=c.qk_norm,
+            norm_epsilon=c.norm_epsilon, qkv_bias=c.qkv_bias, output_bias=c.output_bias, backend=c.attention, dtype=dtype,
+            name="attention",
+        )  # fmt: skip
+        h = make_norm(c.norm, c.norm_epsilon, dtype, name="norm_attention")(x)
+        h, cache = attention(h, inputs.positions, inputs.segment_ids, cache)
+        x = x + h
+        h = make_norm(c.norm, c.norm_epsilon, dtype, name="norm_ffn")(x)
+        aux = None
+        if self.kind == "dense":
+            h = FeedForward(c.ffn_width, c.activation, c.ffn_bias, dtype, name="ffn")(h)
+        else:
+            h, aux = self._moe()(h, router_inputs(inputs, layer))
+        return x + h, aux, cache
+
+    def _moe(self) -> MoE:
+        c, m = self.config, self.config.moe
+        return MoE(
+            experts=m.experts,
+            width=m.expert_width or c.ffn_width,
+            top_k=m.top_k,
+            router=ROUTERS[m.router].build(m.experts, m.top_k, getattr(m, m.router)),
+            activation=c.activation,
+            use_bias=c.ffn_bias,
+            capacity_factor=m.capacity_factor if m.execution == "capacity" else 0.0,
+            eval_capacity=m.eval_capacity,
+            backend=m.backend,
+            name="moe",
+        )

@@ -1,0 +1,67 @@
+"""The experts' weights."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moe_jax import compat
+from moe_jax.dispatch import gather_exchange
+from moe_jax.ops.activations import is_gated
+from moe_jax.ops.expert_ffn import expert_ffn
+from moe_jax.types import TokenChoice
+
+# Fan-in of one expert, not of all E together.
+EXPERT_INIT = nn.initializers.variance_scaling(
+    1.0, "fan_in", "truncated_normal", in_axis=-2, out_axis=-1, batch_axis=(0,)
+)
+
+
+class Experts(nn.Module):
+    """E feed-forward networks of width F and the sum of their gated outputs.
+
+    Parameters: w_in [E, D, F], w_out [E, F, D], for a gated activation w_gate [E, D, F]; with `use_bias` b_in
+    [E, F], b_gate [E, F], b_out [E, D].
+    """
+
+    experts: int
+    width: int
+    activation: str = "gelu_tanh"
+    use_bias: bool = False
+    backend: str | None = None
+    param_dtype: Any = jnp.float32
+
+    def _weight(self, name: str, *axes: tuple[str | None, int]) -> jax.Array:
+        init = EXPERT_INIT if len(axes) == 3 else nn.initializers.zeros_init()
+        names, shape = zip(*axes)
+        return self.param(name, nn.with_logical_partitioning(init, names), shape, self.param_dtype)
+
+    @nn.compact
+    def __call__(self, x: jax.Array, choice: TokenChoice) -> jax.Array:
+        """x [T, D], choice over E experts -> [T, D], computed in the dtype of x.
+
+        Under `jax.set_mesh` with a mesh of more than one device, the layer runs in a shard_map over it. The
+        work is split over the axes data, fsdp, expert and tensor; along any other it is repeated.
+        """
+        e, d, f = ("experts", self.experts), ("embed", x.shape[-1]), ("mlp", self.width)
+        weights = {"w_in": self._weight("w_in", e, d, f), "w_out": self._weight("w_out", e, f, d)}
+        gated = is_gated(self.activation)
+        if gated:
+            weights["w_gate"] = self._weight("w_gate", e, d, f)
+        if self.use_bias:
+            weights["b_in"] = self._weight("b_in", e, f)
+            weights["b_out"] = self._weight("b_out", e, (None, x.shape[-1]))
+            if gated:
+                weights["b_gate"] = self._weight("b_gate", e, f)
+        if self.is_initializing():
+            return jnp.zeros_like(x)
+        weights = {name: weight.astype(x.dtype) for name, weight in weights.items()}
+
+        def run_experts(rows, weights, group_sizes):
+            return expert_ffn(rows, weights, group_sizes, activation=self.activation, backend=self.backend)
+
+        mesh = compat.current_mesh()
+        if mesh is None or mesh.size == 1 or compat.inside_shard_map(mesh):
+            return gather_exchange.run_local(x, choice, weights, run_experts)
+        return gather_exchange.run_sharded(mesh, x, choice, weights, run_experts)

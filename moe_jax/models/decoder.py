@@ -1,0 +1,86 @@
+"""Decoder-only language model."""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moe_jax.config import ModelConfig
+from moe_jax.layers.block import BlockInputs
+from moe_jax.layers.embeddings import LearnedPositions, TokenEmbedding, row_ids
+from moe_jax.layers.norms import make_norm
+from moe_jax.models.stack import Stack, mean_losses, stats_tree
+
+
+class Output(NamedTuple):
+    """What a model returns.
+
+    x: [B, S, D], normalised; logits are x table^T. table: [V, D], the output projection. losses: the routers' unweighted
+    losses, each a mean over routed layers. stats: routing statistics of every routed layer (see `stack.by_layer`). cache: for
+    the next call, or None. row_ids: for every table in the collection `row_sinks`, at the same place, int32 [R]: the table
+    row that each row of the sink's gradient belongs to.
+    """
+
+    x: jax.Array
+    table: jax.Array
+    losses: dict[str, jax.Array]
+    stats: dict[str, Any]
+    cache: dict[str, Any] | None
+    row_ids: dict[str, Any]
+
+
+class Decoder(nn.Module):
+    """Token embedding, a stack of blocks, a final norm, an output table."""
+
+    config: ModelConfig
+    vocab_size: int
+
+    @nn.compact
+    def __call__(
+        self,
+        token_ids: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        *,
+        cache: dict[str, Any] | None = None,
+        key: jax.Array | None = None,
+        step: jax.Array | None = None,
+        train: bool = False,
+    ) -> Output:
+        """Runs token_ids, positions and segment_ids, int32 [B, S]; segment 0 is padding, 1 and up are documents.
+
+        With a `cache` (from `init_stack_cache` or the last call) the tokens follow those in it.
+        """
+        c, dtype = self.config, jnp.dtype(self.config.dtype)
+        embed = TokenEmbedding(self.vocab_size, c.width, c.init_std, c.row_gradients, dtype, name="embed")
+        x = embed(token_ids)
+        if c.positions == "learned":
+            x = x + LearnedPositions(
+                c.max_positions, c.width, c.position_offset, c.init_std, dtype, name="positions"
+            )(positions)
+        inputs = BlockInputs(token_ids, positions, segment_ids, key, step, train)
+        x, aux, cache = Stack(c, name="stack")(x, inputs, cache)
+        x = make_norm(c.norm, c.norm_epsilon, dtype, name="norm_final")(x)
+        table = embed.embedding if c.tied_embeddings else self._output_table()
+        ids = {"embed": {"embedding": row_ids(token_ids)}} if c.row_gradients else {}
+        return Output(x, table, mean_losses(aux), stats_tree(aux), cache, ids)
+
+    def _output_table(self):
+        init = nn.with_logical_partitioning(
+            nn.initializers.variance_scaling(1.0, "fan_out", "normal"), ("vocab", "embed")
+        )
+        return self.param("output", init, (self.vocab_size, self.config.width), jnp.float32)
+
+
+def row_sinks(config: ModelConfig, tokens: int) -> dict[str, Any]:
+    """Zeros for the collection `row_sinks` of a call over T = `tokens` tokens: one leaf [R, D] per row-wise table.
+
+    Where a leaf is given, the table at its place in `params` gets no gradient; the sink's gradient, with
+    `Output.row_ids`, is the table's gradient by rows.
+    """
+    return (
+        {"embed": {"embedding": jnp.zeros((tokens, config.width), jnp.float32)}}
+        if config.row_gradients
+        else {}
+    )

@@ -1,0 +1,1 @@
+"""Heavy maths as pure functions."""

@@ -1,0 +1,246 @@
+"""Where a run's numbers go, workdir/metrics.jsonl and TensorBoard, and what its routing sums mean."""
+
+import json
+import math
+import os
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import tensorboardX
+from absl import logging
+from etils import epath
+
+from moe_jax.config import ConfigError
+
+FILE_NAME = "metrics.jsonl"
+# An object store cannot append: there the whole file is written again, at most this often.
+_REMOTE_SECONDS = 30.0
+
+
+class MetricsWriter:
+    """Appends rows to workdir/metrics.jsonl, one JSON object a line; their scalars to workdir/tensorboard.
+
+    Only process 0 writes. On start the file is cut back to the rows of steps up to `resume_step`, atomically;
+    a last line that a killed process left half-written goes too. On a local disk each row is flushed as it is
+    written; on gs:// the file is rewritten at most every 30 seconds, on `flush` and on `close`, and
+    TensorBoard is left out.
+
+    Args:
+      workdir: local or gs:// path.
+      tensorboard: write TensorBoard events too.
+      resume_step: the restored step; 0: a new run, which starts with an empty file.
+
+    Attributes:
+      nonfinite: NaN and infinite numbers met so far. JSON has no such numbers: they are written as null.
+    """
+
+    def __init__(self, workdir, *, tensorboard: bool = True, resume_step: int = 0):
+        self.nonfinite = 0
+        self._enabled = jax.process_index() == 0
+        self._file = self._tensorboard = None
+        if not self._enabled:
+            return
+        self._local = "://" not in str(workdir)
+        workdir = epath.Path(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        self._path = workdir / FILE_NAME
+        rows = read_metrics(workdir) if resume_step else []
+        rows = [row for row in rows if row.get("step", 0) <= resume_step]
+        self._lines = [json.dumps(row) + "\n" for row in rows]
+        self._write_all()
+        if self._local:
+            self._lines = []
+            self._file = open(self._path, "a", encoding="utf-8")
+        self._written_at = time.monotonic()
+        if tensorboard and self._local:
+            # TensorBoard forgets the events of an earlier run from purge_step on.
+            directory = str(workdir / "tensorboard")
+            self._tensorboard = tensorboardX.SummaryWriter(directory, purge_step=resume_step + 1)
+        elif tensorboard:
+            logging.warning("TensorBoard events go to local disks only; %s has the same numbers", self._path)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Writes one row of bools, ints, floats, strings, and arrays or (nested) lists of numbers.
+
+        A float is written with the shortest digits that give the same float64: float32 values stay exact.
+        """
+        if not self._enabled:
+            return
+        values = jax.device_get(values)
+        row = {"step": int(step), **{name: self._plain(value) for name, value in values.items()}}
+        line = json.dumps(row, allow_nan=False) + "\n"
+        if self._local:
+            self._file.write(line)
+            self._file.flush()
+        else:
+            self._lines.append(line)
+            if time.monotonic() - self._written_at >= _REMOTE_SECONDS:
+                self.flush()
+        if self._tensorboard:
+            for name, value in values.items():
+                if np.ndim(value) == 0 and not isinstance(value, str):
+                    self._tensorboard.add_scalar(name, float(value), global_step=int(step))
+
+    def flush(self) -> None:
+        """Brings everything written so far to the disk or the object store."""
+        if not self._enabled:
+            return
+        if self._local:
+            self._file.flush()
+        else:
+            self._write_all()
+            self._written_at = time.monotonic()
+        if self._tensorboard:
+            self._tensorboard.flush()
+
+    def close(self) -> None:
+        """Flushes and closes; writing afterwards is an error. Closing twice is not."""
+        if not self._enabled:
+            return
+        self.flush()
+        if self._file:
+            self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        self._enabled = False
+
+    def _write_all(self) -> None:
+        text = "".join(self._lines)
+        if not self._local:
+            self._path.write_text(text)
+            return
+        unfinished = f"{self._path}.tmp"
+        with open(unfinished, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, self._path)
+
+    def _plain(self, value: Any) -> Any:
+        """`value` as JSON knows it."""
+        if isinstance(value, dict):
+            raise TypeError("values of a row are numbers, strings and lists of them; nest names with '/'")
+        if isinstance(value, str):
+            return value
+        if isinstance(value, list | tuple):
+            return [self._plain(item) for item in value]
+        array = np.asarray(value)
+        if array.ndim:
+            return [self._plain(item) for item in array]
+        if array.dtype == np.bool_:
+            return bool(array)
+        if np.issubdtype(array.dtype, np.integer):
+            return int(array)
+        number = float(array)
+        if math.isfinite(number):
+            return number
+        self.nonfinite += 1
+        return None
+
+
+def read_metrics(workdir) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl, in order; [] without a file. A half-written last line is left out.
+
+    Raises:
+      ConfigError: another line is not JSON; with its number.
+    """
+    path = epath.Path(workdir) / FILE_NAME
+    if not path.exists():
+        return []
+    # errors=: a kill can cut a character in half. split: splitlines would cut at characters JSON allows.
+    lines = path.read_bytes().decode(errors="replace").split("\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):  # no newline after it
+                break
+            limit = f"{path} line {number}: {error}"
+            raise ConfigError("--workdir", str(workdir), limit, "mend or delete that line") from error
+    return rows
+
+
+def routing_metrics(stats: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What a step's routing sums say, by layer and over all layers.
+
+    Args:
+      stats: for each routed layer its sums over the step: `counts` [E], assignments per expert as the router
+        chose them, before any drop; `dropped` assignments; `entropy_sum` of the router's distribution in
+        nats; `tokens`, the valid ones. Other scalars are passed through as they are.
+
+    Returns:
+      For each layer, under router/<layer>/: `load_max_over_mean` (1: balanced, E: one expert has all),
+      `entropy` (nats per token), `dropped` (share of the assignments), `dead_experts` (experts without a
+      token), `load` (list of E shares) and the other sums. Under router/: the first three as means over
+      layers, dead_experts and the other sums as totals. A layer without assignments counts as balanced, with
+      all experts dead. Empty without layers.
+    """
+    if not stats:
+        return {}
+    row, columns = {}, {}
+    for layer, sums in sorted(stats.items()):
+        for name, value in _layer_metrics(sums).items():
+            row[f"router/{layer}/{name}"] = value
+            columns.setdefault(name, []).append(value)
+    means = ("load_max_over_mean", "entropy", "dropped")
+    totals = {
+        f"router/{name}": sum(values) / len(values) if name in means else sum(values)
+        for name, values in columns.items()
+        if name != "load"
+    }
+    return {**totals, **row}
+
+
+def _layer_metrics(sums: dict[str, Any]) -> dict[str, Any]:
+    counts = np.asarray(sums["counts"], np.float64)
+    total = float(counts.sum())
+    tokens = max(float(sums["tokens"]), 1.0)
+    known = ("counts", "dropped", "entropy_sum", "tokens")
+    return {
+        "load_max_over_mean": float(counts.max()) * len(counts) / total if total else 1.0,
+        "entropy": float(sums["entropy_sum"]) / tokens,
+        "dropped": float(sums["dropped"]) / max(total, 1.0),
+        "dead_experts": int((counts == 0).sum()),
+        "load": (counts / max(total, 1.0)).tolist(),
+        **{name: float(value) for name, value in sums.items() if name not in known and np.ndim(value) == 0},
+    }
+
+
+# Dense bfloat16 peaks of one JAX device, from the vendors' data sheets; the first name that occurs in
+# device_kind counts. A chip of TPU v2, v3 or 7x shows up as two devices, so half of the chip's peak stands
+# here.
+_PEAKS = (
+    ("tpu v2", 45e12 / 2),
+    ("tpu v3", 123e12 / 2),
+    ("tpu v4 lite", 138e12),
+    ("tpu v4", 275e12),
+    ("tpu v5 lite", 197e12),
+    ("tpu v5e", 197e12),
+    ("tpu v5", 459e12),
+    ("tpu v6", 918e12),
+    ("tpu7x", 2307e12 / 2),
+    ("tpu v7x", 2307e12 / 2),
+    ("a100", 312e12),
+    ("h100 pcie", 756e12),
+    ("h100 nvl", 835e12),
+    ("h100", 989e12),
+    ("h200", 989e12),
+    ("gb200", 2500e12),
+    ("b200", 2250e12),
+)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of one device, by `jax.devices()[0].device_kind`; None if it is not known."""
+    return next((peak for name, peak in _PEAKS if name in device_kind.lower()), None)

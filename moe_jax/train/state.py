@@ -1,0 +1,117 @@
+"""The training state: one dict of arrays, placed on the mesh, with everything a restart needs.
+
+Keys: params, router_state, opt_state {dense, rows}, step, skipped, skipped_in_row, and ema if the config keeps one.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import optax
+
+from moe_jax.config import Config
+from moe_jax.models.decoder import row_sinks
+from moe_jax.parallel.rules import replicated, shardings_of
+from moe_jax.train.optimizer import init_row_adam, make_optimizer
+
+State = dict[str, Any]
+
+
+def abstract_variables(model: nn.Module) -> dict[str, Any]:
+    """ShapeDtypeStructs of `params` and `router_state`, boxed with their logical axes."""
+    return jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
+
+
+def init_variables(model: nn.Module, key: jax.Array) -> dict[str, Any]:
+    """Fresh `params` and `router_state`, boxed with their logical axes."""
+    token = jnp.zeros((1, 1), jnp.int32)
+    return {"router_state": {}} | dict(model.init(key, token, token, token + 1))
+
+
+def table_paths(config: Config) -> frozenset[str]:
+    """Paths in `params` of the tables with row-wise gradients."""
+    return frozenset(flax.traverse_util.flatten_dict(row_sinks(config.model, 1), sep="/"))
+
+
+def split_tables(params: Any, paths: frozenset[str]) -> tuple[Any, dict[str, jax.Array]]:
+    """(params without the tables, {path: table})."""
+    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    tables = {path: flat.pop(path) for path in sorted(paths)}
+    return flax.traverse_util.unflatten_dict(flat, sep="/"), tables
+
+
+def join_tables(dense: Any, tables: dict[str, jax.Array]) -> Any:
+    """Undoes `split_tables`."""
+    flat = flax.traverse_util.flatten_dict(dense, sep="/") | tables
+    return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+def init_state(model: nn.Module, config: Config, key: jax.Array) -> State:
+    """A state before its first step."""
+    variables = nn.unbox(init_variables(model, key))
+    dense, tables = split_tables(variables["params"], table_paths(config))
+    state = {
+        "params": variables["params"],
+        "router_state": variables["router_state"],
+        "opt_state": {
+            "dense": make_optimizer(config.optimizer).init(dense),
+            "rows": {path: init_row_adam(table) for path, table in tables.items()},
+        },
+        "step": jnp.zeros((), jnp.int32),
+        "skipped": jnp.zeros((), jnp.int32),
+        "skipped_in_row": jnp.zeros((), jnp.int32),
+    }
+    if config.optimizer.ema_decay:
+        state["ema"] = jax.tree.map(jnp.copy, variables["params"])
+    return state
+
+
+def state_shardings(model: nn.Module, config: Config, mesh) -> State:
+    """A NamedSharding for every leaf of the state: moments lie where their parameters do, scalars on every device."""
+    whole = replicated(mesh)
+    variables = shardings_of(abstract_variables(model), mesh)
+    shapes = jax.eval_shape(lambda: init_state(model, config, jax.random.key(0)))
+    dense, tables = split_tables(variables["params"], table_paths(config))
+    shardings = {
+        "params": variables["params"],
+        "router_state": variables["router_state"],
+        "opt_state": {
+            "dense": optax.tree_utils.tree_map_params(
+                make_optimizer(config.optimizer),
+                lambda _, sharding: sharding,
+                shapes["opt_state"]["dense"],
+                dense,
+                transform_non_params=lambda _: whole,
+            ),
+            "rows": {
+                path: type(shapes["opt_state"]["rows"][path])(mu=table, nu=table, count=whole)
+                for path, table in tables.items()
+            },
+        },
+        "step": whole,
+        "skipped": whole,
+        "skipped_in_row": whole,
+    }
+    return shardings | ({"ema": variables["params"]} if config.optimizer.ema_decay else {})
+
+
+def place_state(model: nn.Module, config: Config, mesh) -> State:
+    """`init_state` from `config.seed`, made on the mesh; the same values on every mesh."""
+    shardings = state_shardings(model, config, mesh)
+    key = jax.random.key(config.seed)
+    # On a CPU compiling this once-run program takes seconds, 5 times as long as with LLVM's optimizations off.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    init = jax.jit(lambda: init_state(model, config, key), out_shardings=shardings, compiler_options=options)
+    return init()
+
+
+def abstract_state(model: nn.Module, config: Config, mesh) -> State:
+    """ShapeDtypeStructs of the state with their shardings, as a restore wants them."""
+    shapes = jax.eval_shape(lambda: init_state(model, config, jax.random.key(0)))
+    return jax.tree.map(
+        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+        shapes,
+        state_shardings(model, config, mesh),
+    )

@@ -1,0 +1,185 @@
+"""One optimizer step: gradients over microbatches, clipping, the update, and the routers' own learning."""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import optax
+
+from moe_jax.config import Config, MoEConfig
+from moe_jax.models.decoder import row_sinks
+from moe_jax.models.losses import cross_entropy
+from moe_jax.routing import ROUTERS
+from moe_jax.train.optimizer import Rows, learning_rate, make_optimizer, merge_rows, update_rows
+from moe_jax.train.state import State, join_tables, split_tables, table_paths
+
+Batch = dict[str, jax.Array]
+# Keeps a step's noise apart from the initialisation, which uses the seed's key itself.
+NOISE_STREAM = 1
+
+
+def update_router_state(router_state: Any, stats: Any, config: MoEConfig) -> Any:
+    """The routers' state after a step, from the statistics summed over it; see `Router.update`."""
+    router, options = ROUTERS[config.router], getattr(config, config.router)
+    if router.update is None or not router_state:
+        return router_state
+
+    def walk(state, sums):
+        if "counts" not in sums:
+            return {name: walk(state[name], sums[name]) if name in sums else state[name] for name in state}
+
+        def one(state, sums):
+            return router.update(state, sums, options)
+
+        stacked = sums["counts"].ndim == 2
+        return {"moe": {"router": (jax.vmap(one) if stacked else one)(state["moe"]["router"], sums)}}
+
+    return {"stack": walk(router_state["stack"], stats)}
+
+
+def _split_microbatches(batch: Batch, parts: int) -> Batch:
+    """[B, ...] -> [parts, B/parts, ...]; part a takes rows a, a + parts, ..., so every shard keeps its rows."""
+    return jax.tree.map(
+        lambda a: jnp.swapaxes(a.reshape(a.shape[0] // parts, parts, *a.shape[1:]), 0, 1), batch
+    )
+
+
+def make_loss(model: nn.Module, config: Config):
+    """(dense params, row sinks, tables, router_state, microbatch, tokens, key, step) -> (loss, (nats, losses, stats, ids)).
+
+    `loss` is this microbatch's share of the step's: its nats over the step's `tokens`, plus the weighted router losses over
+    the number of microbatches.
+    """
+    weights = ROUTERS[config.model.moe.router].loss_weights(
+        getattr(config.model.moe, config.model.moe.router)
+    )
+
+    def loss(dense, sinks, tables, router_state, micro, tokens, key, step):
+        params = join_tables(dense, tables)
+        variables = {"params": params, "router_state": router_state} | ({"row_sinks": sinks} if sinks else {})
+        out = model.apply(
+            variables,
+            micro["tokens"],
+            micro["positions"],
+            micro["segment_ids"],
+            key=key,
+            step=step,
+            train=True,
+        )
+        nats, _ = cross_entropy(
+            out.x, out.table, micro["targets"], micro["loss_weights"],
+            chunk=config.model.loss_chunk, dtype=jnp.dtype(config.model.dtype),
+        )  # fmt: skip
+        total = nats / tokens
+        for name, value in out.losses.items():
+            if weights[name]:  # a loss of weight 0 must not leak a NaN
+                total += weights[name] * value / config.train.microbatches
+        return total, (nats, out.losses, out.stats, out.row_ids)
+
+    return loss
+
+
+def accumulate(model: nn.Module, config: Config, state: State, batch: Batch):
+    """Gradients of the whole batch.
+
+    Returns:
+      (gradients of the dense parameters, {path: merged Rows} of the tables, loss, nats, losses, stats): losses are means
+      and stats are sums over the microbatches.
+    """
+    parts = config.train.microbatches
+    tokens = jnp.maximum(jnp.sum(batch["loss_weights"]), 1.0)
+    dense, tables = split_tables(state["params"], table_paths(config))
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), NOISE_STREAM), state["step"])
+    gradient = jax.value_and_grad(make_loss(model, config), argnums=(0, 1), has_aux=True)
+
+    def one(micro, part):
+        sinks = row_sinks(config.model, micro["tokens"].size)
+        (loss, (nats, losses, stats, ids)), (d_dense, d_sinks) = gradient(
+            dense,
+            sinks,
+            tables,
+            state["router_state"],
+            micro,
+            tokens,
+            jax.random.fold_in(key, part),
+            state["step"],
+        )
+        return (d_dense, loss, nats, losses, stats), (ids, d_sinks)
+
+    micro = _split_microbatches(batch, parts)
+    if parts == 1:
+        sums, rows = one(jax.tree.map(lambda a: a[0], micro), 0)
+        rows = jax.tree.map(lambda a: a[None], rows)
+    else:
+        first = jax.eval_shape(one, jax.tree.map(lambda a: a[0], micro), 0)[0]
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), first)
+
+        def body(sums, inputs):
+            more, rows = one(*inputs)
+            return jax.tree.map(jnp.add, sums, more), rows
+
+        sums, rows = jax.lax.scan(body, zeros, (micro, jnp.arange(parts)))
+    d_dense, loss, nats, losses, stats = sums
+    ids, d_sinks = (flax.traverse_util.flatten_dict(tree, sep="/") for tree in rows)
+    merged = {
+        path: merge_rows(Rows(ids[path].reshape(-1), d.reshape(-1, d.shape[-1])), tables[path].shape[0])
+        for path, d in d_sinks.items()
+    }
+    return d_dense, merged, loss, nats / tokens, jax.tree.map(lambda a: a / parts, losses), stats
+
+
+def make_train_step(model: nn.Module, config: Config):
+    """(state, batch) -> (state, metrics); jit it with the state donated.
+
+    A step whose loss or gradient is not finite leaves params, opt_state, router_state and ema as they were; step and data
+    move on, and it is counted.
+
+    metrics: loss (nats per token), total_loss, gradient_norm, learning_rate, skipped, skipped_in_row, losses, stats.
+    """
+    optimizer, options = make_optimizer(config.optimizer), config.optimizer
+
+    def train_step(state: State, batch: Batch):
+        d_dense, d_rows, total, loss, losses, stats = accumulate(model, config, state, batch)
+        norm = jnp.sqrt(optax.tree.norm(d_dense) ** 2 + sum(jnp.sum(r.rows**2) for r in d_rows.values()))
+        finite = jnp.isfinite(total) & jnp.isfinite(norm)
+        factor = jnp.minimum(1.0, options.clip_norm / jnp.maximum(norm, 1e-30)) if options.clip_norm else 1.0
+        rate = learning_rate(options, config.train, state["step"])
+
+        def apply(old):
+            with jax.named_scope("update"):
+                dense, tables = split_tables(old["params"], table_paths(config))
+                updates, opt_dense = optimizer.update(
+                    jax.tree.map(lambda g: factor * g, d_dense), old["opt_state"]["dense"], dense
+                )
+                dense = jax.tree.map(lambda p, u: p - rate * u, dense, updates)
+                opt_rows = {}
+                for path, rows in d_rows.items():
+                    rows = Rows(rows.ids, factor * rows.rows)
+                    tables[path], opt_rows[path] = update_rows(
+                        options, path, tables[path], old["opt_state"]["rows"][path], rows, rate
+                    )
+                new = {
+                    "params": join_tables(dense, tables),
+                    "opt_state": {"dense": opt_dense, "rows": opt_rows},
+                    "router_state": update_router_state(old["router_state"], stats, config.model.moe),
+                }
+                if "ema" in old:
+                    new["ema"] = optax.incremental_update(new["params"], old["ema"], 1 - options.ema_decay)
+                return new
+
+        counters = ("step", "skipped", "skipped_in_row")
+        old = {name: tree for name, tree in state.items() if name not in counters}
+        new = jax.lax.cond(finite, apply, lambda old: old, old)
+        skipped = 1 - finite.astype(jnp.int32)
+        new["step"] = state["step"] + 1
+        new["skipped"] = state["skipped"] + skipped
+        new["skipped_in_row"] = (state["skipped_in_row"] + 1) * skipped
+        metrics = {
+            "loss": loss, "total_loss": total, "gradient_norm": norm, "learning_rate": rate, "losses": losses,
+            "stats": stats, "skipped": new["skipped"], "skipped_in_row": new["skipped_in_row"],
+        }  # fmt: skip
+        return new, metrics
+
+    return train_step

@@ -1,0 +1,358 @@
+"""What may stand in a config: types, ranges and combinations, checked before anything is traced.
+
+Rules that need the devices' kind (attention kernels), the data on disk or a checkpoint are checked where
+those are opened; they raise `ConfigError` too.
+"""
+
+import dataclasses
+import math
+import os
+import re
+from typing import Any
+
+from moe_jax.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    SourceConfig,
+    item_type,
+    leaves,
+    unknown_field,
+)
+
+BLOCK_KINDS = ("dense", "routed")
+_INSERT = re.compile(r"([A-Za-z_]\w*)=(\w+)@(\d+)", re.ASCII)
+_SOURCE_NAME = re.compile(r"[\w.-]+", re.ASCII)
+_STEP_RANGE = re.compile(r"(\d+):(\d+)", re.ASCII)
+
+
+def validate(config: Any, device_count: int | None = None) -> None:
+    """Checks every leaf's type and value, and every combination of fields.
+
+    An int in a float field becomes a float, and a list of sources or groups a tuple; nothing else is changed.
+
+    Args:
+      config: a `moe_jax.config.Config`.
+      device_count: how many devices the mesh is laid over; None: `mesh.cpu_devices` where that is set, else
+        not known yet, and only what holds for any number is checked.
+
+    Raises:
+      ConfigError: one line with the field, its value, the limit and the fix.
+    """
+    validate_types(config)
+    for path, owner, leaf in leaves(config):
+        _check_limits(path, getattr(owner, leaf.name), leaf.metadata)
+    _check_data(config.data)
+    _check_blocks(config.model)
+    _check_attention(config)
+    _check_feed_forward(config)
+    _check_mesh(config, device_count or _emulated_devices(config) or None)
+    _check_optimizer(config)
+    _check_run(config)
+
+
+def _emulated_devices(config: Config) -> int:
+    """Devices that the config asks to emulate, over all processes that the environment announces."""
+    processes = os.environ.get("NUM_PROCESSES", "1")
+    return config.mesh.cpu_devices * (int(processes) if processes.isdigit() else 1)
+
+
+def validate_types(config: Any) -> None:
+    """The part of `validate` that looks at each field alone: that it exists and has its type.
+
+    Raises:
+      ConfigError: as `validate`.
+    """
+    if not isinstance(config, Config):
+        raise ConfigError(
+            "config", repr(config), f"a {type(config).__name__}", "make a moe_jax.config.Config"
+        )
+    _check_types(config, "")
+
+
+def _check_types(section: Any, path: str) -> None:
+    entries = {entry.name: entry for entry in dataclasses.fields(section)}
+    for name in vars(section):
+        if name not in entries:  # plain classes take any attribute, so a misspelt one would be without effect
+            raise unknown_field(
+                f"{path}{name}", getattr(section, name), [f"{path}{known}" for known in entries]
+            )
+    for name, entry in entries.items():
+        value = getattr(section, name)
+        if item := item_type(entry):
+            if not isinstance(value, list | tuple):
+                raise ConfigError(
+                    path + name, repr(value), "not a tuple", f"write a tuple of {item.__name__}"
+                )
+            setattr(section, name, tuple(value))
+            for i, element in enumerate(value):
+                _check_section(element, item, f"{path}{name}[{i}]")
+        elif dataclasses.is_dataclass(entry.type):
+            _check_section(value, entry.type, path + name)
+        elif entry.type is float and type(value) is int:
+            setattr(section, name, float(value))
+        elif not isinstance(value, entry.type) or (isinstance(value, bool) and entry.type is not bool):
+            limit = f"a {type(value).__name__}, not {_with_article(entry.type)}"
+            raise ConfigError(path + name, repr(value), limit, f"write {example(entry)}")
+
+
+def _check_section(value: Any, kind: type, path: str) -> None:
+    if type(value) is not kind:
+        limit = f"a {type(value).__name__}, not a {kind.__name__}"
+        raise ConfigError(path, repr(value), limit, "set its fields instead")
+    _check_types(value, f"{path}.")
+
+
+def _with_article(kind: type) -> str:
+    return f"an {kind.__name__}" if kind is int else f"a {kind.__name__}"
+
+
+def example(leaf: dataclasses.Field) -> str:
+    """What to write into a leaf, for a message: '1 or more', 'true or false', 'one of gather, ring', ..."""
+    low, high, choices = leaf.metadata["low"], leaf.metadata["high"], leaf.metadata["choices"]
+    if choices:
+        return f"one of {', '.join(map(str, choices))}" if len(choices) > 1 else str(choices[0])
+    if leaf.type is bool:
+        return "true or false"
+    if low is not None and high is not None:
+        return f"{_with_article(leaf.type)} from {low} to {high}"
+    if low is not None:
+        return f"{_with_article(leaf.type)} of {low} or more"
+    return f"{_with_article(leaf.type)} of {high} or less" if high is not None else _with_article(leaf.type)
+
+
+def _check_limits(path: str, value: Any, limits: Any) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(path, value, "not a finite number", "write a finite number")
+    low, high, choices = limits["low"], limits["high"], limits["choices"]
+    if choices and value not in choices:
+        raise ConfigError(path, value, "not a choice", f"choose {' or '.join(map(str, choices))}")
+    if low is not None and value < low:
+        raise ConfigError(path, value, f"at least {low}", f"raise it to {low} or more")
+    if high is not None and value > high:
+        raise ConfigError(path, value, f"at most {high}", f"lower it to {high} or less")
+
+
+def parse_pattern(model: ModelConfig) -> tuple[str, ...]:
+    """The feed-forward kinds of one repeating group, such as ('dense', 'routed').
+
+    Raises:
+      ConfigError: a kind that does not exist.
+    """
+    kinds = tuple(model.pattern.split(","))
+    for kind in kinds:
+        if kind not in BLOCK_KINDS:
+            fix = f"use {' and '.join(BLOCK_KINDS)}, separated by commas without spaces"
+            raise ConfigError("model.pattern", model.pattern, f"no block kind {kind!r}", fix)
+    return kinds
+
+
+def parse_inserts(model: ModelConfig) -> tuple[tuple[str, str, int], ...]:
+    """The extra blocks as (name, kind, index of the block they stand before), in the order written.
+
+    Raises:
+      ConfigError: bad syntax, a kind that does not exist, a repeated name, or a place inside a group.
+    """
+    inserts, group = [], len(parse_pattern(model))
+    for text in model.inserts.split(",") if model.inserts else ():
+        match = _INSERT.fullmatch(text)
+        if not match or match[2] not in BLOCK_KINDS:
+            kinds = " or ".join(BLOCK_KINDS)
+            raise ConfigError(
+                "model.inserts",
+                model.inserts,
+                f"cannot read {text!r}",
+                f"write name=kind@block, kind {kinds}",
+            )
+        name, place = match[1], int(match[3])
+        if name in (other for other, _, _ in inserts):
+            raise ConfigError("model.inserts", model.inserts, f"the name {name} is there twice", "rename one")
+        if place > model.layers or place % group:
+            limit = f"block {place} is not between groups of model.pattern={model.pattern}"
+            fix = f"use a multiple of {group} from 0 to model.layers={model.layers}"
+            raise ConfigError("model.inserts", model.inserts, limit, fix)
+        inserts.append((name, match[2], place))
+    return tuple(inserts)
+
+
+def has_routed_blocks(model: ModelConfig) -> bool:
+    """Whether any block of the model has experts."""
+    return "routed" in parse_pattern(model) or any(kind == "routed" for _, kind, _ in parse_inserts(model))
+
+
+def _must_divide(field: str, value: int, total_field: str, total: int) -> None:
+    if total % value:
+        limit = f"does not divide {total_field}={total}"
+        raise ConfigError(field, value, limit, f"change one so that {total_field} is a multiple of {field}")
+
+
+def _check_data(data: DataConfig) -> None:
+    if not data.sources:
+        raise ConfigError("data.sources", data.sources, "there is no source", "add a SourceConfig")
+    names = [source.name for source in data.sources]
+    for i, source in enumerate(data.sources):
+        if names.index(source.name) != i:
+            limit = f"the name of data.sources[{names.index(source.name)}] too"
+            raise ConfigError(f"data.sources[{i}].name", source.name, limit, "rename one")
+        _check_source(f"data.sources[{i}].", source, data.held_out_percent)
+    if not any(source.weight for source in data.sources):
+        raise ConfigError(
+            "data.sources[0].weight", 0.0, "all weights are 0", "give one source a weight above 0"
+        )
+
+
+def _check_source(path: str, source: SourceConfig, held_out_percent: float) -> None:
+    if not _SOURCE_NAME.fullmatch(source.name):
+        raise ConfigError(path + "name", source.name, "not a label", "use letters, digits, '_', '-' and '.'")
+    for name in ("files", "validation_files", "test_files"):
+        globs = getattr(source, name)
+        if globs and not all(glob.strip() for glob in globs.split(",")):
+            raise ConfigError(path + name, globs, "an empty glob between commas", "remove the extra comma")
+    held_out = source.validation_files, source.test_files
+    if source.tfds and source.files:
+        raise ConfigError(
+            path + "files", source.files, f"excludes {path}tfds={source.tfds}", "empty one of them"
+        )
+    if not source.tfds and not source.files and (source.weight or not any(held_out)):
+        limit = f"the source {source.name} has no text, and neither has {path}tfds"
+        raise ConfigError(path + "files", source.files, limit, "set one of them")
+    if source.files and source.weight and not all(held_out) and not held_out_percent:
+        empty = "test_files" if source.validation_files else "validation_files"
+        limit = f"holds nothing out for {path}{empty}, which is empty"
+        raise ConfigError("data.held_out_percent", held_out_percent, limit, "raise it or name the files")
+    if source.installed_packages and source.tfds != "python_stdlib":
+        limit = f"only for python_stdlib, not {path}tfds={source.tfds!r}"
+        raise ConfigError(path + "installed_packages", True, limit, "switch it off")
+    if not source.text_feature.strip():
+        raise ConfigError(
+            path + "text_feature", source.text_feature, "no name", "name the text, such as 'text'"
+        )
+
+
+def _check_blocks(model: ModelConfig) -> None:
+    group = len(parse_pattern(model))
+    if model.layers % group:
+        limit = f"not a multiple of the {group} kinds in model.pattern={model.pattern}"
+        raise ConfigError(
+            "model.layers", model.layers, limit, f"use {model.layers // group * group or group}"
+        )
+    parse_inserts(model)
+
+
+def _check_attention(config: Config) -> None:
+    model, tensor = config.model, config.mesh.tensor
+    kv_heads = model.kv_heads or model.heads
+    _must_divide("model.kv_heads", kv_heads, "model.heads", model.heads)
+    if not model.head_width:
+        _must_divide("model.heads", model.heads, "model.width", model.width)
+    _must_divide("mesh.tensor", tensor, "model.heads", model.heads)
+    _must_divide("mesh.tensor", tensor, "model.kv_heads", kv_heads)
+    if model.positions == "rope":
+        head_width = model.head_width or model.width // model.heads
+        if head_width % 2:
+            limit = "model.positions=rope needs an even head width"
+            if not model.head_width:
+                limit += f", not model.width={model.width} / model.heads={model.heads} = {head_width}"
+            raise ConfigError("model.head_width", model.head_width, limit, "set an even model.head_width")
+    elif model.rope_scaling != "none":
+        limit = f"model.positions={model.positions} has no frequencies to stretch"
+        raise ConfigError(
+            "model.rope_scaling", model.rope_scaling, limit, "use none, or model.positions=rope"
+        )
+    if model.rope_scaling == "llama3":
+        low, high = model.rope_low_frequency, model.rope_high_frequency
+        if not 0 < low < high:
+            limit = f"not between 0 and model.rope_high_frequency={high}"
+            raise ConfigError("model.rope_low_frequency", low, limit, "lower it, or raise the other")
+    if model.positions == "learned":
+        limit = f"rows are fewer than data.sequence_length={config.data.sequence_length}"
+        if model.max_positions < config.data.sequence_length:
+            raise ConfigError(
+                "model.max_positions", model.max_positions, limit, "raise it, or shorten the rows"
+            )
+        if config.sample.prompt and config.sample.tokens >= model.max_positions:
+            limit = f"with the prompt, more than model.max_positions={model.max_positions}"
+            raise ConfigError("sample.tokens", config.sample.tokens, limit, "lower it, or raise the other")
+    if model.row_gradients and model.tied_embeddings:
+        limit = "model.tied_embeddings=true makes the gradient of the table dense"
+        raise ConfigError("model.row_gradients", True, limit, "set model.tied_embeddings=false")
+
+
+def _check_feed_forward(config: Config) -> None:
+    model, moe, mesh = config.model, config.model.moe, config.mesh
+    _must_divide("mesh.fsdp", mesh.fsdp, "model.width", model.width)
+    _must_divide("mesh.tensor", mesh.tensor, "model.ffn_width", model.ffn_width)
+    if has_routed_blocks(model):
+        if moe.top_k > moe.experts:
+            limit = f"at most model.moe.experts={moe.experts}"
+            raise ConfigError("model.moe.top_k", moe.top_k, limit, "lower top_k or raise experts")
+        _must_divide("mesh.expert", mesh.expert, "model.moe.experts", moe.experts)
+        if moe.expert_width:
+            _must_divide("mesh.tensor", mesh.tensor, "model.moe.expert_width", moe.expert_width)
+
+
+def _check_mesh(config: Config, device_count: int | None) -> None:
+    mesh, train = config.mesh, config.train
+    if mesh.data == 0:
+        raise ConfigError(
+            "mesh.data", 0, "no copy of the model", "use -1 for what the other axes leave, or 1 or more"
+        )
+    others = mesh.fsdp * mesh.expert * mesh.tensor
+    axes = f"fsdp={mesh.fsdp} * expert={mesh.expert} * tensor={mesh.tensor}"
+    data = mesh.data
+    if device_count is not None:
+        if data == -1:
+            if device_count % others:
+                limit = f"{axes} = {others} does not divide the {device_count} devices"
+                raise ConfigError("mesh.data", -1, limit, "change an axis so that the product does")
+            data = device_count // others
+        elif data * others != device_count:
+            limit = f"data={data} * {axes} = {data * others}, but there are {device_count} devices"
+            raise ConfigError("mesh.data", data, limit, "change an axis, or use mesh.data=-1")
+    shards = max(data, 1) * mesh.fsdp * mesh.expert
+    parts = train.microbatches * shards
+    if config.data.batch_size % parts:
+        limit = f"not a multiple of train.microbatches={train.microbatches} * {shards} shards = {parts}"
+        near = max(config.data.batch_size // parts, 1) * parts
+        raise ConfigError(
+            "data.batch_size", config.data.batch_size, limit, f"use {near}, or change the other two"
+        )
+
+
+def _check_optimizer(config: Config) -> None:
+    optimizer = config.optimizer
+    if optimizer.warmup_steps > config.train.steps:
+        limit = f"more than train.steps={config.train.steps}"
+        raise ConfigError(
+            "optimizer.warmup_steps", optimizer.warmup_steps, limit, "lower it, or train longer"
+        )
+    for i, group in enumerate(optimizer.groups):
+        path = f"optimizer.groups[{i}]."
+        if not group.path:
+            raise ConfigError(path + "path", "", "matches every parameter", "write '.' if all are meant")
+        try:
+            re.compile(group.path)
+        except re.error as error:
+            limit = f"not a regular expression ({error})"
+            raise ConfigError(path + "path", group.path, limit, "escape special characters with \\") from None
+        if -1 < group.weight_decay < 0:
+            raise ConfigError(path + "weight_decay", group.weight_decay, "negative", "use 0 or more, or -1")
+
+
+def _check_run(config: Config) -> None:
+    train, init = config.train, config.init
+    if train.profile_steps:
+        match = _STEP_RANGE.fullmatch(train.profile_steps)
+        first, end = (int(match[1]), int(match[2])) if match else (0, 0)
+        if not 1 <= first < end <= train.steps + 1:
+            limit = f"not a range 'first:end' with 1 <= first < end <= train.steps + 1 = {train.steps + 1}"
+            raise ConfigError("train.profile_steps", train.profile_steps, limit, "write one such as 10:13")
+    if init.include and not init.checkpoint:
+        raise ConfigError(
+            "init.include", init.include, "init.checkpoint is empty", "name a checkpoint, or empty it"
+        )
+    if init.include and not all(prefix.strip() for prefix in init.include.split(",")):
+        raise ConfigError(
+            "init.include", init.include, "an empty prefix between commas", "remove the extra comma"
+        )

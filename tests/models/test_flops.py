@@ -1,0 +1,25 @@
+import pytest
+
+from moe_jax.config import ModelConfig
+from moe_jax.models.flops import forward_flops_per_token, training_flops_per_token
+
+
+def test_counts_by_hand():
+    c = ModelConfig(layers=2, width=8, ffn_width=16, heads=2, kv_heads=1, activation="swiglu")
+    c.moe.experts, c.moe.top_k, c.moe.expert_width = 4, 2, 12
+    attention = 2 * 8 * (8 + 4 + 4 + 8) + 2 * 10 * 8  # q, k, v, o; scores and values over half of S = 10
+    dense, routed = 2 * 3 * 8 * 16, 2 * 3 * 8 * 12 * 2 + 2 * 8 * 4
+    expected = 2 * attention + dense + routed + 2 * 8 * 50
+    assert forward_flops_per_token(c, 50, 10) == expected
+    assert training_flops_per_token(c, 50, 10) == 3 * expected
+
+
+@pytest.mark.parametrize("activation, matrices", [("relu", 2), ("swiglu", 3)])
+def test_top_k_scales_the_experts_only(activation, matrices):
+    c = ModelConfig(activation=activation)
+    c.moe.top_k = 1
+    one = forward_flops_per_token(c, 100, 16)
+    c.moe.top_k = 2
+    assert (
+        forward_flops_per_token(c, 100, 16) - one == 2 * 2 * matrices * c.width * c.ffn_width
+    )  # 2 routed layers

@@ -1,0 +1,122 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from moe_jax.config import ParameterGroup
+from moe_jax.train.optimizer import (
+    Rows,
+    group_factors,
+    init_row_adam,
+    learning_rate,
+    make_optimizer,
+    merge_rows,
+    update_rows,
+)
+from tests.train.small import Runner, make_batch, make_config
+
+
+@pytest.mark.parametrize("schedule, middle", [("cosine", 0.55), ("linear", 0.55), ("constant", 1.0)])
+def test_schedule(schedule, middle):
+    config = make_config(
+        train__steps=110,
+        optimizer__warmup_steps=10,
+        optimizer__schedule=schedule,
+        optimizer__learning_rate=1.0,
+    )
+    rate = [float(learning_rate(config.optimizer, config.train, jnp.asarray(step))) for step in range(110)]
+    np.testing.assert_allclose(rate[:10], np.arange(1, 11) / 10, rtol=1e-6)
+    np.testing.assert_allclose(rate[60], middle, rtol=1e-6)
+    assert all(a >= b for a, b in zip(rate[10:], rate[11:]))
+    last = {"cosine": 0.1, "linear": 0.1, "constant": 1.0}[schedule]
+    np.testing.assert_allclose(rate[-1], last, atol=0.02)
+
+
+def test_equals_optax_adamw():
+    config = make_config().optimizer
+    params = {"ffn": {"w_in": jnp.ones((3, 2)), "b_in": jnp.ones(2)}, "norm": {"scale": jnp.ones(2)}}
+    decayed = {"ffn": {"w_in": True, "b_in": False}, "norm": {"scale": False}}
+    reference = optax.adamw(
+        0.1, config.b1, config.b2, config.epsilon, weight_decay=config.weight_decay, mask=decayed
+    )
+    ours = make_optimizer(config)
+    theirs, mine = (params, reference.init(params)), (params, ours.init(params))
+    for i in range(3):
+        gradient = jax.tree.map(lambda a: jnp.cos(a * (i + 1)), params)
+        updates, state = reference.update(gradient, theirs[1], theirs[0])
+        theirs = optax.apply_updates(theirs[0], updates), state
+        updates, state = ours.update(gradient, mine[1], mine[0])
+        mine = jax.tree.map(lambda p, u: p - 0.1 * u, mine[0], updates), state
+    chex.assert_trees_all_close(mine[0], theirs[0], rtol=1e-6)
+
+
+def test_groups_first_match_counts_and_zero_freezes():
+    groups = (ParameterGroup("experts", 0.0), ParameterGroup("stack", 0.5, 0.3))
+    config = make_config(optimizer__groups=groups)
+    runner = Runner(config)
+    scales, decays = group_factors(config.optimizer, runner.state["params"])
+    block = "stack", "groups", "block_0"
+    at = lambda tree, *path: tree if not path else at(tree[path[0]], *path[1:])  # noqa: E731
+    assert (
+        at(scales, *block, "moe", "experts", "w_in") == 0
+        and at(scales, *block, "moe", "router", "kernel") == 0.5
+    )
+    assert at(decays, *block, "moe", "router", "kernel") == 0.3 and decays["embed"]["embedding"] == 0.1
+    before = jax.device_get(runner.state["params"])
+    runner.step(make_batch(0))
+    after = jax.device_get(runner.state["params"])
+    chex.assert_trees_all_equal(at(after, *block, "moe", "experts"), at(before, *block, "moe", "experts"))
+    assert (
+        at(after, *block, "moe", "router", "kernel") != at(before, *block, "moe", "router", "kernel")
+    ).any()
+
+
+def test_ema_follows_the_parameters():
+    runner = Runner(make_config(optimizer__ema_decay=0.75))
+    before = jax.device_get(runner.state["params"])
+    runner.step(make_batch(0))
+    expected = jax.tree.map(
+        lambda old, new: 0.75 * old + 0.25 * new, before, jax.device_get(runner.state["params"])
+    )
+    chex.assert_trees_all_close(jax.device_get(runner.state["ema"]), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("ids", [[3, 1, 3, 3, 0], [9, 9, 9, 9, 9], [0, 1, 2, 3, 4], [4, 9, 4, 9, 0]])
+def test_merge_rows_adds_equal_ids(ids):
+    table_rows = 5
+    rows = jax.random.normal(jax.random.key(0), (5, 2))
+    merged = jax.jit(merge_rows, static_argnums=1)(Rows(jnp.asarray(ids), rows), table_rows)
+    dense = np.zeros((table_rows, 2))
+    for i, row in zip(ids, np.asarray(rows)):
+        if i < table_rows:
+            dense[i] += row
+    assert len(set(merged.ids.tolist())) == 5
+    got = np.zeros_like(dense)
+    for i, row in zip(merged.ids.tolist(), np.asarray(merged.rows)):
+        if i < table_rows:
+            got[i] = row
+        else:
+            assert (row == 0).all()
+    np.testing.assert_allclose(got, dense, rtol=1e-6)
+
+
+def test_row_adam_equals_adam_on_touched_rows_and_leaves_the_rest():
+    config = make_config().optimizer
+    table = jax.random.normal(jax.random.key(0), (6, 3))
+    state, reference = init_row_adam(table), optax.scale_by_adam(config.b1, config.b2, config.epsilon)
+    touched = jnp.asarray([1, 4])
+    dense, dense_state = table[touched], reference.init(table[touched])
+    update = jax.jit(lambda t, s, g: update_rows(config, "embed", t, s, g, 0.1))
+    for i in range(3):
+        gradient = jnp.cos(dense * (i + 1))
+        direction, dense_state = reference.update(gradient, dense_state)
+        dense = dense - 0.1 * direction
+        rows = Rows(jnp.asarray([1, 4, 6, 7]), jnp.concatenate([gradient, jnp.zeros((2, 3))]))
+        new, state = update(table, state, rows)
+        untouched = [0, 2, 3, 5]
+        assert np.array_equal(new[jnp.asarray(untouched)], table[jnp.asarray(untouched)])
+        table = new
+    np.testing.assert_allclose(table[touched], dense, rtol=1e-6)
+    assert state.count.tolist() == [0, 3, 0, 0, 3, 0]
