@@ -24,6 +24,15 @@ def current_mesh():
     return None if mesh is None or mesh.empty else mesh
 
 
+def target_platform() -> str:
+    """Platform that the traced program is for: of the mesh set by `jax.set_mesh`, else JAX's default.
+
+    An ahead-of-time compilation for a TPU topology on a CPU machine says "tpu" here.
+    """
+    device = getattr(current_mesh(), "abstract_device", None)
+    return getattr(device, "platform", None) or jax.default_backend()
+
+
 def axis_size(mesh, *names: str) -> int:
     """Product of the sizes of those of `names` that `mesh` has; 1 without a mesh."""
     size = 1
@@ -96,5 +105,5 @@ def argsort(x: jax.Array) -> jax.Array:
 
 __all__ = [
     "AxisType", "BATCH_AXES", "Mesh", "PartitionSpec", "argsort", "axis_size", "constrain", "current_mesh",
-    "inside_shard_map", "make_mesh", "shard_map", "vary", "vary_alike", "varying_axes", "zeros",
+    "inside_shard_map", "make_mesh", "shard_map", "target_platform", "vary", "vary_alike", "varying_axes", "zeros",
 ]  # fmt: skip

@@ -99,15 +99,6 @@ def segment_mask(query_segments: jax.Array, key_segments: jax.Array) -> jax.Arra
     return (query_segments[:, :, None] == key_segments[:, None, :])[:, None]
 
 
-def target_platform() -> str:
-    """Platform that the traced program is for: of the mesh set by `jax.set_mesh`, else JAX's default.
-
-    An ahead-of-time compilation for a TPU topology on a CPU machine says "tpu" here.
-    """
-    device = getattr(compat.current_mesh(), "abstract_device", None)
-    return getattr(device, "platform", None) or jax.default_backend()
-
-
 def _cudnn_obstacle(platform: str, query: tuple, key: tuple, dtype, masked: bool, capability: str) -> str:
     """Why cuDNN's flash attention cannot run, or an empty string. The limits are those of jax.nn's checks."""
     # ROCm's devices, which JAX also calls "gpu", have capabilities such as "gfx90a".
@@ -156,7 +147,7 @@ def choose_backend(
 
     Args:
       backend: one of `BACKENDS`.
-      platform: from `target_platform`.
+      platform: from `compat.target_platform`.
       query_shape: (B, S, H, W).
       key_shape: (B, M, G, W).
       dtype: of queries, keys and values.
@@ -237,7 +228,7 @@ def dot_product_attention(
     Raises:
       ValueError: `backend` is unknown, or names a kernel that cannot run this call.
     """
-    platform, mesh = target_platform(), compat.current_mesh()
+    platform, mesh = compat.target_platform(), compat.current_mesh()
     shards = 1 if compat.inside_shard_map(mesh) else compat.axis_size(mesh, *BATCH_AXES)
     kind, reason = choose_backend(
         backend, platform, q.shape, k.shape, q.dtype, masked=mask is not None,

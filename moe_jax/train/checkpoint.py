@@ -87,7 +87,7 @@ class Checkpoints:
         if step in self.steps():
             return False
         leaves = _flatten(state)
-        prints = jax.device_get({path: _fingerprint(x) for path, x in leaves.items()})
+        prints = jax.device_get(_fingerprints(leaves))
         table = {
             path: {"shape": list(x.shape), "dtype": str(x.dtype), "fingerprint": int(prints[path])}
             for path, x in leaves.items()
@@ -188,7 +188,7 @@ class Checkpoints:
         )
         restored = self._manager.restore(step, args=ocp.args.Composite(state=arguments)).state
         leaves = flax.traverse_util.flatten_dict(restored, sep="/")
-        prints = jax.device_get({path: _fingerprint(leaves[path]) for path in targets})
+        prints = jax.device_get(_fingerprints({path: leaves[path] for path in targets}))
         bad = [path for path in targets if int(prints[path]) != saved[path]["fingerprint"]]
         if bad:
             raise DamagedCheckpointError(f"changed after they were saved: {_shorten(bad)}")
@@ -419,6 +419,13 @@ def _digest(record: dict) -> str:
 
 
 @jax.jit
+def _fingerprints(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """`_fingerprint` of each leaf, in one program: a burst of small ones, each with an all-reduce, fills XLA's queue of
+    launched programs, and emulated CPU devices then wait for each other for ever.
+    """
+    return {path: _fingerprint(x) for path, x in leaves.items()}
+
+
 def _fingerprint(x: jax.Array) -> jax.Array:
     """uint32 scalar of the bits of x and their positions; integer sums make it the same on every mesh.
 

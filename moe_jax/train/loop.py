@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 
 from moe_jax.config import Config, ConfigError, from_dict, to_dict
@@ -113,7 +114,7 @@ class Trainer:
             say(str(report))
             state |= filled
             if "ema" in state:
-                state["ema"] = jax.tree.map(lambda a: a.copy(), state["params"])
+                state["ema"] = jax.jit(lambda params: jax.tree.map(jnp.copy, params))(state["params"])
         return state
 
     def _restore(self):

@@ -19,7 +19,7 @@ _logged: set[str] = set()
 def resolve_backend(backend: str | None = None) -> str:
     """What "auto" or None means here: `blocks` on a CPU, `ragged_dot` (a grouped kernel) elsewhere."""
     if backend in (None, "auto"):
-        backend = "blocks" if jax.default_backend() == "cpu" else "ragged_dot"
+        backend = "blocks" if compat.target_platform() == "cpu" else "ragged_dot"
     if backend not in BACKENDS:
         raise ValueError(f"grouped_matmul backend={backend!r}: one of {', '.join(BACKENDS)}, auto")
     if backend not in _logged:
