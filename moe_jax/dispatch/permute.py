@@ -3,6 +3,7 @@
 A plain `x[order]` has a scatter-add as its gradient; a permutation's gradient is a gather by the inverse.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -55,6 +56,28 @@ _gather_rows.defvjp(_gather_rows_forward, _gather_rows_backward)
 def gather_rows(x: jax.Array, order: Order) -> jax.Array:
     """[T, D] tokens -> [T*K, D] rows sorted by expert."""
     return _gather_rows(*compat.vary_alike(x, order.order, order.inverse))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _sum_rows(rows, order, inverse, tokens):
+    wide = jnp.promote_types(rows.dtype, jnp.float32)
+    return rows[inverse].reshape(tokens, -1, rows.shape[-1]).sum(1, dtype=wide).astype(rows.dtype)
+
+
+def _sum_forward(rows, order, inverse, tokens):
+    return _sum_rows(rows, order, inverse, tokens), order
+
+
+def _sum_backward(tokens, order, d_out):
+    return d_out[order // (order.shape[0] // tokens)], None, None
+
+
+_sum_rows.defvjp(_sum_forward, _sum_backward)
+
+
+def sum_rows(rows: jax.Array, order: Order, tokens: int) -> jax.Array:
+    """Rows back to their tokens, summed: [T*K, D] -> [T, D], accumulated in float32 at least."""
+    return _sum_rows(*compat.vary_alike(rows, order.order, order.inverse), tokens)
 
 
 @jax.custom_vjp

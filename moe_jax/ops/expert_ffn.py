@@ -1,46 +1,331 @@
-"""The experts' feed-forward networks over rows sorted by expert."""
+"""The experts' feed-forward networks over rows sorted by expert, forward and backward in one pass each.
 
-from typing import Mapping
+With `x` the row, n = norm(x) or x, and s the row's gate,
+
+    y = s * (act(n w_in + b_in, n w_gate + b_gate) w_out + b_out).
+
+The gate multiplies the hidden row, so that its gradient needs no output row. Between the two passes live x, the ids and
+gates, and the projections before the activation; rows, activations and outputs are made again from them.
+"""
+
+import functools
+from typing import Mapping, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
 
+from moe_jax import compat
 from moe_jax.ops.activations import activate, is_gated
-from moe_jax.ops.grouped_matmul import grouped_matmul
+from moe_jax.ops.grouped_matmul import BACKENDS, blocks, resolve_backend
+from moe_jax.ops.norms import layer_norm, rms_norm
+
+Weights = Mapping[str, jax.Array]
+
+
+class _Static(NamedTuple):
+    """What the computation depends on beside arrays."""
+
+    activation: str
+    norm_epsilon: float
+    backend: str
 
 
 def expert_ffn(
-    rows: jax.Array,
-    weights: Mapping[str, jax.Array],
+    x: jax.Array,
+    weights: Weights,
     group_sizes: jax.Array,
     *,
     activation: str,
+    gates: jax.Array | None = None,
+    order: jax.Array | None = None,
+    inverse: jax.Array | None = None,
+    norm_epsilon: float = 1e-5,
     backend: str | None = None,
 ) -> jax.Array:
-    """Each group of rows through its expert: act(x w_in + b_in) w_out + b_out, gated for SwiGLU.
+    """Each group of rows through its expert.
 
     Args:
-      rows: [M, D], sorted by expert.
+      x: [M, D] rows sorted by expert; with `order`, [T, D] tokens.
       weights: w_in [E, D, F], w_out [E, F, D]; w_gate [E, D, F] for a gated activation; optionally the biases
-        b_in [E, F], b_gate [E, F], b_out [E, D]. Compute happens in the dtype of `rows`.
+        b_in, b_gate [E, F], b_out [E, D], and of a norm before the projections norm_scale [E, D] (RMS norm), with
+        norm_bias [E, D] (layer norm). Compute happens in the dtype of `x`, sums in float32 at least.
       group_sizes: int32 [E]; rows past their sum give 0.
       activation: see `moe_jax.ops.activations.activate`.
-      backend: of `grouped_matmul`.
+      gates: [M], what each row's output is multiplied by; None: 1.
+      order, inverse: int32 [T*K], [T*K] of `moe_jax.dispatch.permute.sort_by_expert`: row i is x[order[i] // K], gathered on
+        the way and never stored.
+      norm_epsilon: of the norm.
+      backend: of `grouped_matmul`. `blocks` runs each block of rows through the whole network while it is in the cache;
+        `loop` is the reference, differentiated by JAX.
 
     Returns:
-      [M, D].
+      [M, D], or [T*K, D], in the dtype of `x`.
     """
-    weights = {name: weight.astype(rows.dtype) for name, weight in weights.items()}
-    m = rows.shape[0]
+    static = _Static(activation, norm_epsilon, resolve_backend(backend))
+    dtype = x.dtype
+    weights = {name: weight.astype(dtype) for name, weight in weights.items()}
+    axes = compat.varying_axes(x, group_sizes, *weights.values(), *([] if gates is None else [gates]))
+    args = jax.tree.map(lambda a: compat.vary(a, axes), (x, weights, gates, group_sizes, order, inverse))
+    if static.backend == "loop":
+        return _forward_whole(*args, static)[0]
+    return _expert_ffn(*args, static)
 
-    def project(x, name):
-        y = grouped_matmul(x, weights["w_" + name], group_sizes, backend=backend)
-        if "b_" + name not in weights:
-            return y
-        # The bias's gradient is a sum over rows: in bfloat16 it would stop growing at 256 rows.
-        bias = weights["b_" + name].astype(jnp.promote_types(y.dtype, jnp.float32))
-        bias = bias[jnp.repeat(jnp.arange(bias.shape[0]), group_sizes, total_repeat_length=m)].astype(y.dtype)
-        return y + jnp.where((jnp.arange(m) < jnp.sum(group_sizes))[:, None], bias, 0)
 
-    gate = project(rows, "gate") if is_gated(activation) else None
-    return project(activate(activation, project(rows, "in"), gate), "out")
+def expert_stack(
+    rows: jax.Array, sublayers: Sequence[Weights], group_sizes: jax.Array, *, activation: str, **options
+) -> jax.Array:
+    """What a stack of residual feed-forward sublayers adds to each row: with x_0 = x and x_i = x_{i-1} + ffn_i(x_{i-1}), x_n - x_0.
+
+    The experts of BASE layers (arXiv:2103.16716, section 3.2) and StableMoE (arXiv:2204.08396, eq. 2), whose sublayers have a
+    norm before the projections.
+
+    Args:
+      rows: [M, D] sorted by expert.
+      sublayers: the weights of each, as in `expert_ffn`.
+      group_sizes: int32 [E]; rows past their sum give 0.
+      activation: see `moe_jax.ops.activations.activate`.
+      **options: `norm_epsilon` and `backend` of `expert_ffn`.
+
+    Returns:
+      [M, D] in the dtype of `rows`.
+    """
+    added = expert_ffn(rows, sublayers[0], group_sizes, activation=activation, **options)
+    for weights in sublayers[1:]:
+        added = added + expert_ffn(rows + added, weights, group_sizes, activation=activation, **options)
+    return added
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _expert_ffn(x, weights, gates, group_sizes, order, inverse, static):
+    forward = _forward_blocks if static.backend == "blocks" else _forward_whole
+    return forward(x, weights, gates, group_sizes, order, inverse, static, keep=False)[0]
+
+
+def _vjp_forward(x, weights, gates, group_sizes, order, inverse, static):
+    forward = _forward_blocks if static.backend == "blocks" else _forward_whole
+    y, hidden = forward(x, weights, gates, group_sizes, order, inverse, static)
+    return y, (x, weights, gates, group_sizes, order, inverse, hidden)
+
+
+def _vjp_backward(static, residuals, d_y):
+    x, weights, gates, group_sizes, order, inverse, hidden = residuals
+    backward = _backward_blocks if static.backend == "blocks" else _backward_whole
+    d_rows, d_gates, d_weights = backward(x, weights, gates, group_sizes, order, hidden, d_y, static)
+    if order is not None:  # a gather by the inverse, never a scatter-add
+        d_rows = d_rows[inverse].reshape(x.shape[0], -1, x.shape[1]).sum(1, dtype=_wide(x.dtype))
+    return d_rows.astype(x.dtype), d_weights, d_gates, None, None, None
+
+
+_expert_ffn.defvjp(_vjp_forward, _vjp_backward)
+
+
+# One network on the rows at hand. `w` is the product with the rows' own experts: of a block of one group, or of all rows.
+
+
+def _project_in(x, w, static):
+    """Rows [m, D] -> (normalised rows [m, D], {"in": [m, F], "gate": [m, F]} before the activation)."""
+    n = _norm(x, w.vectors("norm_"), static)
+    names = ("in", "gate") if is_gated(static.activation) else ("in",)
+    return n, {
+        name: _plus(w.product(n, "w_" + name), w.vectors("b_" + name)).astype(x.dtype) for name in names
+    }
+
+
+def _inner(hidden, gates, static):
+    """The activation times the gate, [m, F]."""
+    a = activate(static.activation, hidden["in"], hidden.get("gate"))
+    return a if gates is None else (a.astype(_wide(a.dtype)) * gates).astype(a.dtype)
+
+
+def _project_out(hidden, gates, w, static):
+    """-> [m, D] in float32 at least."""
+    y = w.product(_inner(hidden, gates, static), "w_out")
+    for bias in w.vectors("b_out").values():
+        y = y + (bias if gates is None else bias * gates)
+    return y
+
+
+def _backward(x, hidden, gates, d_y, w, static):
+    """(d_x [m, D], d_gates [m, 1] or None); what the weights get goes to `w.add` and `w.add_rows`."""
+    a, pull = jax.vjp(lambda hidden, gates: _inner(hidden, gates, static), hidden, gates)
+    d_hidden, d_gates = pull(w.product_transposed(d_y, "w_out").astype(x.dtype))
+    w.add("w_out", a, d_y)
+    for name, bias in w.vectors("b_out").items():
+        wide = d_y.astype(bias.dtype)
+        w.add_rows(name, wide if gates is None else wide * gates)
+        if gates is not None:
+            d_gates = d_gates + jnp.sum(wide * bias, axis=1, keepdims=True).astype(gates.dtype)
+    n, pull = jax.vjp(lambda x, vectors: _norm(x, vectors, static), x, w.vectors("norm_"))
+    d_n = 0
+    for name, d in d_hidden.items():
+        w.add("w_" + name, n, d)
+        for bias in w.vectors("b_" + name):
+            w.add_rows(bias, d)
+        d_n = d_n + w.product_transposed(d, "w_" + name)
+    d_x, d_vectors = pull(d_n.astype(n.dtype))
+    for name, d in d_vectors.items():
+        w.add_rows(name, d)
+    return d_x, d_gates
+
+
+def _norm(x, vectors, static):
+    if not vectors:
+        return x
+    if "norm_bias" in vectors:
+        return layer_norm(x, vectors["norm_scale"], vectors["norm_bias"], static.norm_epsilon).astype(x.dtype)
+    return rms_norm(x, vectors["norm_scale"], static.norm_epsilon).astype(x.dtype)
+
+
+def _plus(y, vectors):
+    return functools.reduce(jnp.add, vectors.values(), y)
+
+
+def _wide(dtype):
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+class _OfBlock:
+    """The weights of a block's expert; gradients are added to `grads` {name: [E, ...]}."""
+
+    def __init__(self, block, weights, grads=None):
+        self.block, self.weights, self.grads = block, weights, grads
+
+    def product(self, rows, name):
+        return blocks.dot(rows, self.block.of_group(self.weights[name]), (1, 0))
+
+    def product_transposed(self, rows, name):
+        return blocks.dot(rows, self.block.of_group(self.weights[name]), (1, 1))
+
+    def vectors(self, prefix):
+        """{name: [m, X]} of those that there are, the same in each row, in float32 at least."""
+        found = {name: self.block.of_group(v) for name, v in self.weights.items() if name.startswith(prefix)}
+        return {
+            name: jnp.broadcast_to(v, (self.block.size, v.shape[0])).astype(_wide(v.dtype))
+            for name, v in found.items()
+        }
+
+    def add(self, name, a, b):
+        self.grads[name] = self.block.add_to_group(self.grads[name], blocks.dot(a, b, (0, 0)))
+
+    def add_rows(self, name, rows):
+        total = jnp.sum(rows, axis=0, dtype=self.grads[name].dtype)
+        self.grads[name] = self.block.add_to_group(self.grads[name], total)
+
+
+class _OfAll:
+    """The weights of all experts, for all M rows."""
+
+    def __init__(self, weights, group_sizes, rows, backend):
+        self.weights, self.group_sizes, self.grads = weights, group_sizes, {}
+        self.backend = BACKENDS[backend]
+        groups = group_sizes.shape[0]
+        self.group = jnp.repeat(jnp.arange(groups), group_sizes, total_repeat_length=rows)
+        self.real = (jnp.arange(rows) < jnp.sum(group_sizes))[:, None]
+
+    def product(self, rows, name):
+        # Where nothing is added to it before it is rounded, the kernel rounds it and writes half the bytes.
+        out = _wide(rows.dtype) if "b_" + name[2:] in self.weights else rows.dtype
+        return self.backend.rows_times_groups(rows, self.weights[name], self.group_sizes, out)
+
+    def product_transposed(self, rows, name):
+        out = _wide(rows.dtype) if "w_gate" in self.weights else rows.dtype
+        return self.backend.rows_times_groups(
+            rows, self.weights[name], self.group_sizes, out, transposed=True
+        )
+
+    def vectors(self, prefix):
+        found = {name: v for name, v in self.weights.items() if name.startswith(prefix)}
+        return {
+            name: jnp.where(self.real, v.astype(_wide(v.dtype))[self.group], 0) for name, v in found.items()
+        }
+
+    def add(self, name, a, b):
+        self.grads[name] = self.backend.group_products(a, b, self.group_sizes, self.weights[name].dtype)
+
+    def add_rows(self, name, rows):
+        # A sum of rows is a product with ones: the grouped kernels know how not to add row by row.
+        ones = jnp.ones((rows.shape[0], 1), rows.dtype)
+        total = self.backend.group_products(ones, rows, self.group_sizes, self.weights[name].dtype)
+        self.grads[name] = total[:, 0]
+
+
+# All rows at once.
+
+
+def _forward_whole(x, weights, gates, group_sizes, order, inverse, static, keep=True):
+    rows, gates = _rows(x, gates, order)
+    w = _OfAll(weights, group_sizes, rows.shape[0], static.backend)
+    rows, gates = jax.tree.map(lambda a: jnp.where(w.real, a, 0), (rows, gates))
+    _, hidden = _project_in(rows, w, static)
+    y = _project_out(hidden, gates, w, static).astype(x.dtype)
+    return y, hidden
+
+
+def _backward_whole(x, weights, gates, group_sizes, order, hidden, d_y, static):
+    rows, wide_gates = _rows(x, gates, order)
+    w = _OfAll(weights, group_sizes, rows.shape[0], static.backend)
+    rows, wide_gates, d_y = jax.tree.map(lambda a: jnp.where(w.real, a, 0), (rows, wide_gates, d_y))
+    d_rows, d_gates = _backward(rows, hidden, wide_gates, d_y, w, static)
+    return d_rows, None if gates is None else d_gates[:, 0].astype(gates.dtype), w.grads
+
+
+def _rows(x, gates, order):
+    rows = x if order is None else x[order // (order.shape[0] // x.shape[0])]
+    return rows, None if gates is None else gates.astype(_wide(x.dtype))[:, None]
+
+
+# Block by block.
+
+
+def _forward_blocks(x, weights, gates, group_sizes, order, inverse, static, keep=True):
+    rows, like = _row_count(x, order), group_sizes
+    names = ("in", "gate") if is_gated(static.activation) else ("in",)
+    width = weights["w_in"].shape[2]
+    y = compat.zeros((rows, x.shape[1]), x.dtype, like=like)
+    hidden = {name: compat.zeros((rows, width), x.dtype, like=like) for name in names}
+    if rows == 0:
+        return y, hidden
+    gates = None if gates is None else gates.astype(_wide(x.dtype))[:, None]
+
+    def body(carry, block):
+        y, kept = carry
+        w = _OfBlock(block, weights)
+        _, hidden = _project_in(_block_rows(x, order, block), w, static)
+        out = _project_out(hidden, None if gates is None else block.rows(gates), w, static)
+        kept = {name: block.write(kept[name], hidden[name]) for name in kept}
+        return block.write(y, out), kept
+
+    return blocks.for_each_block(group_sizes, rows, body, (y, hidden if keep else {}))
+
+
+def _backward_blocks(x, weights, gates, group_sizes, order, hidden, d_y, static):
+    rows, like = _row_count(x, order), group_sizes
+    d_rows = compat.zeros((rows, x.shape[1]), x.dtype, like=like)
+    wide_gates = None if gates is None else gates.astype(_wide(x.dtype))[:, None]
+    d_gates = None if gates is None else compat.zeros((rows, 1), _wide(x.dtype), like=like)
+    grads = {name: compat.zeros(w.shape, _wide(w.dtype), like=like) for name, w in weights.items()}
+
+    def body(carry, block):
+        d_rows, d_gates, grads = carry
+        w = _OfBlock(block, weights, dict(grads))
+        # 0 in the rows of other groups: they would enter the sums over rows.
+        d, g = _backward(
+            jnp.where(block.valid, _block_rows(x, order, block), 0),
+            {name: block.valid_rows(h) for name, h in hidden.items()},
+            None if gates is None else block.valid_rows(wide_gates),
+            block.valid_rows(d_y), w, static,
+        )  # fmt: skip
+        return block.write(d_rows, d), None if gates is None else block.write(d_gates, g), w.grads
+
+    if rows > 0:
+        d_rows, d_gates, grads = blocks.for_each_block(group_sizes, rows, body, (d_rows, d_gates, grads))
+    grads = {name: grads[name].astype(w.dtype) for name, w in weights.items()}
+    return d_rows, None if gates is None else d_gates[:, 0].astype(gates.dtype), grads
+
+
+def _row_count(x, order):
+    return (x if order is None else order).shape[0]
+
+
+def _block_rows(x, order, block):
+    return block.rows(x) if order is None else x[block.rows(order) // (order.shape[0] // x.shape[0])]

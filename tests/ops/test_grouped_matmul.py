@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 
 from moe_jax import compat
-from moe_jax.ops.grouped_matmul import BACKENDS, blocks, grouped_matmul, resolve_backend
+from moe_jax.ops.grouped_matmul import BACKENDS as ALL_BACKENDS
+from moe_jax.ops.grouped_matmul import blocks, grouped_matmul, resolve_backend, tokamax
+
+BACKENDS = [name for name in ALL_BACKENDS if name != "tokamax" or tokamax.is_installed()]
+# Kernels, interpreted here or replaced by XLA: no float64, and no types inside a shard_map.
+PLAIN = [name for name in BACKENDS if name not in ("megablox", "tokamax")]
 
 D, F = 16, 12
 # Rows, group sizes. Blocks are of 32 rows at least.
@@ -71,7 +76,7 @@ def test_float32(case, backend):
     assert not np.any(results[0][args[2].sum() :]) and not np.any(results[1][args[2].sum() :])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PLAIN)
 @pytest.mark.parametrize("case", ["no multiples", "tail"])
 def test_float64(case, backend):
     with jax.enable_x64(True):
@@ -131,7 +136,7 @@ def test_a_kernel_may_leave_the_tail_as_it_was(monkeypatch):
     assert not np.any(out[sizes.sum() :]) and np.isfinite(out).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PLAIN)
 def test_a_groups_nan_stays_its_own(backend):
     lhs, rhs, sizes, d_out = make("no multiples")
     first, second = int(sizes[0]), int(sizes[0] + sizes[1])
@@ -151,18 +156,31 @@ def test_a_groups_nan_stays_its_own(backend):
 
 
 def test_work_follows_the_rows():
-    """Blocks that run: none for empty groups and the tail."""
-    assert blocks.block_size(70, 4) == 32 and blocks.block_size(300, 2) == 64
-    assert blocks.block_size(10**6, 4) == 256
-    for sizes, expected in (((0, 0, 0), 0), ((0, 1, 0), 1), ((32, 0, 33), 3), ((64, 64, 1), 5)):
-        count, block = blocks._schedule(jnp.asarray(sizes), 32)
-        assert count == expected
-        starts = [[int(n) for n in block(i)] for i in range(expected)]
-        ends = np.cumsum(sizes)
-        assert starts == [[e, i, end] for e, end in enumerate(ends) for i in range(end - sizes[e], end, 32)]
+    """Blocks that run: none for empty groups and the tail; every row is in one block of its group."""
+    assert blocks.block_sizes(70, 4) == (16, 32, 48, 64) and blocks.block_sizes(7, 4) == (7,)
+    assert (
+        blocks.block_sizes(4096, 16) == tuple(range(64, 513, 64)) and blocks.block_sizes(4096, 64)[-1] == 256
+    )
+    rows, step, most = 600, *blocks.block_sizes(600, 6)[:: len(blocks.block_sizes(600, 6)) - 1]
+    for sizes in ((0, 0, 0), (0, 1, 0), (32, 0, 33), (most, 64, 1), (2 * most + 1, 9, 0), (10, 10, 580)):
+        sizes = (*sizes, 0, 0, 0)
+
+        def count(carry, block):
+            seen, run = carry
+            ones = jnp.ones((block.size, 1), jnp.int32) * (1 + block.group)
+            return block.write(seen, block.rows(seen) + ones), run + jnp.where(
+                block.valid.any(), block.size, 10**6
+            )
+
+        seen, run = blocks.for_each_block(
+            jnp.asarray(sizes), rows, count, (jnp.zeros((rows, 1), jnp.int32), 0)
+        )
+        expected = np.repeat([1, 2, 3, 0, 0, 0, 0], [*sizes, rows - sum(sizes)])
+        np.testing.assert_array_equal(seen[:, 0], expected)
+        assert run == sum(-(-n // step) * step for n in sizes)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PLAIN)
 def test_in_a_shard_map(backend):
     """Every shard has its own rows and sizes; the gradient of the shared matrices is summed over shards."""
     mesh = compat.make_mesh(jax.devices(), ("data",), (8,))
@@ -207,5 +225,7 @@ def test_refusals():
             grouped_matmul(*args)
     with pytest.raises(ValueError, match="integer group_sizes; got float32$"):
         grouped_matmul(lhs, rhs, sizes.astype(jnp.float32))
-    with pytest.raises(ValueError, match="backend='pallas': one of blocks, ragged_dot, loop, auto$"):
+    with pytest.raises(
+        ValueError, match="backend='pallas': one of blocks, ragged_dot, megablox, tokamax, loop, auto$"
+    ):
         grouped_matmul(lhs, rhs, sizes, backend="pallas")

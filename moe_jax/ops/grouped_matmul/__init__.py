@@ -1,31 +1,75 @@
 """Grouped matrix product: consecutive groups of rows, each times its own matrix. One file per backend."""
 
+import functools
 import logging
+from typing import Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax import compat
-from moe_jax.ops.grouped_matmul import blocks, loop, ragged_dot
+from moe_jax.ops.grouped_matmul import blocks, loop, megablox, ragged_dot, tokamax
+
+
+class Backend(NamedTuple):
+    """rows_times_groups(lhs [M, D], rhs [E, D, F], group_sizes, out_dtype, transposed=False) -> [M, F], or with `transposed`
+    lhs [M, F] -> [M, D]; group_products(lhs [M, D], d_out [M, F], group_sizes, out_dtype) -> [E, D, F], a product for each
+    group. Both accumulate in float32 at least, never let a row reach another group's result, and give 0 for the tail.
+    """
+
+    rows_times_groups: Callable[..., jax.Array]
+    group_products: Callable[..., jax.Array]
+
 
 BACKENDS = {
-    "blocks": blocks.grouped_matmul,
-    "ragged_dot": ragged_dot.grouped_matmul,
-    "loop": loop.grouped_matmul,
+    "blocks": Backend(blocks.rows_times_groups, blocks.group_products),
+    "ragged_dot": Backend(ragged_dot.rows_times_groups, ragged_dot.group_products),
+    "megablox": Backend(megablox.rows_times_groups, megablox.group_products),
+    "tokamax": Backend(tokamax.rows_times_groups, tokamax.group_products),
+    "loop": Backend(loop.rows_times_groups, loop.group_products),
 }
 _logged: set[str] = set()
 
 
 def resolve_backend(backend: str | None = None) -> str:
-    """What "auto" or None means here: `blocks` on a CPU, `ragged_dot` (a grouped kernel) elsewhere."""
+    """What "auto" or None means for the platform that the program is for (`compat.target_platform`): `blocks` on a CPU,
+    `ragged_dot` (XLA's own grouped kernel) on a TPU, `tokamax` on a GPU where it is installed, else `blocks`.
+
+    Raises:
+      ValueError: the backend is unknown, or its package is missing.
+    """
     if backend in (None, "auto"):
-        backend = "blocks" if compat.target_platform() == "cpu" else "ragged_dot"
+        platform = compat.target_platform()
+        on_gpu = "tokamax" if tokamax.is_installed() else "blocks"
+        backend = {"tpu": "ragged_dot", "gpu": on_gpu, "cuda": on_gpu}.get(platform, "blocks")
     if backend not in BACKENDS:
         raise ValueError(f"grouped_matmul backend={backend!r}: one of {', '.join(BACKENDS)}, auto")
+    if backend == "tokamax" and not tokamax.is_installed():
+        raise ValueError("grouped_matmul backend='tokamax': the package is missing; pip install tokamax")
     if backend not in _logged:
         _logged.add(backend)
         logging.getLogger(__name__).info("grouped_matmul: %s", backend)
     return backend
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _grouped_matmul(lhs, rhs, group_sizes, out_dtype, backend):
+    return BACKENDS[backend].rows_times_groups(lhs, rhs, group_sizes, out_dtype)
+
+
+def _forward(lhs, rhs, group_sizes, out_dtype, backend):
+    return _grouped_matmul(lhs, rhs, group_sizes, out_dtype, backend), (lhs, rhs, group_sizes)
+
+
+def _backward(out_dtype, backend, residuals, d_out):
+    lhs, rhs, group_sizes = residuals
+    d_out = d_out.astype(lhs.dtype)
+    run = BACKENDS[backend]
+    d_lhs = run.rows_times_groups(d_out, rhs, group_sizes, lhs.dtype, transposed=True)
+    return d_lhs, run.group_products(lhs, d_out, group_sizes, rhs.dtype), None
+
+
+_grouped_matmul.defvjp(_forward, _backward)
 
 
 def grouped_matmul(
@@ -43,7 +87,7 @@ def grouped_matmul(
       rhs: [E, D, F].
       group_sizes: integer [E] with a sum of at most M.
       preferred_element_type: dtype of the result; None: the operands' promoted dtype.
-      backend: "blocks", "ragged_dot", "loop" (the reference), or None for the platform's best.
+      backend: one of `BACKENDS`, or None: see `resolve_backend`.
 
     Returns:
       [M, F]. Rows past sum(group_sizes) are exactly 0, as is their gradient, whatever `lhs` holds there.
@@ -62,4 +106,4 @@ def grouped_matmul(
     dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
     lhs, rhs, group_sizes = compat.vary_alike(lhs.astype(dtype), rhs.astype(dtype), group_sizes)
     out_dtype = jnp.dtype(preferred_element_type or dtype)
-    return BACKENDS[resolve_backend(backend)](lhs, rhs, group_sizes, out_dtype)
+    return _grouped_matmul(lhs, rhs, group_sizes, out_dtype, resolve_backend(backend))

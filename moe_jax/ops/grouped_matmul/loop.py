@@ -1,19 +1,33 @@
-"""The reference: one masked dense product per group. Slow, obvious, differentiated by JAX itself."""
+"""The reference: one masked dense product per group. Slow and obvious."""
 
 import jax
 import jax.numpy as jnp
 
 
-def grouped_matmul(lhs, rhs, group_sizes, out_dtype):
-    """See `moe_jax.ops.grouped_matmul.grouped_matmul`."""
-    accumulator = jnp.promote_types(lhs.dtype, jnp.float32)
+def _masks(rows, group_sizes):
     ends = jnp.cumsum(group_sizes)
-    rows = jnp.arange(lhs.shape[0])[:, None]
-    out = jnp.zeros((lhs.shape[0], rhs.shape[2]), accumulator)
-    for e in range(rhs.shape[0]):
-        mine = (rows >= ends[e] - group_sizes[e]) & (rows < ends[e])
-        # Masked before the product too, so that NaN in other rows cannot reach this group's gradient.
-        x = jnp.where(mine, lhs, 0)
-        product = jnp.dot(x, rhs[e], precision=jax.lax.Precision.HIGHEST, preferred_element_type=accumulator)
-        out = jnp.where(mine, product, out)
-    return out.astype(out_dtype)
+    index = jnp.arange(rows)[:, None]
+    return [(index >= end - size) & (index < end) for size, end in zip(group_sizes, ends)]
+
+
+def _dot(a, b):
+    accumulator = jnp.promote_types(a.dtype, jnp.float32)
+    return jnp.dot(a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=accumulator)
+
+
+def rows_times_groups(lhs, rhs, group_sizes, out_dtype, *, transposed=False):
+    """[M, D] x [E, D, F] -> [M, F], or with `transposed` [M, F] x [E, D, F] -> [M, D]."""
+    rhs = rhs.swapaxes(1, 2) if transposed else rhs
+    out = jnp.zeros((lhs.shape[0], rhs.shape[2]), out_dtype)
+    for mine, matrix in zip(_masks(lhs.shape[0], group_sizes), rhs):
+        out = jnp.where(mine, _dot(lhs, matrix).astype(out_dtype), out)
+    return out
+
+
+def group_products(lhs, d_out, group_sizes, out_dtype):
+    """[M, D], [M, F] -> [E, D, F]: the sum over each group's rows of lhs^T d_out."""
+    products = [
+        _dot(jnp.where(mine, lhs, 0).T, jnp.where(mine, d_out, 0))
+        for mine in _masks(lhs.shape[0], group_sizes)
+    ]
+    return jnp.stack(products).astype(out_dtype)
