@@ -49,8 +49,8 @@ def run(
 ) -> NoReturn:
     """Parses and validates the command line, calls `main(config, flags)`, exits with its result (None: 0).
 
-    A `ConfigError`, from here or from `main`, is one line on stderr and exit code 2; any other exception is a
-    bug and keeps its traceback.
+    A `ConfigError`, from here or from `main`, is one line on stderr and exit code 2, Ctrl-C is 130; any other
+    exception is a bug and keeps its traceback.
 
     Args:
       main: the command. The docstring of its module is the text of `--help`.
@@ -79,6 +79,8 @@ def run(
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
+    except KeyboardInterrupt:
+        code = 130
     sys.exit(code)
 
 
@@ -114,6 +116,8 @@ def parse(
     elif file is not None:
         limit = "this command reads the config that training saved in --workdir"
         raise ConfigError("--config", file, limit, "change single fields with --config.a.b=VALUE")
+    if workdir and values.workdir:
+        values.workdir = os.path.expanduser(values.workdir)  # no shell does in --workdir=~/run
     folder = _check_workdir(values.workdir, must_exist=config_from == "workdir") if workdir else None
     config = load_config(file) if config_from == "file" else load_saved_config(folder)
     config = apply_overrides(config, overrides)

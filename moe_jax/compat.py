@@ -1,4 +1,6 @@
-"""The only place that touches moving JAX APIs: meshes, axis types, shard_map and its varying-axes types."""
+"""The only place that touches moving JAX APIs: meshes, axis types, shard_map and its varying-axes types, TPU topologies."""
+
+import os
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +35,28 @@ def target_platform() -> str:
     return getattr(device, "platform", None) or jax.default_backend()
 
 
+def tpu_topology(name: str, **options) -> list:
+    """The devices of a TPU slice that need not be there, such as "v5p:2x2x2", for compiling ahead of time with libtpu.
+
+    Args:
+      name: the slice.
+      options: of the compiler, such as chip_config_name="megacore".
+
+    Raises:
+      RuntimeError: libtpu is missing, or knows no such slice.
+    """
+    # No questions to a metadata server or about this machine, and no claim on a TPU or on libtpu's lock file.
+    defaults = {
+        "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5p-8",
+    }  # fmt: skip
+    for variable, value in defaults.items():
+        os.environ.setdefault(variable, value)
+    from jax.experimental import topologies
+
+    return list(topologies.get_topology_desc(name, "tpu", **options).devices)
+
+
 def axis_size(mesh, *names: str) -> int:
     """Product of the sizes of those of `names` that `mesh` has; 1 without a mesh."""
     size = 1
@@ -64,9 +88,13 @@ def constrain(array: jax.Array, *spec: tuple[str, ...]) -> jax.Array:
     return jax.lax.with_sharding_constraint(array, PartitionSpec(*parts))
 
 
-def shard_map(f, mesh, in_specs, out_specs):
-    """`jax.shard_map` over all axes of `mesh` with its replication checks on."""
-    return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+def shard_map(f, mesh, in_specs, out_specs, check: bool = True):
+    """`jax.shard_map` over all axes of `mesh`.
+
+    check: its replication checks. Pallas kernels do not pass them; without them an output that is said to be the same on
+    all shards, and is not, silently becomes shard 0's.
+    """
+    return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=check)
 
 
 def varying_axes(*arrays) -> frozenset[str]:
@@ -105,5 +133,5 @@ def argsort(x: jax.Array) -> jax.Array:
 
 __all__ = [
     "AxisType", "BATCH_AXES", "Mesh", "PartitionSpec", "argsort", "axis_size", "constrain", "current_mesh",
-    "inside_shard_map", "make_mesh", "shard_map", "target_platform", "vary", "vary_alike", "varying_axes", "zeros",
+    "inside_shard_map", "make_mesh", "shard_map", "target_platform", "tpu_topology", "vary", "vary_alike", "varying_axes", "zeros",
 ]  # fmt: skip

@@ -123,8 +123,24 @@ class MoEConfig:
         1.25, "C = ceil(factor * T * K / E) in training with execution=capacity.", low=0.01
     )
     eval_capacity: float = field(0.0, "Capacity factor of evaluation and generation; 0: dropless.", low=0)
-    exchange: str = field("gather", "How tokens travel between shards of `expert`.", choices=("gather",))
-    backend: str = field("auto", "Grouped matmul.", choices=("auto", "blocks", "ragged_dot", "loop"))
+    capacity_priority: str = field(
+        "token",
+        "Who gets a slot: token (in order), choice (first choices first), gate (highest first); only token is causal.",
+        choices=("token", "choice", "gate"),
+    )
+    exchange: str = field(
+        "auto",
+        "How tokens reach the experts of other shards; auto: gather, which no routing can overflow.",
+        choices=("auto", "gather", "all_to_all", "ragged"),
+    )
+    exchange_buffer: float = field(
+        2.0,
+        "Room of all_to_all and ragged relative to an even load, else the call takes gather; 0: for all that can come.",
+        low=0,
+    )
+    backend: str = field(
+        "auto", "Grouped matmul.", choices=("auto", "blocks", "ragged_dot", "megablox", "tokamax", "loop")
+    )
     softmax_top_k: SoftmaxTopKConfig = dataclasses.field(default_factory=SoftmaxTopKConfig)
 
 
@@ -262,7 +278,9 @@ class TrainConfig:
 class InitConfig:
     """Where parameters come from before the first step."""
 
-    checkpoint: str = field("", "Workdir of another run whose newest checkpoint fills the parameters.")
+    checkpoint: str = field(
+        "", "Workdir of another run whose newest checkpoint, and tokenizer, to start from."
+    )
     include: str = field("", "Comma-separated path prefixes to fill; empty: all.")
 
 

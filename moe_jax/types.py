@@ -43,7 +43,8 @@ class Aux(NamedTuple):
 
     losses: float32 scalars, unweighted, by name.
     stats: sums over the valid tokens of this call, so that they may be added over microbatches: `counts` [E]
-    of assignments, `dropped` assignments, `entropy_sum` in nats, `tokens`, `nonfinite` tokens.
+    of assignments, `dropped` assignments, `entropy_sum` in nats, `tokens`, `nonfinite` tokens; where experts are on
+    several shards also `exchange_fallback`, `exchange_overflow` and `exchange_bytes`.
     """
 
     losses: dict[str, jax.Array]

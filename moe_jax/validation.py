@@ -5,6 +5,7 @@ those are opened; they raise `ConfigError` too.
 """
 
 import dataclasses
+import importlib.util
 import math
 import os
 import re
@@ -23,6 +24,8 @@ from moe_jax.config import (
 
 BLOCK_KINDS = ("dense", "routed")
 _INSERT = re.compile(r"([A-Za-z_]\w*)=(\w+)@(\d+)", re.ASCII)
+# Keys that stand beside or in place of inserts in the trees of parameters, statistics and metrics.
+_TAKEN = re.compile(r"groups|counts|layer_\d+", re.ASCII)
 _SOURCE_NAME = re.compile(r"[\w.-]+", re.ASCII)
 _STEP_RANGE = re.compile(r"(\d+):(\d+)", re.ASCII)
 
@@ -152,7 +155,7 @@ def parse_inserts(model: ModelConfig) -> tuple[tuple[str, str, int], ...]:
     """The extra blocks as (name, kind, index of the block they stand before), in the order written.
 
     Raises:
-      ConfigError: bad syntax, a kind that does not exist, a repeated name, or a place inside a group.
+      ConfigError: bad syntax, a kind that does not exist, a name that is repeated or taken, or a place inside a group.
     """
     inserts, group = [], len(parse_pattern(model))
     for text in model.inserts.split(",") if model.inserts else ():
@@ -166,6 +169,9 @@ def parse_inserts(model: ModelConfig) -> tuple[tuple[str, str, int], ...]:
                 f"write name=kind@block, kind {kinds}",
             )
         name, place = match[1], int(match[3])
+        if _TAKEN.fullmatch(name):
+            limit = f"the name {name} means something else among the blocks"
+            raise ConfigError("model.inserts", model.inserts, limit, "use another, such as first")
         if name in (other for other, _, _ in inserts):
             raise ConfigError("model.inserts", model.inserts, f"the name {name} is there twice", "rename one")
         if place > model.layers or place % group:
@@ -287,6 +293,18 @@ def _check_feed_forward(config: Config) -> None:
         if moe.top_k > moe.experts:
             limit = f"at most model.moe.experts={moe.experts}"
             raise ConfigError("model.moe.top_k", moe.top_k, limit, "lower top_k or raise experts")
+        if moe.eval_capacity and moe.capacity_priority != "token":
+            limit = f"not causal, in evaluation with model.moe.eval_capacity={moe.eval_capacity}"
+            fix = "use token, or model.moe.eval_capacity=0"
+            raise ConfigError("model.moe.capacity_priority", moe.capacity_priority, limit, fix)
+        if 0 < moe.exchange_buffer < 1:
+            limit = "less than an even load needs, so that every call would take gather"
+            fix = "use 1 or more, or 0 for a buffer that holds everything"
+            raise ConfigError("model.moe.exchange_buffer", moe.exchange_buffer, limit, fix)
+        if moe.backend == "tokamax" and importlib.util.find_spec("tokamax") is None:
+            raise ConfigError(
+                "model.moe.backend", "tokamax", "a package that is missing", "pip install tokamax"
+            )
         _must_divide("mesh.expert", mesh.expert, "model.moe.experts", moe.experts)
         if moe.expert_width:
             _must_divide("mesh.tensor", mesh.tensor, "model.moe.expert_width", moe.expert_width)

@@ -105,6 +105,9 @@ BAD_OVERRIDES = [
     (["--config.model.pattern=dense,sparse"], "config.model.pattern=dense,sparse", "use dense and routed"),
     (["--config.model.pattern="], "config.model.pattern=''", "use dense and routed"),
     (["--config.model.inserts=dense@0"], "config.model.inserts=dense@0", "write name=kind@block"),
+    (["--config.model.inserts=groups=dense@0"], "config.model.inserts=groups=dense@0", "such as first"),
+    (["--config.model.inserts=counts=routed@0"], "config.model.inserts=counts=routed@0", "such as first"),
+    (["--config.model.inserts=layer_00=dense@0"], "config.model.inserts=layer_00=dense@0", "such as first"),
     (["--config.model.inserts=a=mlp@0"], "config.model.inserts=a=mlp@0", "kind dense or routed"),
     (
         ["--config.model.inserts=a=dense@1"],
@@ -143,6 +146,16 @@ BAD_OVERRIDES = [
     ),
     (["--config.model.row_gradients"], "config.model.row_gradients=True", "set model.tied_embeddings=false"),
     # Combinations: the mesh.
+    (
+        ["--config.model.moe.capacity_priority=gate", "--config.model.moe.eval_capacity=2"],
+        "config.model.moe.capacity_priority=gate: not causal, in evaluation with model.moe.eval_capacity=2.0",
+        "use token, or model.moe.eval_capacity=0",
+    ),
+    (
+        ["--config.model.moe.exchange=ragged", "--config.model.moe.exchange_buffer=0.5"],
+        "config.model.moe.exchange_buffer=0.5: less than an even load needs",
+        "use 1 or more, or 0",
+    ),
     (["--config.mesh.expert=3"], "config.mesh.expert=3: does not divide model.moe.experts=8", "multiple of"),
     (["--config.mesh.tensor=8"], "config.mesh.tensor=8: does not divide model.heads=4", "multiple of"),
     (
@@ -389,6 +402,12 @@ def test_order_and_separate_values(files):
     assert (config.seed, config.mesh.data, flags.workdir, code) == (2, -1, "w", 0)
 
 
+def test_workdir_below_the_home_folder(files, monkeypatch):
+    monkeypatch.setenv("HOME", str(files))
+    config, flags, _ = call(["--workdir=~/run"], config_from="workdir")
+    assert (config.seed, flags.workdir) == (5, f"{files}/run")
+
+
 def test_flagfile(files):
     (files / "flags").write_text("--config=configs/plain.py\n--config.seed=4\n")
     config, _, _ = call(["--flagfile=flags", "--workdir=w"])
@@ -492,6 +511,13 @@ def test_main_decides_the_exit_code(files, capsys):
 
     def refuses(config, flags):
         raise c.ConfigError("mesh.data", 3, "there are 8 devices", "use -1")
+
+    def interrupted(config, flags):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(interrupted, argv)
+    assert exit_.value.code == 130
 
     with pytest.raises(SystemExit) as exit_:
         cli.run(refuses, argv)

@@ -149,8 +149,10 @@ def test_what_may_change_on_resume(config_file, tmp_path):
     err = train(config_file, run, eight, "--config.data.batch_size=8", "--config.seed=1", expect=2)
     assert err.count("\n") == 1 and "batch_size" in err and "seed" in err
     mesh = ("--config.mesh.cpu_devices=2", "--config.mesh.expert=2")
-    err = train(config_file, run, *mesh, "--config.train.steps=10")
+    # A trace of which only the rest is left to make.
+    err = train(config_file, run, *mesh, "--config.train.steps=10", "--config.train.profile_steps=7:10")
     assert "warning" in err and "schedule" in err and sorted(logged(run)) == list(range(1, 11))
+    assert any(path.is_file() for path in (run / "profile").rglob("*"))
 
 
 @pytest.mark.parametrize(

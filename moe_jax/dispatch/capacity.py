@@ -1,38 +1,181 @@
-"""Limiting the assignments of each expert, without arrays of shape [T, E, C]."""
+"""At most C assignments per expert, run in C slots each, without arrays of shape [T, E, C].
 
+One stable sort ranks the assignments within their experts; the first C of each expert get a slot. Slots are
+filled and emptied by gathers, in both directions of differentiation.
+"""
+
+import functools
 import math
+from typing import Mapping, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax.dispatch.permute import sort_by_expert
+from moe_jax import compat
+from moe_jax.ops.activations import activate, is_gated
+from moe_jax.ops.counting import count_experts
+from moe_jax.ops.norms import layer_norm, rms_norm
 from moe_jax.types import TokenChoice
+
+# Who gets a slot first. With the other two a later token can take the slot of an earlier one.
+PRIORITIES = ("token", "choice", "gate")
+CAUSAL_PRIORITIES = ("token",)
+
+
+class Slots(NamedTuple):
+    """Which assignment (t, k), numbered t*K + k, sits in which slot (e, c), numbered e*C + c.
+
+    assignment: int32 [E, C], the assignment in each slot; T*K: empty. slot: int32 [T, K], the slot of each
+    assignment; E*C: none.
+    """
+
+    assignment: jax.Array
+    slot: jax.Array
 
 
 def slots_per_expert(factor: float, tokens: int, top_k: int, experts: int) -> int:
-    """C = ceil(factor * T * K / E), at least 1 and at most T."""
+    """C = ceil(factor * T * K / E), at least 1 and at most T.
+
+    T counts positions: C is a static shape, the same however many of them are padding, which takes no slot.
+    """
     # 1.1 * 100 is a little above 110: rounded, so that the error of a product does not buy a slot.
     return min(tokens, max(1, math.ceil(round(factor * tokens * top_k / experts, 6))))
 
 
-def limit_assignments(choice: TokenChoice, experts: int, capacity: int) -> tuple[TokenChoice, jax.Array]:
-    """Keeps the first C assignments of every expert in token order, which is causal.
+def limit_assignments(
+    choice: TokenChoice, experts: int, capacity: int, priority: str = "token"
+) -> tuple[TokenChoice, Slots, jax.Array]:
+    """Keeps C assignments of every expert.
 
     Args:
       choice: ids and gates [T, K]; gates of what stays are unchanged.
       experts: E.
       capacity: C.
+      priority: who stays. "token": earlier tokens first (Switch, arXiv:2101.03961); the only causal one.
+        "choice": all first choices before any second choice, each in token order (GShard, arXiv:2006.16668).
+        "gate": the highest gates first (batch priority, arXiv:2106.05974), equal ones in token order.
 
     Returns:
-      The choice, with "no expert" for the rest, and the int32 number of assignments dropped.
+      The choice, with "no expert" and a gate of 0 for the rest; the slots of what stays, in the order of
+      priority; the int32 number of assignments dropped.
+
+    Raises:
+      ValueError: an unknown priority.
     """
-    ids = choice.expert_ids
-    order = sort_by_expert(ids, experts)
-    starts = jnp.cumsum(order.group_sizes) - order.group_sizes
-    flat = ids.reshape(-1)
-    real = (flat >= 0) & (flat < experts)
-    rank = order.inverse - starts[jnp.clip(flat, 0, experts - 1)]
-    over = real & (rank >= capacity)
-    kept = jnp.where(over, experts, flat).reshape(ids.shape)
-    gates = jnp.where(kept == experts, 0, choice.gates)
-    return TokenChoice(kept, gates), jnp.sum(over, dtype=jnp.int32)
+    if priority not in PRIORITIES:
+        raise ValueError(f"capacity_priority={priority!r}: one of {', '.join(PRIORITIES)}")
+    ids, (tokens, k) = choice.expert_ids, choice.expert_ids.shape
+    real = ((ids >= 0) & (ids < experts)).reshape(-1)
+    flat = jnp.where(real, ids.reshape(-1), experts)
+    keys = {
+        "token": (),
+        "choice": (jnp.tile(jnp.arange(k, dtype=jnp.int32), tokens),),
+        "gate": (-jax.lax.stop_gradient(choice.gates).reshape(-1),),
+    }[priority]
+    order = _argsort(flat, *keys)
+    inverse = compat.argsort(order)
+    sizes = count_experts(ids, experts)
+    starts = jnp.cumsum(sizes, dtype=jnp.int32) - sizes
+
+    column = jnp.arange(capacity, dtype=jnp.int32)
+    row = jnp.minimum(starts[:, None] + column, tokens * k - 1)
+    assignment = jnp.where(column < sizes[:, None], order[row], tokens * k)
+    rank = inverse - starts[jnp.minimum(flat, experts - 1)]
+    kept = real & (rank < capacity)
+    slot = jnp.where(kept, flat * capacity + rank, experts * capacity)
+
+    kept_ids = jnp.where(kept | ~real, ids.reshape(-1), experts).reshape(ids.shape)
+    gates = jnp.where(kept_ids == experts, 0, choice.gates)
+    dropped = jnp.sum(real & ~kept, dtype=jnp.int32)
+    return TokenChoice(kept_ids, gates), Slots(assignment, slot.reshape(ids.shape)), dropped
+
+
+def run_slots(
+    x: jax.Array,
+    gates: jax.Array,
+    slots: Slots,
+    weights: Mapping[str, jax.Array],
+    *,
+    activation: str,
+    norm_epsilon: float = 1e-5,
+) -> jax.Array:
+    """The experts over their slots on one device: fill, equal groups, combine.
+
+    Args:
+      x: [T, D].
+      gates: [T, K]; the sum over a token's experts is accumulated in float32 at least.
+      slots: from `limit_assignments`.
+      weights, activation, norm_epsilon: as in `moe_jax.ops.expert_ffn.expert_ffn`.
+
+    Returns:
+      [T, D] in the dtype of x; 0 for a token without a slot.
+    """
+    (experts, capacity), (tokens, k) = slots.assignment.shape, gates.shape
+    with jax.named_scope("sort"):
+        rows = _move(x, slots.assignment.reshape(-1), slots.slot).reshape(experts, capacity, -1)
+    with jax.named_scope("experts"):
+        rows = slots_ffn(rows, weights, activation=activation, norm_epsilon=norm_epsilon)
+        rows = rows.reshape(experts * capacity, -1)
+    with jax.named_scope("combine"):
+        rows = _move(rows, slots.slot.reshape(-1), slots.assignment.reshape(-1, 1)).reshape(tokens, k, -1)
+        accumulator = jnp.promote_types(rows.dtype, jnp.float32)
+        y = jnp.sum(rows.astype(accumulator) * gates.astype(accumulator)[..., None], axis=1)
+        return y.astype(x.dtype)
+
+
+def slots_ffn(
+    rows: jax.Array, weights: Mapping[str, jax.Array], *, activation: str, norm_epsilon: float = 1e-5
+) -> jax.Array:
+    """Equal groups of rows, each through its expert: [E, C, D] -> [E, C, D]. Arguments as in `expert_ffn`."""
+    weights = {name: weight.astype(rows.dtype) for name, weight in weights.items()}
+    norm = [weights[name][:, None] for name in ("norm_scale", "norm_bias") if name in weights]
+    if norm:
+        rows = (layer_norm if len(norm) == 2 else rms_norm)(rows, *norm, norm_epsilon).astype(rows.dtype)
+
+    def project(x, name, axes="ECD,EDF->ECF"):
+        y = jnp.einsum(axes, x, weights["w_" + name])
+        if "b_" + name not in weights:
+            return y
+        # The bias's gradient is a sum over slots: in bfloat16 it would stop growing at 256 of them.
+        bias = weights["b_" + name].astype(jnp.promote_types(y.dtype, jnp.float32))[:, None]
+        return y + jnp.broadcast_to(bias, y.shape).astype(y.dtype)
+
+    gate = project(rows, "gate") if is_gated(activation) else None
+    return project(activate(activation, project(rows, "in"), gate), "out", "ECF,EFD->ECD")
+
+
+def _argsort(*keys):
+    """Stable argsort of [M] by the first key, then the next, int32; see `compat.argsort`."""
+    keys = compat.vary_alike(*keys)
+    index = jnp.arange(keys[0].shape[0], dtype=jnp.int32)
+    return jax.lax.sort((*keys, index), num_keys=len(keys), is_stable=True)[-1]
+
+
+def _move(x, index, inverse):
+    """Rows of x to new places: [M, D] -> [N, D], row n from copy `index[n]`, numbered m*K + k, of x[m].
+
+    index: int32 [N], M*K: zeros. inverse: int32 [M, K], the place of each copy, N: none. No place has two
+    copies, so that the gradient is a gather too.
+    """
+    return _gather_copies(*compat.vary_alike(x, index, inverse))
+
+
+_take = functools.partial(jnp.take, axis=0, mode="fill", fill_value=0)
+
+
+@jax.custom_vjp
+def _gather_copies(x, index, inverse):
+    return _take(x, index // inverse.shape[1])
+
+
+def _gather_copies_forward(x, index, inverse):
+    return _gather_copies(x, index, inverse), inverse
+
+
+def _gather_copies_backward(inverse, d_rows):
+    accumulator = jnp.promote_types(d_rows.dtype, jnp.float32)
+    d_x = jnp.sum(_take(d_rows, inverse), axis=1, dtype=accumulator)
+    return d_x.astype(d_rows.dtype), None, None
+
+
+_gather_copies.defvjp(_gather_copies_forward, _gather_copies_backward)

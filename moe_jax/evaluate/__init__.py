@@ -1,7 +1,8 @@
 """Scores of a trained model, and what to compare them with."""
 
+import math
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moe_jax.data.pipeline import EvaluationSet
@@ -27,3 +28,10 @@ def evaluate_sets(
             name: evaluate(step, run.variables, one, run.mesh, batch_size, limit=limit, progress=bar.update)
             for name, one in sets.items()
         }
+
+
+def finite(tree: Any) -> Any:
+    """`tree` with None for numbers that JSON does not have: NaN and infinity."""
+    if isinstance(tree, dict):
+        return {name: finite(value) for name, value in tree.items()}
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree

@@ -13,7 +13,6 @@ number that is not finite is null. Everything but the JSON goes to stderr.
 
 import contextlib
 import json
-import math
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ from etils import epath
 
 from moe_jax import cli
 from moe_jax.config import Config, ConfigError
-from moe_jax.evaluate import evaluate_sets
+from moe_jax.evaluate import evaluate_sets, finite
 
 if TYPE_CHECKING:
     from moe_jax.data.pipeline import EvaluationSet
@@ -57,7 +56,7 @@ def main(config: Config, flags: absl_flags.FlagValues) -> None:
     sources = parse_sources(flags.source or [])
     with contextlib.redirect_stdout(sys.stderr):  # whatever a library has to say
         report = _report(config, flags, sources)
-    text = json.dumps(_finite(report), indent=1, allow_nan=False)
+    text = json.dumps(finite(report), indent=1, allow_nan=False)
     import jax
 
     if jax.process_index() == 0:
@@ -122,13 +121,6 @@ def _evaluation_sets(run: "LoadedRun", flags, sources: dict[str, str]) -> dict[s
         limit = f"no source of the config has text for {flags.split}"
         raise ConfigError("--split", flags.split, limit, "take the other split, or name files with --source")
     return sets
-
-
-def _finite(tree: Any) -> Any:
-    """JSON has no NaN and no infinity."""
-    if isinstance(tree, dict):
-        return {name: _finite(value) for name, value in tree.items()}
-    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 if __name__ == "__main__":

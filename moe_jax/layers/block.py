@@ -88,6 +88,9 @@ class Block(nn.Module):
             use_bias=c.ffn_bias,
             capacity_factor=m.capacity_factor if m.execution == "capacity" else 0.0,
             eval_capacity=m.eval_capacity,
+            capacity_priority=m.capacity_priority,
             backend=m.backend,
+            exchange=m.exchange,
+            exchange_buffer=m.exchange_buffer,
             name="moe",
         )

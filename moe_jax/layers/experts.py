@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import compat
-from moe_jax.dispatch import gather_exchange
+from moe_jax.dispatch.capacity import Slots, run_slots
+from moe_jax.dispatch.exchange import run_local, run_sharded
 from moe_jax.ops.activations import is_gated
 from moe_jax.ops.expert_ffn import expert_ffn
+from moe_jax.ops.grouped_matmul import resolve_backend
 from moe_jax.types import TokenChoice
 
 # Fan-in of one expert, not of all E together.
@@ -17,12 +19,16 @@ EXPERT_INIT = nn.initializers.variance_scaling(
     1.0, "fan_in", "truncated_normal", in_axis=-2, out_axis=-1, batch_axis=(0,)
 )
 
+# Kernels whose results shard_map cannot type.
+_UNTYPED_BACKENDS = ("megablox", "tokamax")
+
 
 class Experts(nn.Module):
     """E feed-forward networks of width F and the sum of their gated outputs.
 
     Parameters: w_in [E, D, F], w_out [E, F, D], for a gated activation w_gate [E, D, F]; with `use_bias` b_in
-    [E, F], b_gate [E, F], b_out [E, D].
+    [E, F], b_gate [E, F], b_out [E, D]. `exchange` and `exchange_buffer` are those of
+    `moe_jax.dispatch.exchange.run_sharded`.
     """
 
     experts: int
@@ -31,6 +37,8 @@ class Experts(nn.Module):
     use_bias: bool = False
     backend: str | None = None
     param_dtype: Any = jnp.float32
+    exchange: str | None = None
+    exchange_buffer: float = 2.0
 
     def _weight(self, name: str, *axes: tuple[str | None, int]) -> jax.Array:
         init = EXPERT_INIT if len(axes) == 3 else nn.initializers.zeros_init()
@@ -38,11 +46,15 @@ class Experts(nn.Module):
         return self.param(name, nn.with_logical_partitioning(init, names), shape, self.param_dtype)
 
     @nn.compact
-    def __call__(self, x: jax.Array, choice: TokenChoice) -> jax.Array:
-        """x [T, D], choice over E experts -> [T, D], computed in the dtype of x.
+    def __call__(
+        self, x: jax.Array, choice: TokenChoice, slots: Slots | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """x [T, D], choice over E experts -> (y [T, D], stats), computed in the dtype of x.
 
         Under `jax.set_mesh` with a mesh of more than one device, the layer runs in a shard_map over it. The
-        work is split over the axes data, fsdp, expert and tensor; along any other it is repeated.
+        work is split over the axes data, fsdp, expert and tensor; along any other it is repeated. On one
+        device `slots`, of a choice limited to them, makes the experts run as equal groups of C rows. The
+        statistics are those of the exchange, if the axis expert has more than one shard; else none.
         """
         e, d, f = ("experts", self.experts), ("embed", x.shape[-1]), ("mlp", self.width)
         weights = {"w_in": self._weight("w_in", e, d, f), "w_out": self._weight("w_out", e, f, d)}
@@ -55,13 +67,21 @@ class Experts(nn.Module):
             if gated:
                 weights["b_gate"] = self._weight("b_gate", e, f)
         if self.is_initializing():
-            return jnp.zeros_like(x)
+            return jnp.zeros_like(x), {}
         weights = {name: weight.astype(x.dtype) for name, weight in weights.items()}
 
-        def run_experts(rows, weights, group_sizes):
-            return expert_ffn(rows, weights, group_sizes, activation=self.activation, backend=self.backend)
+        def run_experts(x, weights, order, gates):
+            return expert_ffn(
+                x, weights, order.group_sizes, activation=self.activation, gates=gates, order=order.order,
+                inverse=order.inverse, backend=self.backend,
+            )  # fmt: skip
 
         mesh = compat.current_mesh()
         if mesh is None or mesh.size == 1 or compat.inside_shard_map(mesh):
-            return gather_exchange.run_local(x, choice, weights, run_experts)
-        return gather_exchange.run_sharded(mesh, x, choice, weights, run_experts)
+            if slots is not None:
+                return run_slots(x, choice.gates, slots, weights, activation=self.activation), {}
+            return run_local(x, choice, weights, run_experts), {}
+        return run_sharded(
+            mesh, x, choice, weights, run_experts, exchange=self.exchange, buffer_factor=self.exchange_buffer,
+            check=resolve_backend(self.backend) not in _UNTYPED_BACKENDS,
+        )  # fmt: skip

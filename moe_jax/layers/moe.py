@@ -26,7 +26,13 @@ class MoE(nn.Module):
       use_bias: biases in the experts.
       capacity_factor: at most C = ceil(factor * T * K / E) assignments per expert in training; 0: dropless.
       eval_capacity: the same in evaluation; 0: dropless.
+      capacity_priority: "token", "choice" or "gate", see `limit_assignments`; only "token" is causal. On one
+        device the C slots of each expert run as equal groups.
       backend: of `grouped_matmul`; None: the platform's best.
+      exchange: "auto", "gather", "all_to_all" or "ragged": how tokens reach the experts of other devices, see
+        `moe_jax.dispatch.exchange`. More than one shard of experts adds its counts to the statistics.
+      exchange_buffer: room of the last two, relative to an even load; where it is short the call takes
+        "gather". 0: for everything that can come.
       dtype: compute dtype; None: that of x. The router computes in float32 at least.
     """
 
@@ -38,7 +44,10 @@ class MoE(nn.Module):
     use_bias: bool = False
     capacity_factor: float = 0.0
     eval_capacity: float = 0.0
+    capacity_priority: str = "token"
     backend: str | None = None
+    exchange: str | None = None
+    exchange_buffer: float = 2.0
     dtype: Any = None
 
     @nn.compact
@@ -67,11 +76,16 @@ class MoE(nn.Module):
         with jax.named_scope("route"):
             choice, losses, stats = router(tokens, inputs)
             factor = self.capacity_factor if inputs.train else self.eval_capacity
-            dropped = jnp.zeros((), jnp.float32)
+            slots, dropped = None, jnp.zeros((), jnp.float32)
             if factor:
                 capacity = slots_per_expert(factor, tokens.shape[0], self.top_k, self.experts)
-                choice, dropped = limit_assignments(choice, self.experts, capacity)
+                choice, slots, dropped = limit_assignments(
+                    choice, self.experts, capacity, self.capacity_priority
+                )
             stats = {**stats, "dropped": dropped.astype(jnp.float32)}
-        run = Experts(self.experts, self.width, self.activation, self.use_bias, self.backend, name="experts")
-        y = run(tokens.astype(self.dtype or x.dtype), choice)
-        return y.reshape(x.shape), Aux(losses, stats)
+        run = Experts(
+            self.experts, self.width, self.activation, self.use_bias, self.backend,
+            exchange=self.exchange, exchange_buffer=self.exchange_buffer, name="experts",
+        )  # fmt: skip
+        y, sent = run(tokens.astype(self.dtype or x.dtype), choice, slots)
+        return y.reshape(x.shape), Aux(losses, {**stats, **sent})

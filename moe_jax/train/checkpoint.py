@@ -151,13 +151,19 @@ class Checkpoints:
                 damaged.append(candidate)
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
                 logging.warning("Checkpoint %d in %s cannot be read: %s", candidate, self.workdir, reason)
+        if self._read_only and step is None:
+            # A run that is still training may have deleted them, after it saved newer ones.
+            self._manager.reload()
+            if max(self.steps(), default=-1) > saved[-1]:
+                return self._first_readable(None, read)
         raise DamagedCheckpointError(f"{self.workdir}: none of steps {steps} can be read") from errors[0]
 
     def _record(self, step: int) -> dict:
         record = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-        if record.pop("sha256") != _digest(record):
+        digest = record.pop("sha256")
+        if digest != _digest(record):
             raise DamagedCheckpointError("the description was changed after it was saved")
-        return record
+        return record | {"sha256": digest}
 
     def _restore(self, step: int, target: Any, partial: bool) -> tuple[Any, dict]:
         record = self._record(step)
@@ -226,6 +232,12 @@ def load_meta(workdir, step: int | None = None) -> dict:
     """The `meta` of a run's newest checkpoint; ConfigError if there is none."""
     with Checkpoints(workdir, read_only=True) as checkpoints:
         return checkpoints.restore_meta(step)
+
+
+def load_identity(workdir) -> str:
+    """A hash of what a run's newest checkpoint holds, arrays included; ConfigError if there is none."""
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        return checkpoints._first_readable(None, lambda step: checkpoints._record(step)["sha256"])[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,7 +328,9 @@ _FREE = (
     "train.max_to_keep train.async_checkpoint train.max_skipped train.profile_steps train.peak_tflops "
     "train.tensorboard model.scan model.remat data.cache_dir sample init"
 ).split()
-_ROUNDING = "mesh model.attention model.moe.backend model.moe.exchange model.loss_chunk".split()
+_ROUNDING = (
+    "mesh model.attention model.moe.backend model.moe.exchange model.moe.exchange_buffer model.loss_chunk"
+).split()
 
 
 def check_resume(saved: Config, new: Config) -> list[str]:

@@ -41,13 +41,9 @@ class Interrupts:
 
     def agreed(self, step: int) -> int:
         """0, or the signal to stop for: the same on all processes, which all pass the same `step`."""
-        if jax.process_count() == 1:
-            return self.signum
-        if step % self.every:
+        if jax.process_count() > 1 and step % self.every:
             return 0
-        from jax.experimental import multihost_utils
-
-        return int(np.max(multihost_utils.process_allgather(np.int32(self.signum))))
+        return largest(self.signum)
 
     def _note(self, signum, frame):
         if signum == signal.SIGINT and self._interrupted:
@@ -58,6 +54,15 @@ class Interrupts:
         self.signum = self.signum or int(signum)
         # os.write: print is not safe inside a handler.
         os.write(2, f"\n{signal.Signals(signum).name}: stopping after this step\n".encode())
+
+
+def largest(value: int) -> int:
+    """The largest `value` of all processes, which all call this together."""
+    if jax.process_count() == 1:
+        return int(value)
+    from jax.experimental import multihost_utils
+
+    return int(np.max(multihost_utils.process_allgather(np.int32(value))))
 
 
 def exit_code(signum: int) -> int:

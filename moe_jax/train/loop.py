@@ -1,6 +1,7 @@
 """The run: set up or restore, then train with evaluation and checkpoints."""
 
 import collections
+import contextlib
 import json
 import logging
 import platform
@@ -15,17 +16,26 @@ from etils import epath
 from moe_jax.config import Config, ConfigError, from_dict, to_dict
 from moe_jax.data import TextData, Tokenizer, open_data
 from moe_jax.models import MODELS
-from moe_jax.models.flops import training_flops_per_token
-from moe_jax.models.stack import by_layer
 from moe_jax.parallel.mesh import mesh_from_config, start_devices
-from moe_jax.parallel.rules import batch_sharding, local_rows, put_batch, replicated
-from moe_jax.train.checkpoint import Checkpoints, check_free_space, check_resume, fill_from, state_bytes
+from moe_jax.parallel.rules import local_rows, put_batch
+from moe_jax.train.checkpoint import (
+    Checkpoints,
+    DamagedCheckpointError,
+    check_free_space,
+    check_resume,
+    fill_from,
+    load_meta,
+    state_bytes,
+)
 from moe_jax.train.evaluation import evaluate, make_evaluation_step
 from moe_jax.train.interrupt import Interrupts, exit_code
-from moe_jax.train.metrics import MetricsWriter, peak_flops, routing_metrics
+from moe_jax.train.metrics import MetricsWriter, write_whole
+from moe_jax.train.optimizer import check_groups
 from moe_jax.train.progress import ProgressBar
-from moe_jax.train.state import abstract_state, place_state, state_shardings
-from moe_jax.train.step import make_train_step
+from moe_jax.train.reporter import Profile, Reporter
+from moe_jax.train.state import abstract_state, place_state
+from moe_jax.train.step import compile_train_step
+from moe_jax.train.workdir import own_workdir
 from moe_jax.validation import validate
 
 
@@ -34,30 +44,74 @@ def fit(config: Config, workdir: str) -> int:
     after too many non-finite steps.
 
     Raises:
-      ConfigError: the config does not fit the devices, the data or the checkpoint in `workdir`.
+      ConfigError: the config does not fit the devices, the data or the checkpoint in `workdir`; `workdir` cannot be
+        written, or another run is there; no checkpoint in it can be read.
     """
     start_devices(config.mesh)
     show_log()
     validate(config, jax.device_count())
     mesh = mesh_from_config(config.mesh)
-    with (
-        Interrupts(every=min(config.train.log_every, 10)) as interrupts,
-        Checkpoints(
-            workdir, max_to_keep=config.train.max_to_keep, asynchronous=config.train.async_checkpoint
-        ) as checkpoints,
-        jax.set_mesh(mesh),
-    ):
-        last = checkpoints.latest_step()
-        saved = checkpoints.restore_meta() if last is not None else None
-        if saved:
-            for warning in check_resume(from_dict(saved["config"]), config):
-                say(f"warning: {warning}")
-        if last is not None and last >= config.train.steps:
+    keep, asynchronous = config.train.max_to_keep, config.train.async_checkpoint
+    with Interrupts(every=min(config.train.log_every, 10)) as interrupts:
+        try:
+            with (
+                own_workdir(workdir),
+                Checkpoints(workdir, max_to_keep=keep, asynchronous=asynchronous) as checkpoints,
+                jax.set_mesh(mesh),
+            ):
+                code = _fit(config, workdir, mesh, checkpoints, interrupts)
+        except DamagedCheckpointError as error:
+            fix = "put back a copy, or use another --workdir"
+            raise ConfigError("checkpoint files", None, str(error), fix) from error
+        # After the last step, such as while the last checkpoint was written.
+        if code == 0 and (signum := interrupts.agreed(0)):
+            say("all steps are done and saved; run the same command for what comes after them")
+            return exit_code(signum)
+        return code
+
+
+def _fit(config: Config, workdir: str, mesh, checkpoints: Checkpoints, interrupts: Interrupts) -> int:
+    last = checkpoints.latest_step()
+    saved = checkpoints.restore_meta() if last is not None else None
+    if saved:
+        for warning in check_resume(from_dict(saved["config"]), config):
+            say(f"warning: {warning}")
+        # The description is an older step's where the newest one's cannot be read.
+        if saved["step"] == last >= config.train.steps:
             say(
                 f"complete: {workdir} has all {last} steps; raise --config.train.steps to go on, or use another --workdir"
             )
             return 0
-        return Trainer(config, workdir, mesh, checkpoints, saved).run(interrupts)
+    return Trainer(config, workdir, mesh, checkpoints, saved).run(interrupts)
+
+
+def start_tokenizer(config: Config, saved: dict[str, Any] | None) -> Tokenizer | None:
+    """The tokenizer that the run's first parameters were trained with; None: they are new, and the data's own is right.
+
+    Args:
+      config: the run's.
+      saved: `meta` of its checkpoint to resume from, or None.
+
+    Raises:
+      ConfigError: the config asks for another one than that of `init.checkpoint`, whose vocabulary it takes.
+    """
+    if saved:
+        return Tokenizer.from_json(saved["tokenizer"])
+    prefixes = [prefix.strip().strip("/") for prefix in config.init.include.split(",") if prefix]
+    vocabulary = ("embed", "output")  # parameters with a row per token
+    if not config.init.checkpoint or (
+        prefixes and not any(prefix.split("/")[0] in vocabulary for prefix in prefixes)
+    ):
+        return None
+    meta = load_meta(config.init.checkpoint)
+    theirs = from_dict(meta["config"]).data
+    for name in ("tokenizer", "vocab_size") if config.data.tokenizer == "bpe" else ("tokenizer",):
+        ours, its = getattr(config.data, name), getattr(theirs, name)
+        if ours != its:
+            fix = "set it to that, or list in init.include what to take without embed and output"
+            limit = f"init.checkpoint={config.init.checkpoint} has {its}"
+            raise ConfigError(f"data.{name}", ours, limit, fix)
+    return Tokenizer.from_json(meta["tokenizer"])
 
 
 def show_log() -> None:
@@ -80,9 +134,8 @@ class Trainer:
 
     def __init__(self, config: Config, workdir: str, mesh, checkpoints: Checkpoints, saved: dict | None):
         self.config, self.workdir, self.mesh, self.checkpoints = config, workdir, mesh, checkpoints
-        tokenizer = Tokenizer.from_json(saved["tokenizer"]) if saved else None
         self.data: TextData = open_data(
-            config.data, tokenizer=tokenizer, show_progress=jax.process_index() == 0
+            config.data, tokenizer=start_tokenizer(config, saved), show_progress=jax.process_index() == 0
         )
         for name, splits in self.data.report.items():
             for split, counts in splits.items():
@@ -96,12 +149,14 @@ class Trainer:
             )  # fmt: skip
         self.model = MODELS[config.model.name](config.model, self.data.tokenizer.vocab_size)
         self.state = self._restore() if saved else self._start()
+        check_groups(config.optimizer, self.state["params"])
         self.step = int(self.state["step"])
         self.evaluation_step = make_evaluation_step(self.model, self.data.tokenizer.token_bytes)
         if jax.process_index() == 0:
             path = epath.Path(workdir)
-            path.mkdir(parents=True, exist_ok=True)
-            (path / "config.json").write_text(json.dumps(to_dict(config), indent=1))
+            write_whole(path / "config.json", json.dumps(to_dict(config), indent=1))
+            if self.step == 0:
+                (path / "results.json").unlink(missing_ok=True)
 
     def _start(self):
         target = abstract_state(self.model, self.config, self.mesh)
@@ -142,17 +197,7 @@ class Trainer:
 
     def compile(self, batch) -> Any:
         """The compiled step; donates the state."""
-        state = state_shardings(self.model, self.config, self.mesh)
-        rows = batch_sharding(self.mesh, self.config.data.batch_size)
-        step = jax.jit(
-            make_train_step(self.model, self.config),
-            in_shardings=(state, rows),
-            out_shardings=(state, replicated(self.mesh)),
-            donate_argnums=0,
-        )
-        # XLA may keep bfloat16 values in float32 across what it fuses, and would round differently with scan or remat.
-        exact = {"xla_allow_excess_precision": False} if self.config.model.dtype == "bfloat16" else None
-        return step.lower(self.state, batch).compile(compiler_options=exact)
+        return compile_train_step(self.model, self.config, self.mesh, self.state, batch)
 
     def evaluate(self, writer: MetricsWriter, bar: ProgressBar) -> None:
         """Writes loss and bits per byte of every validation source."""
@@ -178,126 +223,80 @@ class Trainer:
             + f"; {self.data.train_tokens:,} training tokens, {t.steps * c.data.batch_size * c.data.sequence_length:,} to train on"
         )
         rows = local_rows(self.mesh, c.data.batch_size)
-        batches = self.data.train_batches(c.seed, c.data.batch_size, start_step=self.step, rows=rows)
         first = self.data.train_batch(c.seed, c.data.batch_size, self.step, rows)
+        if signum := interrupts.agreed(0):
+            return self._stop_before_training(signum)
         started = time.perf_counter()
         compiled = self.compile(put_batch(first, self.mesh, c.data.batch_size))
         say(f"compiled in {time.perf_counter() - started:.1f} s")
-        writer = MetricsWriter(self.workdir, tensorboard=t.tensorboard, resume_step=self.step)
-        with writer, ProgressBar(t.steps, self.step, enabled=jax.process_index() == 0) as bar:
-            try:
-                return self._loop(compiled, batches, interrupts, Reporter(self, writer, bar))
-            finally:
-                batches.close()
+        if signum := interrupts.agreed(0):
+            return self._stop_before_training(signum)
+        with (
+            contextlib.closing(
+                self.data.train_batches(c.seed, c.data.batch_size, start_step=self.step, rows=rows)
+            ) as batches,
+            MetricsWriter(self.workdir, tensorboard=t.tensorboard, resume_step=self.step) as writer,
+            ProgressBar(t.steps, self.step, enabled=jax.process_index() == 0) as bar,
+            Profile(t.profile_steps, self.workdir) as profile,
+        ):
+            reporter = Reporter(c, self.data.tokenizer.vocab_size, self.step, writer, bar)
+            return self._loop(compiled, batches, interrupts, reporter, profile)
 
-    def _loop(self, compiled, batches, interrupts, reporter) -> int:
+    def _loop(self, compiled, batches, interrupts, reporter: Reporter, profile: Profile) -> int:
         c, t = self.config, self.config.train
-        profile = [int(number) for number in t.profile_steps.split(":")] if t.profile_steps else [0, 0]
         waiting = collections.deque()
         reporter.start()
         while self.step < t.steps:
-            if self.step + 1 == profile[0]:
-                jax.profiler.start_trace(str(epath.Path(self.workdir) / "profile"))
+            profile.before(self.step + 1)
             batch = put_batch(next(batches), self.mesh, c.data.batch_size)
             with reporter.inside_step():
                 self.state, metrics = compiled(self.state, batch)
+                self.step += 1
                 waiting.append(metrics)
-                # One step stays queued, so that the device has work while the host prepares the next batch.
-                if len(waiting) > 1 and int(waiting.popleft()["skipped_in_row"]) >= t.max_skipped:
-                    return self._stop_skipping(reporter)
-            self.step += 1
-            if self.step + 1 == profile[1]:
-                jax.block_until_ready(metrics)
-                jax.profiler.stop_trace()
+                # One step stays queued, so that the device has work while the host prepares the next batch; none at the end.
+                while len(waiting) > (self.step < t.steps):
+                    if int(waiting.popleft()["skipped_in_row"]) >= t.max_skipped:
+                        return self._stop_skipping(reporter, self.step - len(waiting))
+            profile.after(self.step, metrics)
             due = {
                 "log": self.step % t.log_every == 0 or self.step == t.steps,
                 "save": (t.checkpoint_every and self.step % t.checkpoint_every == 0) or self.step == t.steps,
                 "eval": (t.eval_every and self.step % t.eval_every == 0) or self.step == t.steps,
             }
+            if any(due.values()):
+                with reporter.inside_step():  # or the wait would count as time outside
+                    jax.block_until_ready(metrics)
             if due["log"]:
-                with reporter.inside_step():
-                    metrics = jax.device_get(metrics)
-                reporter.log(self.step, metrics)
+                reporter.log(self.step, jax.device_get(metrics))
+            signum = interrupts.agreed(self.step)
             with reporter.outside():
-                # Evaluated before it is saved: a row of a saved step is never missing after a restart.
+                if signum:  # before an evaluation, which may take longer than whoever sent the signal waits
+                    self.save()
+                    self.checkpoints.wait()
+                    reporter.bar.write(f"saved step {self.step}; run the same command to go on")
+                # Else evaluated before it is saved: a row of a saved step is never missing after a restart.
                 if due["eval"]:
                     self.evaluate(reporter.writer, reporter.bar)
                 if due["save"]:
                     self.save()
             reporter.bar.update(self.step)
-            if signum := interrupts.agreed(self.step):
-                self.save()
-                self.checkpoints.wait()
-                reporter.bar.write(f"saved step {self.step}; run the same command to go on")
+            if signum:
                 return exit_code(signum)
         self.checkpoints.wait()
         return 0
 
-    def _stop_skipping(self, reporter) -> int:
-        limit = self.config.train.max_skipped
+    def _stop_before_training(self, signum: int) -> int:
+        say(f"stopped at step {self.step}, before the first step; run the same command to go on")
+        return exit_code(signum)
+
+    def _stop_skipping(self, reporter: Reporter, step: int) -> int:
+        lower = "optimizer.learning_rate"
+        if self.checkpoints.steps():  # which may be resumed with its own learning rate only
+            fix = f"start in another --workdir with a lower {lower} and init.checkpoint={self.workdir}"
+        else:
+            fix = f"lower {lower}"
         reporter.bar.write(
-            f"error: {limit} steps in a row up to step {self.step} had a non-finite loss or gradient; lower "
-            "optimizer.learning_rate, or raise train.max_skipped"
+            f"error: {self.config.train.max_skipped} steps in a row up to step {step} had a non-finite loss or "
+            f"gradient; {fix}, or raise train.max_skipped"
         )
         return 1
-
-
-class Reporter:
-    """Rows of metrics and the progress bar, and where the time goes."""
-
-    def __init__(self, trainer: Trainer, writer: MetricsWriter, bar: ProgressBar):
-        c = trainer.config
-        self.config, self.writer, self.bar, self.last_logged = c, writer, bar, trainer.step
-        self.tokens_per_step = c.data.batch_size * c.data.sequence_length
-        vocab = trainer.data.tokenizer.vocab_size
-        self.flops_per_token = training_flops_per_token(c.model, vocab, c.data.sequence_length)
-        known = peak_flops(jax.devices()[0].device_kind) or 0.0
-        self.peak = (c.train.peak_tflops * 1e12 or known) * jax.device_count()
-        self.start()
-
-    def start(self) -> None:
-        """Starts the clock of the next row."""
-        self.began, self.paused, self.stepping = time.perf_counter(), 0.0, 0.0
-
-    def inside_step(self):
-        """Time spent in the jitted step or waiting for it."""
-        return _Stopwatch(self, "stepping")
-
-    def outside(self):
-        """Time that is neither: evaluation and checkpoints."""
-        return _Stopwatch(self, "paused")
-
-    def log(self, step: int, metrics: dict[str, Any]) -> None:
-        """Writes the row of `step`; `metrics` are the step's, on the host."""
-        seconds = max(time.perf_counter() - self.began - self.paused, 1e-9)
-        speed = (step - self.last_logged) * self.tokens_per_step / seconds
-        row = {
-            "loss": metrics["loss"],
-            "tokens_per_second": speed,
-            "gradient_norm": metrics["gradient_norm"],
-            "learning_rate": metrics["learning_rate"],
-            "skipped": metrics["skipped"],
-            "tflops_per_second": speed * self.flops_per_token / 1e12,
-            "step_share": self.stepping / seconds,
-        }
-        if self.peak:
-            row["mfu"] = speed * self.flops_per_token / self.peak
-        row |= {f"router/{name}_loss": value for name, value in metrics["losses"].items()}
-        row |= routing_metrics(by_layer(metrics["stats"], self.config.model))
-        self.writer.write(step, row)
-        self.bar.update(step, float(metrics["loss"]), speed)
-        self.last_logged = step
-        self.start()
-
-
-class _Stopwatch:
-    def __init__(self, reporter: Reporter, name: str):
-        self.reporter, self.name = reporter, name
-
-    def __enter__(self):
-        self.began = time.perf_counter()
-
-    def __exit__(self, *exception):
-        setattr(
-            self.reporter, self.name, getattr(self.reporter, self.name) + time.perf_counter() - self.began
-        )

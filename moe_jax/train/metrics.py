@@ -113,16 +113,7 @@ class MetricsWriter:
         self._enabled = False
 
     def _write_all(self) -> None:
-        text = "".join(self._lines)
-        if not self._local:
-            self._path.write_text(text)
-            return
-        unfinished = f"{self._path}.tmp"
-        with open(unfinished, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, self._path)
+        write_whole(self._path, "".join(self._lines))
 
     def _plain(self, value: Any) -> Any:
         """`value` as JSON knows it."""
@@ -144,6 +135,19 @@ class MetricsWriter:
             return number
         self.nonfinite += 1
         return None
+
+
+def write_whole(path: epath.Path, text: str) -> None:
+    """Writes a file, whole or not at all, whenever the process is killed."""
+    if "://" in str(path):
+        path.write_text(text)
+        return
+    unfinished = f"{path}.tmp"
+    with open(unfinished, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
 
 
 def read_metrics(workdir) -> list[dict[str, Any]]:

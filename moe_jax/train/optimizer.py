@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moe_jax.config import OptimizerConfig, TrainConfig
+from moe_jax.config import ConfigError, OptimizerConfig, TrainConfig
 
 
 def learning_rate(config: OptimizerConfig, train: TrainConfig, step: jax.Array) -> jax.Array:
@@ -56,6 +56,25 @@ def group_factors(config: OptimizerConfig, params: Any) -> tuple[Any, Any]:
 
     paths = leaf_paths(params)
     return jax.tree.map(scale, paths), jax.tree.map(decay, paths)
+
+
+def check_groups(config: OptimizerConfig, params: Any) -> None:
+    """Refuses a group that is the first match of no parameter: it would be without effect.
+
+    Raises:
+      ConfigError: naming the group.
+    """
+    paths = jax.tree.leaves(leaf_paths(params))
+    used = [_group(config, path) for path in paths]
+    for i, group in enumerate(config.groups):
+        if not any(group is one for one in used):
+            limit, fix = (
+                "matches no parameter",
+                f"their paths are such as {', '.join(paths[:: len(paths) // 4 + 1])}",
+            )
+            if any(re.search(group.path, path) for path in paths):
+                limit, fix = "all that it matches is in a group before it", "move it up"
+            raise ConfigError(f"optimizer.groups[{i}].path", group.path, limit, fix)
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:

@@ -9,9 +9,8 @@ from moe_jax.config import Config, ConfigError
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.models import MODELS
 from moe_jax.parallel.mesh import mesh_from_config, start_devices
-from moe_jax.parallel.rules import shardings_of
 from moe_jax.train.checkpoint import DamagedCheckpointError, load_meta, load_params
-from moe_jax.train.state import abstract_variables
+from moe_jax.train.state import abstract_placed_variables
 
 
 class LoadedRun(NamedTuple):
@@ -51,7 +50,7 @@ def load_run(workdir, config: Config, step: int | None = None) -> LoadedRun:
         model = MODELS[config.model.name](config.model, tokenizer.vocab_size)
         saved_ema = meta["config"]["optimizer"].get("ema_decay", 0.0) > 0
         name = "ema" if saved_ema and config.optimizer.ema_decay > 0 else "params"
-        target = _target(model, mesh)
+        target = abstract_placed_variables(model, mesh)
         with jax.set_mesh(mesh):
             restored = load_params(
                 workdir, {name: target["params"], "router_state": target["router_state"]}, step
@@ -62,17 +61,3 @@ def load_run(workdir, config: Config, step: int | None = None) -> LoadedRun:
         ) from error
     variables = {"params": restored.state[name], "router_state": restored.state["router_state"]}
     return LoadedRun(config, mesh, tokenizer, model, variables, restored.step, meta)
-
-
-def _target(model: nn.Module, mesh) -> dict[str, Any]:
-    """ShapeDtypeStructs of `params` and `router_state` with their shardings."""
-    boxed = abstract_variables(model)
-
-    def is_box(leaf):
-        return isinstance(leaf, nn.meta.AxisMetadata)
-
-    def place(leaf, sharding):
-        shape = leaf.value if is_box(leaf) else leaf
-        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
-
-    return jax.tree.map(place, boxed, shardings_of(boxed, mesh), is_leaf=is_box)

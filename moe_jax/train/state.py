@@ -110,8 +110,16 @@ def place_state(model: nn.Module, config: Config, mesh) -> State:
 def abstract_state(model: nn.Module, config: Config, mesh) -> State:
     """ShapeDtypeStructs of the state with their shardings, as a restore wants them."""
     shapes = jax.eval_shape(lambda: init_state(model, config, jax.random.key(0)))
+    return _placed(shapes, state_shardings(model, config, mesh))
+
+
+def abstract_placed_variables(model: nn.Module, mesh) -> dict[str, Any]:
+    """ShapeDtypeStructs of `params` and `router_state` with their shardings."""
+    boxed = abstract_variables(model)
+    return _placed(nn.unbox(boxed), shardings_of(boxed, mesh))
+
+
+def _placed(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(
-        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
-        shapes,
-        state_shardings(model, config, mesh),
+        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings
     )

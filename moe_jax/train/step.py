@@ -11,9 +11,10 @@ import optax
 from moe_jax.config import Config, MoEConfig
 from moe_jax.models.decoder import row_sinks
 from moe_jax.models.losses import cross_entropy
+from moe_jax.parallel.rules import batch_sharding, replicated
 from moe_jax.routing import ROUTERS
 from moe_jax.train.optimizer import Rows, learning_rate, make_optimizer, merge_rows, update_rows
-from moe_jax.train.state import State, join_tables, split_tables, table_paths
+from moe_jax.train.state import State, join_tables, split_tables, state_shardings, table_paths
 
 Batch = dict[str, jax.Array]
 # Keeps a step's noise apart from the initialisation, which uses the seed's key itself.
@@ -142,7 +143,9 @@ def make_train_step(model: nn.Module, config: Config):
 
     def train_step(state: State, batch: Batch):
         d_dense, d_rows, total, loss, losses, stats = accumulate(model, config, state, batch)
-        norm = jnp.sqrt(optax.tree.norm(d_dense) ** 2 + sum(jnp.sum(r.rows**2) for r in d_rows.values()))
+        norm = jnp.sqrt(
+            optax.tree.norm(d_dense, squared=True) + sum(jnp.sum(r.rows**2) for r in d_rows.values())
+        )
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
         factor = jnp.minimum(1.0, options.clip_norm / jnp.maximum(norm, 1e-30)) if options.clip_norm else 1.0
         rate = learning_rate(options, config.train, state["step"])
@@ -183,3 +186,36 @@ def make_train_step(model: nn.Module, config: Config):
         return new, metrics
 
     return train_step
+
+
+def abstract_batch(config: Config, mesh) -> Batch:
+    """ShapeDtypeStructs of a global batch, int32 and (`loss_weights`) float32 [B, S], with their sharding."""
+    shape = config.data.batch_size, config.data.sequence_length
+    sharding = batch_sharding(mesh, config.data.batch_size)
+    dtypes = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), jnp.int32)
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        for name, dtype in (dtypes | {"loss_weights": jnp.float32}).items()
+    }
+
+
+def compile_train_step(model: nn.Module, config: Config, mesh, state: State, batch: Batch) -> Any:
+    """The compiled `make_train_step` on `mesh`; it donates the state.
+
+    Args:
+      model: of `config`.
+      config: the run's.
+      mesh: also of devices that are not there, as for an ahead-of-time compilation.
+      state, batch: arrays, or ShapeDtypeStructs (`abstract_state`, `abstract_batch`).
+    """
+    shardings = state_shardings(model, config, mesh)
+    step = jax.jit(
+        make_train_step(model, config),
+        in_shardings=(shardings, batch_sharding(mesh, config.data.batch_size)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+    # XLA may keep bfloat16 values in float32 across what it fuses, and would round differently with scan or remat.
+    exact = {"xla_allow_excess_precision": False} if config.model.dtype == "bfloat16" else None
+    with jax.set_mesh(mesh):
+        return step.lower(state, batch).compile(compiler_options=exact)

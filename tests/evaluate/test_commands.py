@@ -11,6 +11,7 @@ import moe_jax.evaluate.__main__ as evaluate_command
 from moe_jax import cli, generate
 from moe_jax.config import Config, ConfigError, ModelConfig, MoEConfig, SampleConfig, SourceConfig, to_dict
 from moe_jax.data import BPETokenizer, ByteTokenizer
+from moe_jax.evaluate import finite
 from moe_jax.evaluate.compression import compress_bits_per_byte
 from moe_jax.models.decoder import Decoder
 from moe_jax.train.checkpoint import Checkpoints
@@ -146,7 +147,7 @@ def test_evaluate_refuses_in_one_line(workdir, flags, message, capsys):
 
 def test_not_finite_is_null():
     tree = {"a": math.nan, "b": {"c": math.inf, "d": 1.5, "e": 3}}
-    assert evaluate_command._finite(tree) == {"a": None, "b": {"c": None, "d": 1.5, "e": 3}}
+    assert finite(tree) == {"a": None, "b": {"c": None, "d": 1.5, "e": 3}}
 
 
 def test_generate(workdir, capsys):

@@ -157,27 +157,27 @@ def test_a_groups_nan_stays_its_own(backend):
 
 def test_work_follows_the_rows():
     """Blocks that run: none for empty groups and the tail; every row is in one block of its group."""
-    assert blocks.block_sizes(70, 4) == (16, 32, 48, 64) and blocks.block_sizes(7, 4) == (7,)
+    assert blocks.block_sizes(70, 4) == (16, 64) and blocks.block_sizes(7, 4) == (7,)
     assert (
         blocks.block_sizes(4096, 16) == tuple(range(64, 513, 64)) and blocks.block_sizes(4096, 64)[-1] == 256
     )
-    rows, step, most = 600, *blocks.block_sizes(600, 6)[:: len(blocks.block_sizes(600, 6)) - 1]
+    rows, step, most = 600, *blocks.block_sizes(600, 6)
     for sizes in ((0, 0, 0), (0, 1, 0), (32, 0, 33), (most, 64, 1), (2 * most + 1, 9, 0), (10, 10, 580)):
         sizes = (*sizes, 0, 0, 0)
 
         def count(carry, block):
             seen, run = carry
             ones = jnp.ones((block.size, 1), jnp.int32) * (1 + block.group)
-            return block.write(seen, block.rows(seen) + ones), run + jnp.where(
-                block.valid.any(), block.size, 10**6
-            )
+            return block.write(seen, block.rows(seen) + ones), run + block.size
 
         seen, run = blocks.for_each_block(
             jnp.asarray(sizes), rows, count, (jnp.zeros((rows, 1), jnp.int32), 0)
         )
         expected = np.repeat([1, 2, 3, 0, 0, 0, 0], [*sizes, rows - sum(sizes)])
         np.testing.assert_array_equal(seen[:, 0], expected)
-        assert run == sum(-(-n // step) * step for n in sizes)
+        assert run == sum(
+            n // most * most + (n % most > 0) * (step if n % most <= step else most) for n in sizes
+        )
 
 
 @pytest.mark.parametrize("backend", PLAIN)

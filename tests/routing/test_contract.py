@@ -224,7 +224,9 @@ def test_one_device_is_eight(row):
     np.testing.assert_array_equal(choice.expert_ids, s.route_jit(x, inputs)[0].expert_ids)
     one = s.run(x, inputs)
     np.testing.assert_array_equal(eight.stats["counts"], one.stats["counts"])
-    chex.assert_trees_all_close(eight, one, rtol=1e-5, atol=1e-6)
+    # One device exchanges nothing.
+    stats = {name: value for name, value in eight.stats.items() if not name.startswith("exchange_")}
+    chex.assert_trees_all_close(eight._replace(stats=stats), one, rtol=1e-5, atol=1e-6)
 
 
 @every_router

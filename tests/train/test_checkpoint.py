@@ -286,6 +286,16 @@ def test_no_flipped_bit_is_read_in_silence(tmp_path):
 
 
 @pytest.mark.usefixtures("collect_failed_reads")
+def test_a_reader_finds_what_replaced_the_steps_it_listed(tmp_path):
+    save(tmp_path, (1,))
+    with Checkpoints(tmp_path, read_only=True) as reader:
+        assert reader.latest_step() == 1
+        save(tmp_path, (2,), max_to_keep=1)
+        assert not (tmp_path / "checkpoints" / "1").exists()
+        assert reader.restore_meta()["data_position"] == 2
+
+
+@pytest.mark.usefixtures("collect_failed_reads")
 def test_when_all_are_damaged_it_says_so_and_renames_nothing(tmp_path):
     save(tmp_path, (1,))
     data_file(tmp_path, 1).write_bytes(b"")
@@ -438,7 +448,7 @@ WARNED = {
         "model.attention": "xla",
         "model.moe.backend": "loop",
     },
-    **{"model.moe.exchange": "x", "model.loss_chunk": 7},
+    **{"model.moe.exchange": "x", "model.moe.exchange_buffer": 7.0, "model.loss_chunk": 7},
 }
 REFUSED = {
     **{

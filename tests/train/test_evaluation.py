@@ -120,7 +120,8 @@ def test_on_a_mesh(text, step, scores, batch_size):
     other = evaluate(step, placed, text, mesh, batch_size)
     assert other.pop("seconds") > 0
     for name, value in other.items():
-        assert value == pytest.approx(scores[name], rel=1e-5), name
+        if not name.startswith("router/exchange_"):  # one device exchanges nothing
+            assert value == pytest.approx(scores[name], rel=1e-5), name
 
 
 def test_not_finite(text, step):

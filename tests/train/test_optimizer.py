@@ -5,9 +5,10 @@ import numpy as np
 import optax
 import pytest
 
-from moe_jax.config import ParameterGroup
+from moe_jax.config import ConfigError, ParameterGroup
 from moe_jax.train.optimizer import (
     Rows,
+    check_groups,
     group_factors,
     init_row_adam,
     learning_rate,
@@ -71,6 +72,25 @@ def test_groups_first_match_counts_and_zero_freezes():
     assert (
         at(after, *block, "moe", "router", "kernel") != at(before, *block, "moe", "router", "kernel")
     ).any()
+
+
+def test_a_group_without_effect_is_refused():
+    params = {"embed": {"embedding": 1.0}, "stack": {"router": 1.0, "w_in": 1.0}}
+
+    def check(*paths):
+        groups = tuple(ParameterGroup(path) for path in paths)
+        check_groups(make_config(optimizer__groups=groups).optimizer, params)
+
+    check()
+    check("router", "stack", "embed")
+    with pytest.raises(
+        ConfigError, match=r"groups\[1\].path=embedd_typo: matches no .* such as embed/embedding"
+    ):
+        check("embed", "embedd_typo")
+    with pytest.raises(
+        ConfigError, match=r"groups\[1\].path=router: all that it matches is in a group before"
+    ):
+        check("stack", "router")
 
 
 def test_ema_follows_the_parameters():

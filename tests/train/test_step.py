@@ -4,13 +4,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.models.stack import by_layer
+from moe_jax.train.metrics import routing_metrics
 from tests.train.small import BATCH, LENGTH, Runner, make_batch, make_config
 
 MESHES = {
     "expert=8": {"mesh__expert": 8},
-    "fsdp=2,expert=4": {"mesh__fsdp": 2, "mesh__expert": 4},
-    "expert=4,tensor=2": {"mesh__expert": 4, "mesh__tensor": 2},
-}
+    "fsdp=2,expert=4": {"mesh__fsdp": 2, "mesh__expert": 4, "model__moe__exchange": "all_to_all"},
+    "expert=4,tensor=2": {
+        "mesh__expert": 4, "mesh__tensor": 2, "model__remat": True,
+        "model__moe__exchange": "ragged", "model__moe__exchange_buffer": 1.25,
+    },
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +35,9 @@ def test_any_mesh_gives_the_losses_of_one_device(one_device, mesh):
     runner = Runner(make_config(**MESHES[mesh]), devices=8)
     np.testing.assert_allclose(runner.losses(20), one_device[0], rtol=1e-5)
     chex.assert_trees_all_equal_shapes_and_dtypes(jax.device_get(runner.state), one_device[1])
+    row = routing_metrics(by_layer(runner.step(make_batch(20))["stats"], runner.config.model))
+    assert row["router/exchange_bytes"] > 0
+    assert row["router/exchange_fallback"] == (row["router/exchange_overflow"] > 0)
 
 
 def test_initialisation_does_not_depend_on_the_mesh():

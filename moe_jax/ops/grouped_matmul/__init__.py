@@ -33,7 +33,10 @@ _logged: set[str] = set()
 
 def resolve_backend(backend: str | None = None) -> str:
     """What "auto" or None means for the platform that the program is for (`compat.target_platform`): `blocks` on a CPU,
-    `ragged_dot` (XLA's own grouped kernel) on a TPU, `tokamax` on a GPU where it is installed, else `blocks`.
+    `megablox` on a TPU, `tokamax` on a GPU where it is installed, else `blocks`.
+
+    On a TPU `ragged_dot` has a kernel of its own for the rows, but multiplies every row with every group for the gradient of
+    the matrices (compiled with jax 0.10.2 and 0.12.0).
 
     Raises:
       ValueError: the backend is unknown, or its package is missing.
@@ -41,7 +44,7 @@ def resolve_backend(backend: str | None = None) -> str:
     if backend in (None, "auto"):
         platform = compat.target_platform()
         on_gpu = "tokamax" if tokamax.is_installed() else "blocks"
-        backend = {"tpu": "ragged_dot", "gpu": on_gpu, "cuda": on_gpu}.get(platform, "blocks")
+        backend = {"tpu": "megablox", "gpu": on_gpu, "cuda": on_gpu}.get(platform, "blocks")
     if backend not in BACKENDS:
         raise ValueError(f"grouped_matmul backend={backend!r}: one of {', '.join(BACKENDS)}, auto")
     if backend == "tokamax" and not tokamax.is_installed():

@@ -47,15 +47,16 @@ class Block(NamedTuple):
 
 
 def block_sizes(rows: int, groups: int) -> tuple[int, ...]:
-    """Sizes of blocks, ascending: up to 8 multiples of a step near a quarter of an even group or less.
+    """Sizes of blocks, ascending, at most 8: multiples of a step that is a quarter of an even group or less.
 
-    On 2 CPU cores a product of 64 rows runs at half the rate of one of 512, and a step of 64 wastes 32 rows a group; every
-    size costs compilation.
+    On 2 CPU cores a product of 64 rows runs at half the rate of one of 512, and a step of 64 wastes 32 rows a group. Every
+    size costs compilation, so that little work has two.
     """
     even = rows / max(groups, 1)
     step = 64 if even >= 192 else 32 if even >= 24 else 16 if even >= 12 else 8
     most = min(8 * step, max(step, int(4 * even)), rows)
-    return tuple(range(step, most + 1, step)) or (rows,)
+    sizes = tuple(range(step, most + 1, step)) or (rows,)
+    return sizes if rows >= 1024 else tuple(sorted({sizes[0], sizes[-1]}))
 
 
 def for_each_block(group_sizes: jax.Array, rows: int, body: Callable[[Any, Block], Any], carry: Any) -> Any:
@@ -72,14 +73,14 @@ def for_each_block(group_sizes: jax.Array, rows: int, body: Callable[[Any, Block
     ends = jnp.cumsum(group_sizes)
     starts = ends - group_sizes
     whole, rest = group_sizes // sizes[-1], group_sizes % sizes[-1]
-    fits = jnp.searchsorted(jnp.asarray(sizes, jnp.int32), rest)
+    fits = jnp.sum(rest[:, None] > jnp.asarray(sizes, jnp.int32), axis=1)
     for i, size in enumerate(sizes):
         last = (fits == i) & (rest > 0)
         count = last.astype(jnp.int32) + (whole if size == sizes[-1] else 0)
         until = jnp.cumsum(count)
 
         def step(n, carry, size=size, count=count, until=until):
-            group = jnp.searchsorted(until, n, side="right").astype(jnp.int32)
+            group = jnp.sum(until <= n, dtype=jnp.int32)  # a searchsorted would be a loop inside the loop
             nth = n - (until[group] - count[group])
             first = starts[group] + (nth if size == sizes[-1] else whole[group]) * sizes[-1]
             # Blocks do not reach past the last row: there they start earlier, and the rows before `first` are not theirs.

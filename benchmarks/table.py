@@ -1,0 +1,165 @@
+"""Writes the performance section of the README from the results of benchmarks.
+
+    python benchmarks/table.py [FILE.json ...]      default: benchmarks/results/*.json
+
+The text between the two marker comments is replaced; what no file has is "not measured".
+"""
+
+import argparse
+import json
+import pathlib
+import re
+from collections.abc import Iterable
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- performance: written by benchmarks/table.py -->", "<!-- end of performance -->"
+MISSING = "not measured"
+PLATFORMS = {"cpu": "CPU", "gpu": "NVIDIA GPU", "tpu": "TPU"}
+BACKENDS = {
+    "dense": "dense FFN of equal FLOPs",
+    "equal_groups": "equal groups, one batched einsum, no routing",
+    "dropless": "**dropless**",
+    "capacity": "**capacity**, factor 1.25",
+    "ragged_dot": "dropless by `ragged_dot`",
+    "one_hot": "one-hot einsums, factor 1.25",
+    "grouped_matmul": "`grouped_matmul` alone, rows sorted",
+    "torch_grouped_mm": "torch's grouped product alone, rows sorted",
+}
+SECOND = ("second_all", "second_quarter")
+
+
+def render(results: list[dict]) -> str:
+    """The section of all results: a part per file, and the platforms that have none."""
+    parts = [RENDERERS[result["benchmark"]](result) for result in results]
+    measured = {result["environment"]["platform"] for result in results}
+    missing = [name for platform, name in PLATFORMS.items() if platform not in measured]
+    if missing:
+        parts.append(f"{', '.join(missing)}: {MISSING}.")
+    return "\n\n".join(parts)
+
+
+def moe_layer(result: dict) -> str:
+    """Tables of `benchmarks/moe_layer.py`: milliseconds, and in brackets the ratio to the dense layer."""
+    rows = {(row["case"], row["backend"]): row for row in result["rows"]}
+    passes = list(dict.fromkeys(case.partition("/")[2] for case, _ in rows if "/" in case))
+    parts = [conditions(result)]
+    cases = {name: case for name, case in result["cases"].items() if name not in SECOND}
+    same = sizes(next(iter(cases.values()), None), cases.values())
+    for kind in passes if cases else ():
+        columns = {name: f"{name}/{kind}" for name in cases}
+        used = [b for b in BACKENDS if any((column, b) in rows for column in columns.values())]
+        titles = [f"E={case['experts']}" + ("" if same else f", {sizes(case)}") for case in cases.values()]
+        lines = [[f"{kind}, {same}" if same else kind, *titles], ["---"] * (1 + len(cases))]
+        lines += [[BACKENDS[b], *(cell(rows.get((column, b))) for column in columns.values())] for b in used]
+        parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    notes = [second(rows, passes, result["cases"])] if SECOND[0] in result["cases"] else []
+    notes += [ceiling(row) for row in result["rows"] if row["case"].startswith("ceiling")]
+    return "\n\n".join(parts + [" ".join(notes)] if notes else parts)
+
+
+def conditions(result: dict) -> str:
+    """One sentence: on what, with which versions, when."""
+    e = result["environment"]
+    place = e["machine"] if e["platform"] == "cpu" else f"{e['device']} ({e['machine']})"
+    versions = ", ".join(f"{name} {version}" for name, version in e["versions"].items())
+    load = f", load average before {e['load_before']}" if e.get("load_before") is not None else ""
+    return (
+        f"{PLATFORMS.get(e['platform'], e['platform'])}: {place}, {e['cores']} cores, {e['date']}, "
+        f"Python {e['python']}, {versions}{load}. Milliseconds (ratio to dense), medians of interleaved runs."
+    )
+
+
+def sizes(case: dict | None, others: Iterable[dict] = ()) -> str:
+    """'K=1, T=4096 D=256 F=1024, float32' of a case; empty if there is none or `others` have other sizes."""
+    if case is None:
+        return ""
+    text = "K={top_k}, T={tokens} D={width} F={expert_width}, {dtype}".format(**case)
+    return text if all(sizes(other) == text for other in others) else ""
+
+
+def cell(row: dict | None) -> str:
+    """'12.3 (1.20)', or that it was not measured."""
+    if row is None or row["ms"] is None:
+        return MISSING
+    return f"{number(row['ms'])} ({row['ratio_to_dense']:.2f})"
+
+
+def number(value: float) -> str:
+    """Three digits."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def second(rows: dict, passes: list[str], cases: dict) -> str:
+    """How the time follows the rows: a second expert for a quarter of the tokens against one for all."""
+    texts, work = [], 0.0
+    for kind in passes:
+        full, part = (rows.get((f"{name}/{kind}", "dropless")) for name in SECOND)
+        if full is None or part is None or full["ms"] is None or part["ms"] is None:
+            texts.append(f"{kind} {MISSING}")
+            continue
+        work = part["gflop"] / full["gflop"]
+        texts.append(
+            f"{kind} {part['ms'] / full['ms']:.2f} ({number(part['ms'])} of {number(full['ms'])} ms)"
+        )
+    case = cases[SECOND[0]]
+    return (
+        "A second expert for a quarter of the tokens instead of all, "
+        f"{work:.3g} of the FLOPs, takes of the time: {', '.join(texts)} (dropless, E={case['experts']}, {sizes(case)})."
+    )
+
+
+def ceiling(row: dict) -> str:
+    """The rate of one large dense product."""
+    size, dtype = row["case"].split("_")[1:]
+    rate = (
+        f"{number(1e3 * row['tflops'])} GFLOP/s" if row["tflops"] < 1 else f"{number(row['tflops'])} TFLOP/s"
+    )
+    return f"One dense product of {size} x {size} in {dtype}: {rate}."
+
+
+RENDERERS = {"moe_layer": moe_layer}
+
+
+def replace_section(text: str, section: str) -> str:
+    """`text` with `section` between the markers.
+
+    Raises:
+      ValueError: not exactly one pair of markers.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"not one pair of the lines {BEGIN!r} and {END!r}; put them where the tables belong")
+    return re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n\n{section}\n\n{END}", text, flags=re.DOTALL)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", nargs="*", metavar="FILE.json", help="what benchmarks wrote with --json")
+    parser.add_argument("--readme", default=str(ROOT / "README.md"), help="the file to rewrite")
+    options = parser.parse_args(argv)
+    files = options.files or sorted(map(str, (ROOT / "benchmarks" / "results").glob("*.json")))
+    results = []
+    for file in files:
+        try:
+            result = json.loads(pathlib.Path(file).read_text())
+            known = result["benchmark"] in RENDERERS
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            parser.error(
+                f"{file}: {type(error).__name__} {error}; name files that a benchmark wrote with --json"
+            )
+        if not known:
+            parser.error(
+                f"{file}: no table for benchmark={result['benchmark']!r}; use {' or '.join(RENDERERS)}"
+            )
+        results.append(result)
+    readme = pathlib.Path(options.readme)
+    try:
+        readme.write_text(replace_section(readme.read_text(), render(results)))
+    except (OSError, ValueError) as error:
+        parser.error(f"--readme={readme}: {error}")
+
+
+if __name__ == "__main__":
+    main()

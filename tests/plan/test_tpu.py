@@ -1,0 +1,113 @@
+"""Compiled for TPU slices that are not there; skipped where libtpu is not installed (`pip install -e '.[tpu]'`).
+
+Each in a process of its own, without this suite's compiler settings.
+"""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"),
+]
+
+DRIVER = """
+import json, sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+from moe_jax import cli
+from moe_jax.config_file import load_config
+from moe_jax.plan import hlo, report, step, topology, traffic
+
+config = cli.apply_overrides(load_config(sys.argv[1]), sys.argv[3:])
+slice = topology.open_topology(sys.argv[2])
+compiled, seconds = step.compile_step(config, slice)
+arrays = sorted(str(a) for a in traffic.arrays(hlo.parse(compiled.as_text())))
+print(json.dumps(report.to_dict(step.analyse(config, slice, compiled, seconds)) | {"arrays": arrays}))
+"""
+
+SMALL = """
+from moe_jax import config as c
+
+
+def get_config():
+    config = c.Config()
+    config.data.batch_size, config.data.sequence_length = 16, 256
+    config.model.layers, config.model.pattern, config.model.dtype = 2, "routed", "bfloat16"
+    config.model.width, config.model.heads, config.model.head_width = 256, 2, 128
+    config.model.moe.experts, config.model.moe.expert_width = 8, 256
+    return config
+"""
+
+
+def plan(config, topology, *overrides):
+    """The plan of a config file, with the arrays of the program."""
+    command = [sys.executable, "-c", DRIVER, str(config), topology, *overrides]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=580)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:2x2x2", "v6e:2x4"])
+def test_a_billion_parameters_on_eight_chips(topology):
+    """The grouped kernel and flash attention are in, nothing is expanded over experts, and no chip is full."""
+    found = plan(ROOT / "configs" / "routed_1b.py", topology)
+    assert 0.8e9 < found["parameters"] < 1.2e9 and found["chips"] == found["devices"] == 8
+    assert {"grouped_matmul", "attention"} <= {kernel["kind"] for kernel in found["kernels"]}
+    flops = found["flops"]
+    assert flops["program_compared"] == pytest.approx(flops["model_with_recomputation"], rel=0.05)
+    tokens, experts, k = 256 * 2048 // 8 // 8, 32, 4
+    for array in found["arrays"]:
+        dims = [int(n) for n in array[array.index("[") + 1 : -1].split(",") if n]
+        rows = [n for n in dims if n in (tokens, tokens * k)]
+        others = [n for n in dims if n > 1]
+        assert not (rows and experts in dims and len(others) > 2), array
+    # One microbatch moves nothing over `fsdp` but weights, their gradients and a few sums.
+    assert {c["axes"] for c in found["collectives"]} == {"fsdp"}
+    assert found["memory"]["peak"] < 0.6 * found["memory"]["hbm"] and not found["unknown_loops"]
+    assert 0 < found["roofline"]["mfu"] < 1
+
+
+@pytest.mark.parametrize("topology", ["v5e:2x4", "v4:2x2x2"])
+def test_the_exchange_sends_what_it_says(tmp_path, topology):
+    """A routed layer gathers x, ids and gates and scatters y over `expert`; its gradient does the reverse."""
+    config = tmp_path / "config.py"
+    config.write_text(SMALL)
+    found = plan(config, topology, "--config.mesh.expert=4", "--config.mesh.fsdp=2")
+    layers = 2
+    counts = {
+        (c["kind"], c["scope"]): (c["axes"], c["count"])
+        for c in found["collectives"]
+        if c["scope"].startswith("exchange")
+    }
+    assert counts == {
+        ("all-gather", "exchange"): ("expert", 3 * layers),
+        ("reduce-scatter", "exchange"): ("expert", 1 * layers),
+        ("all-gather", "exchange backward"): ("expert", 1 * layers),
+        ("reduce-scatter", "exchange backward"): ("expert", 2 * layers),
+    }
+    assert "grouped_matmul" in {kernel["kind"] for kernel in found["kernels"]}
+
+
+def test_the_command_as_a_user_runs_it(tmp_path):
+    config = tmp_path / "config.py"
+    config.write_text(SMALL)
+
+    def run(*arguments):
+        command = [sys.executable, "-m", "moe_jax.plan", f"--config={config}", *arguments]
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=580)
+
+    result = run("--topology=v5e:3x5")
+    assert result.returncode == 2 and result.stderr.count("error: ") == 1 and "Traceback" not in result.stderr
+    result = run("--topology=tpu7x:2x2x1", "--config.mesh.fsdp=8")
+    assert result.returncode == 0 and "4 chips of 2 devices" in result.stdout, result.stderr
+    assert "ragged-dot" in result.stdout or "gmm" in result.stdout
