@@ -122,6 +122,12 @@ def zeros(shape, dtype, like) -> jax.Array:
     return vary(jnp.zeros(shape, dtype), varying_axes(like))
 
 
+def empty(shape, dtype, like) -> jax.Array:
+    """An array that holds anything, NaN included, and varies over the same mesh axes as `like`: for a loop that writes all
+    that is read."""
+    return vary(jax.lax.empty(shape, dtype), varying_axes(like))
+
+
 def argsort(x: jax.Array) -> jax.Array:
     """Stable argsort of [M], int32.
 

@@ -282,7 +282,7 @@ def _forward_blocks(x, weights, gates, group_sizes, order, inverse, static, keep
     names = ("in", "gate") if is_gated(static.activation) else ("in",)
     width = weights["w_in"].shape[2]
     y = compat.zeros((rows, x.shape[1]), x.dtype, like=like)
-    hidden = {name: compat.zeros((rows, width), x.dtype, like=like) for name in names}
+    hidden = {name: compat.empty((rows, width), x.dtype, like=like) for name in names}
     if rows == 0:
         return y, hidden
     gates = None if gates is None else gates.astype(_wide(x.dtype))[:, None]
@@ -303,7 +303,8 @@ def _backward_blocks(x, weights, gates, group_sizes, order, hidden, d_y, static)
     d_rows = compat.zeros((rows, x.shape[1]), x.dtype, like=like)
     wide_gates = None if gates is None else gates.astype(_wide(x.dtype))[:, None]
     d_gates = None if gates is None else compat.zeros((rows, 1), _wide(x.dtype), like=like)
-    grads = {name: compat.zeros(w.shape, _wide(w.dtype), like=like) for name, w in weights.items()}
+    new = compat.empty if rows else compat.zeros
+    grads = {name: new(w.shape, _wide(w.dtype), like=like) for name, w in weights.items()}
 
     def body(carry, block):
         d_rows, d_gates, grads = carry
@@ -318,7 +319,9 @@ def _backward_blocks(x, weights, gates, group_sizes, order, hidden, d_y, static)
         return block.write(d_rows, d), None if gates is None else block.write(d_gates, g), w.grads
 
     if rows > 0:
-        d_rows, d_gates, grads = blocks.for_each_block(group_sizes, rows, body, (d_rows, d_gates, grads))
+        d_rows, d_gates, grads = blocks.for_each_block(
+            group_sizes, rows, body, (d_rows, d_gates, grads), empty_groups=True
+        )
     grads = {name: grads[name].astype(w.dtype) for name, w in weights.items()}
     return d_rows, None if gates is None else d_gates[:, 0].astype(gates.dtype), grads
 

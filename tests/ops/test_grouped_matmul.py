@@ -158,10 +158,14 @@ def test_a_groups_nan_stays_its_own(backend):
 def test_work_follows_the_rows():
     """Blocks that run: none for empty groups and the tail; every row is in one block of its group."""
     assert blocks.block_sizes(70, 4) == (16, 64) and blocks.block_sizes(7, 4) == (7,)
-    assert (
-        blocks.block_sizes(4096, 16) == tuple(range(64, 513, 64)) and blocks.block_sizes(4096, 64)[-1] == 256
-    )
-    rows, step, most = 600, *blocks.block_sizes(600, 6)
+    sizes = {*range(32, 385, 32), 208, 240, 272, 304}  # finer near an even group of 256
+    assert blocks.block_sizes(4096, 16) == tuple(sorted(sizes)) and blocks.block_sizes(4096, 64)[-1] == 192
+    rows, step, most = 1000, *blocks.block_sizes(1000, 6)
+
+    def work(n):
+        last = n - (n - 1) // most * most
+        return n - last + (step if last <= step else most) if n else 0
+
     for sizes in ((0, 0, 0), (0, 1, 0), (32, 0, 33), (most, 64, 1), (2 * most + 1, 9, 0), (10, 10, 580)):
         sizes = (*sizes, 0, 0, 0)
 
@@ -175,9 +179,7 @@ def test_work_follows_the_rows():
         )
         expected = np.repeat([1, 2, 3, 0, 0, 0, 0], [*sizes, rows - sum(sizes)])
         np.testing.assert_array_equal(seen[:, 0], expected)
-        assert run == sum(
-            n // most * most + (n % most > 0) * (step if n % most <= step else most) for n in sizes
-        )
+        assert run == sum(map(work, sizes))
 
 
 @pytest.mark.parametrize("backend", PLAIN)
