@@ -139,5 +139,5 @@ def argsort(x: jax.Array) -> jax.Array:
 
 __all__ = [
     "AxisType", "BATCH_AXES", "Mesh", "PartitionSpec", "argsort", "axis_size", "constrain", "current_mesh",
-    "inside_shard_map", "make_mesh", "shard_map", "target_platform", "tpu_topology", "vary", "vary_alike", "varying_axes", "zeros",
+    "empty", "inside_shard_map", "make_mesh", "shard_map", "target_platform", "tpu_topology", "vary", "vary_alike", "varying_axes", "zeros",
 ]  # fmt: skip

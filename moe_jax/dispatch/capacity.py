@@ -4,7 +4,6 @@ One stable sort ranks the assignments within their experts; the first C of each 
 filled and emptied by gathers, in both directions of differentiation.
 """
 
-import functools
 import math
 from typing import Mapping, NamedTuple
 
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import compat
+from moe_jax.dispatch.permute import Order, combine_rows, gather_rows
 from moe_jax.ops.activations import activate, is_gated
 from moe_jax.ops.counting import count_experts
 from moe_jax.ops.norms import layer_norm, rms_norm
@@ -110,17 +110,14 @@ def run_slots(
     Returns:
       [T, D] in the dtype of x; 0 for a token without a slot.
     """
-    (experts, capacity), (tokens, k) = slots.assignment.shape, gates.shape
+    (experts, capacity), sizes = slots.assignment.shape, jnp.sum(slots.assignment < gates.size, axis=1)
+    order = Order(slots.assignment.reshape(-1), slots.slot.reshape(-1), sizes)
     with jax.named_scope("sort"):
-        rows = _move(x, slots.assignment.reshape(-1), slots.slot).reshape(experts, capacity, -1)
+        rows = gather_rows(x, order).reshape(experts, capacity, -1)
     with jax.named_scope("experts"):
         rows = slots_ffn(rows, weights, activation=activation, norm_epsilon=norm_epsilon)
-        rows = rows.reshape(experts * capacity, -1)
     with jax.named_scope("combine"):
-        rows = _move(rows, slots.slot.reshape(-1), slots.assignment.reshape(-1, 1)).reshape(tokens, k, -1)
-        accumulator = jnp.promote_types(rows.dtype, jnp.float32)
-        y = jnp.sum(rows.astype(accumulator) * gates.astype(accumulator)[..., None], axis=1)
-        return y.astype(x.dtype)
+        return combine_rows(rows.reshape(experts * capacity, -1), gates, order, x.dtype)
 
 
 def slots_ffn(
@@ -149,33 +146,3 @@ def _argsort(*keys):
     keys = compat.vary_alike(*keys)
     index = jnp.arange(keys[0].shape[0], dtype=jnp.int32)
     return jax.lax.sort((*keys, index), num_keys=len(keys), is_stable=True)[-1]
-
-
-def _move(x, index, inverse):
-    """Rows of x to new places: [M, D] -> [N, D], row n from copy `index[n]`, numbered m*K + k, of x[m].
-
-    index: int32 [N], M*K: zeros. inverse: int32 [M, K], the place of each copy, N: none. No place has two
-    copies, so that the gradient is a gather too.
-    """
-    return _gather_copies(*compat.vary_alike(x, index, inverse))
-
-
-_take = functools.partial(jnp.take, axis=0, mode="fill", fill_value=0)
-
-
-@jax.custom_vjp
-def _gather_copies(x, index, inverse):
-    return _take(x, index // inverse.shape[1])
-
-
-def _gather_copies_forward(x, index, inverse):
-    return _gather_copies(x, index, inverse), inverse
-
-
-def _gather_copies_backward(inverse, d_rows):
-    accumulator = jnp.promote_types(d_rows.dtype, jnp.float32)
-    d_x = jnp.sum(_take(d_rows, inverse), axis=1, dtype=accumulator)
-    return d_x.astype(d_rows.dtype), None, None
-
-
-_gather_copies.defvjp(_gather_copies_forward, _gather_copies_backward)

@@ -11,16 +11,13 @@ from moe_jax.dispatch.capacity import Slots, run_slots
 from moe_jax.dispatch.exchange import run_local, run_sharded
 from moe_jax.ops.activations import is_gated
 from moe_jax.ops.expert_ffn import expert_ffn
-from moe_jax.ops.grouped_matmul import resolve_backend
+from moe_jax.ops.grouped_matmul import BACKENDS, resolve_backend
 from moe_jax.types import TokenChoice
 
 # Fan-in of one expert, not of all E together.
 EXPERT_INIT = nn.initializers.variance_scaling(
     1.0, "fan_in", "truncated_normal", in_axis=-2, out_axis=-1, batch_axis=(0,)
 )
-
-# Kernels whose results shard_map cannot type.
-_UNTYPED_BACKENDS = ("megablox", "tokamax")
 
 
 class Experts(nn.Module):
@@ -83,5 +80,5 @@ class Experts(nn.Module):
             return run_local(x, choice, weights, run_experts), {}
         return run_sharded(
             mesh, x, choice, weights, run_experts, exchange=self.exchange, buffer_factor=self.exchange_buffer,
-            check=resolve_backend(self.backend) not in _UNTYPED_BACKENDS,
+            check=BACKENDS[resolve_backend(self.backend)].typed,
         )  # fmt: skip

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from moe_jax import compat
 from moe_jax.ops.activations import activate, is_gated
+from moe_jax.ops.counting import real_rows
 from moe_jax.ops.grouped_matmul import BACKENDS, blocks, resolve_backend
 from moe_jax.ops.norms import layer_norm, rms_norm
 
@@ -64,10 +65,12 @@ def expert_ffn(
     static = _Static(activation, norm_epsilon, resolve_backend(backend))
     dtype = x.dtype
     weights = {name: weight.astype(dtype) for name, weight in weights.items()}
+    gates = None if gates is None else gates.astype(_wide(dtype))[:, None]
     axes = compat.varying_axes(x, group_sizes, *weights.values(), *([] if gates is None else [gates]))
     args = jax.tree.map(lambda a: compat.vary(a, axes), (x, weights, gates, group_sizes, order, inverse))
     if static.backend == "loop":
-        return _forward_whole(*args, static)[0]
+        x, weights, gates, group_sizes, order, _ = args
+        return _forward_whole(x, weights, gates, group_sizes, order, static)[0]
     return _expert_ffn(*args, static)
 
 
@@ -98,12 +101,12 @@ def expert_stack(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _expert_ffn(x, weights, gates, group_sizes, order, inverse, static):
     forward = _forward_blocks if static.backend == "blocks" else _forward_whole
-    return forward(x, weights, gates, group_sizes, order, inverse, static, keep=False)[0]
+    return forward(x, weights, gates, group_sizes, order, static, keep=False)[0]
 
 
 def _vjp_forward(x, weights, gates, group_sizes, order, inverse, static):
     forward = _forward_blocks if static.backend == "blocks" else _forward_whole
-    y, hidden = forward(x, weights, gates, group_sizes, order, inverse, static)
+    y, hidden = forward(x, weights, gates, group_sizes, order, static)
     return y, (x, weights, gates, group_sizes, order, inverse, hidden)
 
 
@@ -220,7 +223,7 @@ class _OfAll:
         self.backend = BACKENDS[backend]
         groups = group_sizes.shape[0]
         self.group = jnp.repeat(jnp.arange(groups), group_sizes, total_repeat_length=rows)
-        self.real = (jnp.arange(rows) < jnp.sum(group_sizes))[:, None]
+        self.real = real_rows(rows, group_sizes)
 
     def product(self, rows, name):
         # Where nothing is added to it before it is rounded, the kernel rounds it and writes half the bytes.
@@ -252,8 +255,8 @@ class _OfAll:
 # All rows at once.
 
 
-def _forward_whole(x, weights, gates, group_sizes, order, inverse, static, keep=True):
-    rows, gates = _rows(x, gates, order)
+def _forward_whole(x, weights, gates, group_sizes, order, static, keep=True):
+    rows = _rows(x, order)
     w = _OfAll(weights, group_sizes, rows.shape[0], static.backend)
     rows, gates = jax.tree.map(lambda a: jnp.where(w.real, a, 0), (rows, gates))
     _, hidden = _project_in(rows, w, static)
@@ -262,22 +265,20 @@ def _forward_whole(x, weights, gates, group_sizes, order, inverse, static, keep=
 
 
 def _backward_whole(x, weights, gates, group_sizes, order, hidden, d_y, static):
-    rows, wide_gates = _rows(x, gates, order)
+    rows = _rows(x, order)
     w = _OfAll(weights, group_sizes, rows.shape[0], static.backend)
-    rows, wide_gates, d_y = jax.tree.map(lambda a: jnp.where(w.real, a, 0), (rows, wide_gates, d_y))
-    d_rows, d_gates = _backward(rows, hidden, wide_gates, d_y, w, static)
-    return d_rows, None if gates is None else d_gates[:, 0].astype(gates.dtype), w.grads
+    rows, gates, d_y = jax.tree.map(lambda a: jnp.where(w.real, a, 0), (rows, gates, d_y))
+    return *_backward(rows, hidden, gates, d_y, w, static), w.grads
 
 
-def _rows(x, gates, order):
-    rows = x if order is None else x[order // (order.shape[0] // x.shape[0])]
-    return rows, None if gates is None else gates.astype(_wide(x.dtype))[:, None]
+def _rows(x, order):
+    return x if order is None else x[order // (order.shape[0] // x.shape[0])]
 
 
 # Block by block.
 
 
-def _forward_blocks(x, weights, gates, group_sizes, order, inverse, static, keep=True):
+def _forward_blocks(x, weights, gates, group_sizes, order, static, keep=True):
     rows, like = _row_count(x, order), group_sizes
     names = ("in", "gate") if is_gated(static.activation) else ("in",)
     width = weights["w_in"].shape[2]
@@ -285,7 +286,6 @@ def _forward_blocks(x, weights, gates, group_sizes, order, inverse, static, keep
     hidden = {name: compat.empty((rows, width), x.dtype, like=like) for name in names}
     if rows == 0:
         return y, hidden
-    gates = None if gates is None else gates.astype(_wide(x.dtype))[:, None]
 
     def body(carry, block):
         y, kept = carry
@@ -301,8 +301,7 @@ def _forward_blocks(x, weights, gates, group_sizes, order, inverse, static, keep
 def _backward_blocks(x, weights, gates, group_sizes, order, hidden, d_y, static):
     rows, like = _row_count(x, order), group_sizes
     d_rows = compat.zeros((rows, x.shape[1]), x.dtype, like=like)
-    wide_gates = None if gates is None else gates.astype(_wide(x.dtype))[:, None]
-    d_gates = None if gates is None else compat.zeros((rows, 1), _wide(x.dtype), like=like)
+    d_gates = None if gates is None else compat.zeros(gates.shape, gates.dtype, like=like)
     new = compat.empty if rows else compat.zeros
     grads = {name: new(w.shape, _wide(w.dtype), like=like) for name, w in weights.items()}
 
@@ -313,7 +312,7 @@ def _backward_blocks(x, weights, gates, group_sizes, order, hidden, d_y, static)
         d, g = _backward(
             jnp.where(block.valid, _block_rows(x, order, block), 0),
             {name: block.valid_rows(h) for name, h in hidden.items()},
-            None if gates is None else block.valid_rows(wide_gates),
+            None if gates is None else block.valid_rows(gates),
             block.valid_rows(d_y), w, static,
         )  # fmt: skip
         return block.write(d_rows, d), None if gates is None else block.write(d_gates, g), w.grads
@@ -323,7 +322,7 @@ def _backward_blocks(x, weights, gates, group_sizes, order, hidden, d_y, static)
             group_sizes, rows, body, (d_rows, d_gates, grads), empty_groups=True
         )
     grads = {name: grads[name].astype(w.dtype) for name, w in weights.items()}
-    return d_rows, None if gates is None else d_gates[:, 0].astype(gates.dtype), grads
+    return d_rows, d_gates, grads
 
 
 def _row_count(x, order):

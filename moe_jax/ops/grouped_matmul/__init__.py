@@ -15,17 +15,19 @@ class Backend(NamedTuple):
     """rows_times_groups(lhs [M, D], rhs [E, D, F], group_sizes, out_dtype, transposed=False) -> [M, F], or with `transposed`
     lhs [M, F] -> [M, D]; group_products(lhs [M, D], d_out [M, F], group_sizes, out_dtype) -> [E, D, F], a product for each
     group. Both accumulate in float32 at least, never let a row reach another group's result, and give 0 for the tail.
+    typed: whether shard_map can check what they return.
     """
 
     rows_times_groups: Callable[..., jax.Array]
     group_products: Callable[..., jax.Array]
+    typed: bool = True
 
 
 BACKENDS = {
     "blocks": Backend(blocks.rows_times_groups, blocks.group_products),
     "ragged_dot": Backend(ragged_dot.rows_times_groups, ragged_dot.group_products),
-    "megablox": Backend(megablox.rows_times_groups, megablox.group_products),
-    "tokamax": Backend(tokamax.rows_times_groups, tokamax.group_products),
+    "megablox": Backend(megablox.rows_times_groups, megablox.group_products, typed=False),
+    "tokamax": Backend(tokamax.rows_times_groups, tokamax.group_products, typed=False),
     "loop": Backend(loop.rows_times_groups, loop.group_products),
 }
 _logged: set[str] = set()

@@ -6,6 +6,7 @@ import importlib
 import jax.numpy as jnp
 
 from moe_jax import compat
+from moe_jax.ops.counting import real_rows
 
 
 @functools.cache
@@ -31,7 +32,7 @@ def _prepare(group_sizes, *arrays):
     tile = _tile(rows, 512)
     padded = -(-rows // tile) * tile
     group_sizes = group_sizes.astype(jnp.int32)
-    real = (jnp.arange(padded) < jnp.sum(group_sizes))[:, None]
+    real = real_rows(padded, group_sizes)
     arrays = [jnp.where(real, jnp.pad(a, ((0, padded - rows), (0, 0))), 0) for a in arrays]
     return group_sizes, real, tile, arrays
 

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from moe_jax.ops.counting import real_rows
+
 _CONTRACT_GROUPS = jax.lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
 )
@@ -17,7 +19,7 @@ def rows_times_groups(lhs, rhs, group_sizes, out_dtype, *, transposed=False):
     options = {"preferred_element_type": accumulator}
     group_sizes = group_sizes.astype(jnp.int32)
     # Kernels may leave the tail uninitialised, so it is cut off on both sides of the product.
-    real = _real(lhs.shape[0], group_sizes)
+    real = real_rows(lhs.shape[0], group_sizes)
     lhs = jnp.where(real, lhs, 0)
     if transposed:
         out = jax.lax.ragged_dot_general(lhs, rhs, group_sizes, _TRANSPOSED, **options)
@@ -30,13 +32,9 @@ def group_products(lhs, d_out, group_sizes, out_dtype):
     """[M, D], [M, F] -> [E, D, F]: the sum over each group's rows of lhs^T d_out."""
     accumulator = jnp.promote_types(lhs.dtype, jnp.float32)
     group_sizes = group_sizes.astype(jnp.int32)
-    real = _real(lhs.shape[0], group_sizes)
+    real = real_rows(lhs.shape[0], group_sizes)
     lhs, d_out = jnp.where(real, lhs, 0), jnp.where(real, d_out, 0)
     out = jax.lax.ragged_dot_general(
         lhs, d_out, group_sizes, _CONTRACT_GROUPS, preferred_element_type=accumulator
     )
     return out.astype(out_dtype)
-
-
-def _real(rows, group_sizes):
-    return (jnp.arange(rows) < jnp.sum(group_sizes))[:, None]

@@ -5,6 +5,8 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 
+from moe_jax.ops.counting import real_rows
+
 
 def is_installed() -> bool:
     """Whether the package is there; it is imported at the first use."""
@@ -24,7 +26,7 @@ def _ragged_dot(lhs, rhs, group_sizes, out_dtype):
 def rows_times_groups(lhs, rhs, group_sizes, out_dtype, *, transposed=False):
     """[M, D] x [E, D, F] -> [M, F], or with `transposed` [M, F] x [E, D, F] -> [M, D]."""
     group_sizes = group_sizes.astype(jnp.int32)
-    real = (jnp.arange(lhs.shape[0]) < jnp.sum(group_sizes))[:, None]
+    real = real_rows(lhs.shape[0], group_sizes)
     lhs = jnp.where(real, lhs, 0)
     if transposed:
         # The pullback of the product, as the package has it: its kernel reads rhs transposed.
@@ -38,7 +40,7 @@ def rows_times_groups(lhs, rhs, group_sizes, out_dtype, *, transposed=False):
 def group_products(lhs, d_out, group_sizes, out_dtype):
     """[M, D], [M, F] -> [E, D, F]: the sum over each group's rows of lhs^T d_out."""
     group_sizes = group_sizes.astype(jnp.int32)
-    real = (jnp.arange(lhs.shape[0]) < jnp.sum(group_sizes))[:, None]
+    real = real_rows(lhs.shape[0], group_sizes)
     lhs, d_out = jnp.where(real, lhs, 0), jnp.where(real, d_out, 0)
     primal = jnp.zeros((group_sizes.shape[0], lhs.shape[1], d_out.shape[1]), lhs.dtype)
     out = jax.vjp(lambda w: _ragged_dot(lhs, w, group_sizes, d_out.dtype), primal)[1](d_out)[0]
