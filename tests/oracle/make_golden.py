@@ -3,11 +3,11 @@
     pip install torch transformers st-moe-pytorch
     python tests/oracle/make_golden.py [--only NAME] --output tests/oracle/golden
 
-One `.npz` a case. Matrices stand as in `moe_jax`: kernel [D, E], w_in and w_gate [E, D, F], w_out [E, F, D]. ids and gates
-[T, K] are sorted by expert within a token, E with a gate of 0 where there is none. `d_y` is the cotangent of y, or
-`d_combine` [T, E] that of the gates where the library's experts are not compared; grad_* are the gradients of their
-product, balance_grad_kernel and z_grad_kernel those of the library's losses. `meta` is JSON: seed, versions, shapes, dtype
-and which class of which library, how set.
+One `.npz` a case. Matrices stand as in `moe_jax`: kernel [D, E], w_in and w_gate [E, D, F], w_out [E, F, D].
+ids and gates [T, K] are sorted by expert within a token, E with a gate of 0 where there is none. `d_y` is the
+cotangent of y, or `d_combine` [T, E] that of the gates where the library's experts are not compared; grad_* are
+the gradients of sum(y * d_y), balance_grad_kernel and z_grad_kernel those of the library's losses. `meta` is
+JSON: seed, versions, shapes, dtype, and which class of which library, set how.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def case(seed, dtype=np.float32):
 
 
 def draw(rng, dtype, *shape, scale=None):
-    """Normal numbers of standard deviation `scale`, by default that of a matrix which doubles the size of its input."""
+    """Normal numbers of standard deviation `scale`; by default a matrix that doubles the size of its input."""
     return (rng.normal(size=shape) * (2 / shape[-2] ** 0.5 if scale is None else scale)).astype(dtype)
 
 
@@ -97,8 +97,8 @@ def check_gap(scores, k):
 def set_weights(bindings, arrays):
     """Copies our arrays into the library's parameters.
 
-    `bindings`: by our name a function of `of`, which gives a parameter's values or its gradient, to views in our layout: one
-    tensor, or a list of one an expert.
+    `bindings`: by our name a function of `of`, which gives a parameter's values or its gradient, to views in our
+    layout: one tensor, or a list of one an expert.
     """
     with torch.no_grad():
         for name, view in bindings.items():
@@ -187,13 +187,13 @@ def _switch(rng, dtype, capacity):
     set_weights(bindings, arrays)
     x = leaf(arrays["x"])
     mask, gates, logits = block.router(x[None])
-    first = torch.argmax(logits, dim=-1)
+    kept, first = mask[0].any(dim=1, keepdim=True), torch.argmax(logits, dim=-1)
+    ids, gates = torch.where(kept, first[0, :, None], E), torch.where(kept, gates[0], 0)
     losses = {
         "balance": switch.load_balancing_loss_func(torch.softmax(logits, dim=-1), first),
         "z": switch.router_z_loss_func(logits),
     }
-    result = finish(arrays, bindings, x, logits[0], first[0, :, None], gates[0], block(x[None])[0], losses)
-    result["kept"] = read(mask[0].sum(dim=-1)).astype(bool)
+    result = finish(arrays, bindings, x, logits[0], ids, gates, block(x[None])[0], losses)
     meta = {"source": "transformers SwitchTransformersSparseMLP, one row", "capacity": capacity}
     return result, meta
 
@@ -202,7 +202,7 @@ def _switch(rng, dtype, capacity):
 def switch_dropless(rng, dtype):
     """Slots for all."""
     result, meta = _switch(rng, dtype, T)
-    assert result["kept"].all()
+    assert np.all(result["ids"] < E)
     return result, meta
 
 
@@ -210,7 +210,7 @@ def switch_dropless(rng, dtype):
 def switch_capacity(rng, dtype):
     """T/E slots, for earlier tokens first; what is dropped gets y = 0. The losses count before that."""
     result, meta = _switch(rng, dtype, T // E)
-    assert T / 10 < np.sum(~result["kept"]) < T / 2
+    assert T / 10 < np.sum(result["ids"] == E) < T / 2
     return result, meta
 
 
@@ -314,7 +314,7 @@ def gpt_oss_router(rng, dtype):
 
 
 def check_groups(ranked, groups, kept, k):
-    """Gaps of the groups' scores and of the experts' in the groups that stay; the limit changes some choices."""
+    """The choice [T, K] within the best groups; gaps of both choices, and some tokens that groups change."""
     grouped = ranked.reshape(T, groups, -1)
     value = np.sort(grouped, axis=2)[:, :, -2:].sum(axis=2)
     check_gap(value, kept)
@@ -359,7 +359,7 @@ def _deepseek_v3(rng, dtype, bias_scale):
 
 @case(seed=8)
 def deepseek_v3_no_bias(rng, dtype):
-    """Sigmoid scores, the 2 best of 4 groups, renormalised and scaled gates, 2 shared experts as one of twice the width."""
+    """Sigmoid scores, the 2 best of 4 groups, gates renormalised and scaled, 2 shared experts as one of width 2F."""
     return _deepseek_v3(rng, dtype, 0.0)
 
 
@@ -399,7 +399,7 @@ def deepseek_v4_router(rng, dtype):
 
 @case(seed=11, dtype=np.float64)
 def nllb_top_2_router(rng, dtype):
-    """Both experts always; pairs normalised before 2T/E slots an expert are filled, all first choices before any second."""
+    """Both experts always. Pairs are normalised first; then 2T/E slots an expert, any first choice before a second."""
     config = nllb_moe.NllbMoeConfig(
         d_model=D, num_experts=E, expert_capacity=2 * T // E, router_bias=False, second_expert_policy="all",
         normalize_router_prob_before_dropping=True, batch_prioritized_routing=False,
@@ -440,19 +440,18 @@ def uniform_draws(values):
 
 
 def _st_moe(rng, dtype, draws, train):
-    """`straight_through_dispatch_tensor` is off: it would add to the router's gradient what no equation has."""
+    """Experts of two layers with gelu. `straight_through_dispatch_tensor` is off: no equation has its gradient."""
     threshold = 0.2
     arrays = draw_tokens(rng, dtype) | draw_weights(rng, dtype, bias=True) | {"draws": draws.astype(dtype)}
     best = -np.sort(-softmax(logits_of(arrays)), axis=1)
     check_gap(best, 2)
     second = best[:, 1] / (best[:, 0] + best[:, 1])
-    assert (
-        np.min(np.abs(second - threshold * draws)) > GAP
-        and T / 10 < np.sum(second < threshold * draws) < T / 2
-    )
+    assert np.min(np.abs(second - threshold * draws)) > GAP
+    assert T / 10 < np.sum(second < threshold * draws) < T / 2
     experts = nn.ModuleList(nn.Sequential(nn.Linear(D, F), nn.GELU(), nn.Linear(F, D)) for _ in range(E))
     moe = StMoE(
-        D, E, threshold_train=threshold, threshold_eval=threshold, experts=experts, straight_through_dispatch_tensor=False
+        D, E, threshold_train=threshold, threshold_eval=threshold, experts=experts, capacity_factor_train=float(E),
+        straight_through_dispatch_tensor=False,
     )  # fmt: skip
     moe = moe.to(torch.from_numpy(arrays["x"]).dtype).train(train)
     bindings = {
@@ -472,8 +471,8 @@ def _st_moe(rng, dtype, draws, train):
     logits = moe.gate.to_gates(x)
     losses = {"balance": balance, "z": z} if train else {}
     result = finish(arrays, bindings, x, logits, torch.from_numpy(ids), torch.from_numpy(gates), y[0], losses)
-    # More is missing than the policy took: slots were short too.
-    assert np.sum(ids == E) > np.sum(second < threshold * draws)
+    # In evaluation more is missing than the policy took: slots were short too.
+    assert (np.sum(ids == E) > np.sum(second < threshold * draws)) != train
     return result, {"source": "st-moe-pytorch MoE", "threshold": threshold, "capacity": dispatch.shape[-1]}
 
 
@@ -488,7 +487,8 @@ def st_moe_threshold(rng, dtype):
 def st_moe_random(rng, dtype):
     """In training, where it has losses, with stored draws: the second expert with probability gate / 0.2.
 
-    int(1.25 * T / E) slots. The loss counts the first choices, before any is dropped.
+    Slots for all: its balance loss shall count the first choices, but in version 0.1.8 only those that got a slot,
+    as the mask that it counts is cut in place. In GShard's algorithm 1 all of them count.
     """
     result, meta = _st_moe(rng, dtype, rng.uniform(size=T), train=True)
     return result, meta | {"second_expert": "random"}
@@ -500,19 +500,16 @@ def make(name):
     torch.manual_seed(seed)
     arrays, meta = function(np.random.default_rng(seed), dtype)
     for key, array in arrays.items():
-        assert key in ("ids", "kept") or array.dtype == dtype, (key, array.dtype)
+        assert key == "ids" or array.dtype == dtype, (key, array.dtype)
         assert np.all(np.isfinite(array)), key
-    versions = {
-        package: importlib.metadata.version(package)
-        for package in ("numpy", "torch", "transformers", "st-moe-pytorch")
-    }
+    packages = ("numpy", "torch", "transformers", "st-moe-pytorch")
+    versions = {package: importlib.metadata.version(package) for package in packages}
     meta = {
         "name": name,
         "manner": inspect.getdoc(function),
         "seed": seed,
         "dtype": np.dtype(dtype).name,
-        **meta,
-    }
+    } | meta
     meta |= {"shapes": {key: array.shape for key, array in arrays.items()}, "least_gap": GAP}
     meta |= {"versions": {"python": platform.python_version(), **versions}}
     return arrays | {"meta": np.array(json.dumps(meta))}
