@@ -22,12 +22,13 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from benchmarks import timing  # noqa: E402
-from moe_jax.dispatch.capacity import slots_ffn, slots_per_expert  # noqa: E402
+from moe_jax.dispatch.capacity import slots_ffn  # noqa: E402
 from moe_jax.layers.ffn import FeedForward  # noqa: E402
 from moe_jax.layers.moe import MoE  # noqa: E402
+from moe_jax.ops.counting import slots_per_expert  # noqa: E402
 from moe_jax.ops.expert_ffn import expert_ffn  # noqa: E402
 from moe_jax.ops.grouped_matmul import resolve_backend  # noqa: E402
-from moe_jax.routing.softmax_top_k import SoftmaxTopK  # noqa: E402
+from moe_jax.routing.top_k import TopK  # noqa: E402
 from moe_jax.types import RouterInputs, TokenChoice  # noqa: E402
 
 ACTIVATION = "gelu_tanh"
@@ -95,7 +96,7 @@ class SomeSeconds(nn.Module):
 
     @nn.compact
     def __call__(self, x, inputs):
-        choice, losses, stats = SoftmaxTopK(self.experts, self.top_k, name="top_k")(x, inputs)
+        choice, losses, stats = TopK(self.experts, self.top_k, name="top_k")(x, inputs)
         keep = (jnp.arange(x.shape[0]) % self.every == 0)[:, None] | (jnp.arange(self.top_k) == 0)
         ids = jnp.where(keep, choice.expert_ids, self.experts)
         return TokenChoice(ids, jnp.where(keep, choice.gates, 0)), losses, stats
@@ -110,7 +111,7 @@ def make_layer(case: Case, **options) -> MoE:
 def one_hot_layer(case: Case, params: dict, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Capacity by one-hot tensors [T, E, C] (GShard, arXiv:2006.16668), as most layers of einsums do it."""
     experts = case.experts
-    router = make_layer(case).router or SoftmaxTopK(experts, case.top_k)
+    router = make_layer(case).router or TopK(experts, case.top_k)
     choice, losses, _ = router.apply({"params": params["router"]}, x, RouterInputs())
     capacity = slots_per_expert(CAPACITY_FACTOR, x.shape[0], case.top_k, experts)
     chosen = jax.nn.one_hot(choice.expert_ids, experts, dtype=jnp.int32)  # [T, K, E]; E, no expert: zeros

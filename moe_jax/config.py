@@ -12,42 +12,14 @@ import typing
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from moe_jax.config_field import ConfigError, field, one_line
+from moe_jax.config_moe import MoEConfig
 
-def field(
-    default: Any, doc: str, *, choices: tuple = (), low: float | None = None, high: float | None = None
-):
-    """A config leaf with its documentation and limits (`low` and `high` are inclusive)."""
-    return dataclasses.field(
-        default=default, metadata={"doc": doc, "choices": choices, "low": low, "high": high}
-    )
-
-
-class ConfigError(ValueError):
-    """A setting that cannot work: which field, its value, the limit it breaks and what to do, in one line.
-
-    Args:
-      field: dotted path of the field, with or without the leading `config.`; or a flag such as `--workdir`.
-      value: the offending value, shortened where long; None: there is none to show.
-      limit: what the value breaks.
-      fix: what to do instead.
-    """
-
-    def __init__(self, field: str, value: Any, limit: str, fix: str):
-        self.field, self.value, self.limit, self.fix = field, value, limit, fix
-        is_path = field.split(".")[0] != "config" and not field.startswith("-") and " " not in field
-        name = f"config.{field}" if is_path else field
-        text = one_line(value if isinstance(value, str) and value else repr(value))
-        head = one_line(name, 200) if value is None else f"{one_line(name, 200)}={text}"
-        super().__init__(f"{head}: {one_line(limit, 400)}; {one_line(fix, 400)}")
-
-    def __reduce__(self):  # an exception with its own arguments does not otherwise survive a worker process
-        return type(self), (self.field, self.value, self.limit, self.fix)
-
-
-def one_line(value: Any, width: int = 80) -> str:
-    """`value` as text on one line: control characters escaped, the middle of a long text left out."""
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
-    return text if len(text) <= width else f"{text[: width // 2]}...{text[len(text) - width // 2 + 3 :]}"
+__all__ = [
+    "Config", "ConfigError", "DataConfig", "InitConfig", "MeshConfig", "MoEConfig", "ModelConfig", "OptimizerConfig",
+    "ParameterGroup", "SampleConfig", "SourceConfig", "TrainConfig", "differences", "field",
+    "from_dict", "item_type", "leaf_types", "leaves", "nearest", "one_line", "to_dict", "unknown_field",
+]  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -95,53 +67,6 @@ class DataConfig:
         high=40,
     )
     cache_dir: str = field("", "Folder of prepared data; empty: $MOE_JAX_CACHE, else ~/.cache/moe_jax.")
-
-
-@dataclasses.dataclass
-class SoftmaxTopKConfig:
-    """Options of the router `softmax_top_k`."""
-
-    balance_loss: float = field(0.01, "Weight of the Switch balance loss (minimum of the loss: 1).", low=0)
-    z_loss: float = field(0.001, "Weight of the router z-loss.", low=0)
-    bias_rate: float = field(
-        0.0, "Step of the selection bias that balances without a loss; 0: no bias.", low=0
-    )
-
-
-@dataclasses.dataclass
-class MoEConfig:
-    """Every routed feed-forward layer of the model."""
-
-    experts: int = field(8, "Experts E in a routed layer.", low=1)
-    top_k: int = field(2, "Experts K per token.", low=1)
-    router: str = field("softmax_top_k", "Who writes the nonzeros.", choices=("softmax_top_k",))
-    expert_width: int = field(0, "Hidden width F of an expert; 0: model.ffn_width.", low=0)
-    execution: str = field(
-        "dropless", "Run every assignment, or at most C per expert.", choices=("dropless", "capacity")
-    )
-    capacity_factor: float = field(
-        1.25, "C = ceil(factor * T * K / E) in training with execution=capacity.", low=0.01
-    )
-    eval_capacity: float = field(0.0, "Capacity factor of evaluation and generation; 0: dropless.", low=0)
-    capacity_priority: str = field(
-        "token",
-        "Who gets a slot: token (in order), choice (first choices first), gate (highest first); only token is causal.",
-        choices=("token", "choice", "gate"),
-    )
-    exchange: str = field(
-        "auto",
-        "How tokens reach the experts of other shards; auto: gather, which no routing can overflow.",
-        choices=("auto", "gather", "all_to_all", "ragged"),
-    )
-    exchange_buffer: float = field(
-        2.0,
-        "Room of all_to_all and ragged relative to an even load, else the call takes gather; 0: for all that can come.",
-        low=0,
-    )
-    backend: str = field(
-        "auto", "Grouped matmul.", choices=("auto", "blocks", "ragged_dot", "megablox", "tokamax", "loop")
-    )
-    softmax_top_k: SoftmaxTopKConfig = dataclasses.field(default_factory=SoftmaxTopKConfig)
 
 
 @dataclasses.dataclass

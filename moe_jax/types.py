@@ -13,7 +13,8 @@ import jax
 class TokenChoice(NamedTuple):
     """The nonzeros of the sparse matrix tokens x experts, K in each row.
 
-    expert_ids: int32 [T, K]. Ids below E are experts; E is "no expert": it costs nothing and adds nothing.
+    expert_ids: int32 [T, K]. Ids below E are experts; E is "no expert": it costs nothing and adds nothing; E+1+j is
+    virtual expert j of V, which has no matrices.
     gates: [T, K], what each chosen expert's output is multiplied by; at least float32.
     """
 
@@ -21,21 +22,49 @@ class TokenChoice(NamedTuple):
     gates: jax.Array
 
 
+class ExpertChoice(NamedTuple):
+    """The nonzeros of the sparse matrix tokens x experts, at most C in each column.
+
+    token_ids: int32 [E, C]; T is "no token". gates: [E, C], at least float32.
+    """
+
+    token_ids: jax.Array
+    gates: jax.Array
+
+
+class SlotMix(NamedTuple):
+    """Mixtures of tokens instead of tokens: slot (e, c) of a sequence is the sum of its tokens times `dispatch`, and a token
+    is the sum of its sequence's slots times `combine`.
+
+    dispatch, combine: [T, E, C], at least float32.
+    """
+
+    dispatch: jax.Array
+    combine: jax.Array
+
+
+Assignment = TokenChoice | ExpertChoice | SlotMix
+
+
 class RouterInputs(NamedTuple):
     """What a router may look at beside the hidden states.
 
     token_ids, positions, segment_ids: int32 [T]. valid: bool [T]; invalid (padding) tokens route nowhere and
-    enter no statistic, loss or capacity. key: typed PRNG key of this layer and step, or None without noise.
-    step: int32 scalar. train: static; capacity and noise differ in evaluation.
+    enter no statistic, loss or capacity. sequences: int32 [T], the number, below T, of each token's row; None: all are of
+    one. key: typed PRNG key of this layer and step, or None without noise. step: int32 scalar. train: static; capacity and
+    noise differ in evaluation. record: static, True or None; if True the layer's statistics hold the sparse
+    matrix itself.
     """
 
     token_ids: jax.Array | None = None
     positions: jax.Array | None = None
     segment_ids: jax.Array | None = None
     valid: jax.Array | None = None
+    sequences: jax.Array | None = None
     key: jax.Array | None = None
     step: jax.Array | None = None
     train: bool = False
+    record: bool | None = None
 
 
 class Aux(NamedTuple):

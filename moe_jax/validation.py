@@ -15,6 +15,7 @@ from moe_jax.config import (
     Config,
     ConfigError,
     DataConfig,
+    MoEConfig,
     ModelConfig,
     SourceConfig,
     item_type,
@@ -290,9 +291,7 @@ def _check_feed_forward(config: Config) -> None:
     _must_divide("mesh.fsdp", mesh.fsdp, "model.width", model.width)
     _must_divide("mesh.tensor", mesh.tensor, "model.ffn_width", model.ffn_width)
     if has_routed_blocks(model):
-        if moe.top_k > moe.experts:
-            limit = f"at most model.moe.experts={moe.experts}"
-            raise ConfigError("model.moe.top_k", moe.top_k, limit, "lower top_k or raise experts")
+        _check_router(config)
         if moe.eval_capacity and moe.capacity_priority != "token":
             limit = f"not causal, in evaluation with model.moe.eval_capacity={moe.eval_capacity}"
             fix = "use token, or model.moe.eval_capacity=0"
@@ -308,6 +307,63 @@ def _check_feed_forward(config: Config) -> None:
         _must_divide("mesh.expert", mesh.expert, "model.moe.experts", moe.experts)
         if moe.expert_width:
             _must_divide("mesh.tensor", mesh.tensor, "model.moe.expert_width", moe.expert_width)
+
+
+def _check_router(config: Config) -> None:
+    moe, traits = config.model.moe, type(config.model.moe.options).traits
+    router = f"model.moe.router={moe.router}"
+    if moe.top_k > moe.experts + moe.virtual_experts:
+        limit = f"at most model.moe.experts={moe.experts}"
+        if moe.virtual_experts:
+            limit += f" and {moe.virtual_experts} zero, copy and constant experts"
+        raise ConfigError("model.moe.top_k", moe.top_k, limit, "lower top_k or raise experts")
+    if traits.top_k and moe.top_k not in traits.top_k:
+        known = " or ".join(map(str, traits.top_k))
+        raise ConfigError("model.moe.top_k", moe.top_k, f"{router} knows {known} only", f"use {known}")
+    for name in ("zero_experts", "copy_experts", "constant_experts"):
+        if getattr(moe, name) and not traits.virtual:
+            limit = f"{router} chooses among real experts only"
+            raise ConfigError(f"model.moe.{name}", getattr(moe, name), limit, "use 0, or another router")
+    if not traits.causal and not moe.allow_noncausal:
+        limit = "looks at later tokens, in evaluation of a causal model too"
+        fix = "use another router, or model.moe.allow_noncausal=true to accept figures that this makes too good"
+        raise ConfigError("model.moe.router", moe.router, limit, fix)
+    if not traits.capacity:
+        if moe.execution == "capacity":
+            limit = f"{router} is balanced without a limit"
+            raise ConfigError("model.moe.execution", moe.execution, limit, "use dropless")
+        if moe.eval_capacity:
+            limit = f"{router} has no use for it"
+            raise ConfigError("model.moe.eval_capacity", moe.eval_capacity, limit, "use 0")
+    if moe.shared_gate and not moe.shared_experts:
+        raise ConfigError(
+            "model.moe.shared_gate", True, "model.moe.shared_experts=0", "raise it, or switch the gate off"
+        )
+    if moe.router == "top_k":
+        _check_top_k(moe)
+
+
+def _check_top_k(moe: MoEConfig) -> None:
+    path, o = "model.moe.routers.top_k.", moe.routers.top_k
+    columns = moe.experts + moe.virtual_experts
+    if moe.top_k == 1 and (o.renormalise == "always" or o.order == "top_k_first"):
+        name, value = ("renormalise", o.renormalise) if o.renormalise == "always" else ("order", o.order)
+        limit = "with model.moe.top_k=1 every gate is 1 and the router gets no gradient"
+        raise ConfigError(path + name, value, limit, "use auto" if name == "renormalise" else "use score_first")
+    if o.order == "top_k_first" and o.score != "softmax":
+        limit = f"the softmax over the chosen, not {path}score={o.score}"
+        raise ConfigError(path + "order", o.order, limit, "use score_first")
+    if columns % o.groups:
+        raise ConfigError(path + "groups", o.groups, f"does not divide the {columns} experts", "use a divisor")
+    if o.kept_groups > o.groups:
+        raise ConfigError(
+            path + "kept_groups", o.kept_groups, f"more than {path}groups={o.groups}", "lower it"
+        )
+    if moe.top_k > columns // o.groups * o.kept_groups:
+        limit = f"fewer than model.moe.top_k={moe.top_k} experts in {o.kept_groups} of {o.groups} groups"
+        raise ConfigError(path + "kept_groups", o.kept_groups, limit, "raise it")
+    if o.zero_sum_bias and not o.bias_rate:
+        raise ConfigError(path + "zero_sum_bias", True, f"{path}bias_rate=0", "raise it, or switch this off")
 
 
 def _check_mesh(config: Config, device_count: int | None) -> None:

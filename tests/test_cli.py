@@ -94,7 +94,7 @@ BAD_OVERRIDES = [
     (["--config.seed=-1"], "config.seed=-1", "raise it to 0 or more"),
     (["--config.mesh.data", "-2"], "config.mesh.data=-2", "raise it to -1 or more"),
     (["--config.model.dtype=float16"], "config.model.dtype=float16", "choose float32 or bfloat16"),
-    (["--config.model.moe.router=top\nk"], r"config.model.moe.router=top\nk", "choose softmax_top_k"),
+    (["--config.model.moe.router=top\nk"], r"config.model.moe.router=top\nk", "choose top_k or switch"),
     # Combinations: the model.
     (
         ["--config.model.moe.top_k=9"],

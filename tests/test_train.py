@@ -33,7 +33,7 @@ def get_config():
         tokenizer="bytes", sequence_length=32, batch_size=16, held_out_percent=10.0, cache_dir="{cache}",
     )
     config.model.layers, config.model.width, config.model.ffn_width = 2, 16, 32
-    config.model.moe.softmax_top_k.bias_rate = 0.01
+    config.model.moe.routers.top_k.bias_rate = 0.01
     config.optimizer.warmup_steps = 3
     t = config.train
     t.steps, t.log_every, t.eval_every, t.checkpoint_every, t.eval_batches, t.tensorboard = 30, 1, 15, 13, 2, False

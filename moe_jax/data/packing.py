@@ -18,6 +18,7 @@ from moe_jax.data.tokenizer import Tokenizer
 
 # Part of every cache key: raise it when the meaning of the stored files changes.
 FORMAT = 1
+COUNTED_AT_ONCE = 2**24
 ENCODED_AT_ONCE = 2**20
 
 
@@ -166,6 +167,13 @@ class PackedRows:
         result["segment_ids"][:count] = np.cumsum(starts)
         result["loss_weights"][:count] = 1
         return result
+
+    def token_shares(self, vocab_size: int) -> np.ndarray:
+        """float64 [V]: the share of each id in the stream."""
+        counts = np.zeros(vocab_size)
+        for start in range(0, len(self._stream.tokens), COUNTED_AT_ONCE):
+            counts += np.bincount(self._stream.tokens[start : start + COUNTED_AT_ONCE], minlength=vocab_size)
+        return counts / max(counts.sum(), 1)
 
     def padding(self) -> dict[str, np.ndarray]:
         """A row of nothing but padding."""

@@ -135,6 +135,11 @@ class TextData:
         iterator.set_state({"next_index": start_step})
         return iterator
 
+    def token_shares(self) -> np.ndarray:
+        """float64 [V]: the share of each id in the training rows, sources mixed by their weights."""
+        total = sum(weight for weight, _ in self._train)
+        return sum(weight / total * rows.token_shares(self.tokenizer.vocab_size) for weight, rows in self._train)
+
     def evaluation(self, split: str = "validation") -> dict[str, EvaluationSet]:
         """The evaluation sets of "validation" or "test" by source, for the sources that have one."""
         return dict(self._evaluation.get(split, {}))

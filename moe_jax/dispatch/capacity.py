@@ -4,7 +4,6 @@ One stable sort ranks the assignments within their experts; the first C of each 
 filled and emptied by gathers, in both directions of differentiation.
 """
 
-import math
 from typing import Mapping, NamedTuple
 
 import jax
@@ -31,15 +30,6 @@ class Slots(NamedTuple):
 
     assignment: jax.Array
     slot: jax.Array
-
-
-def slots_per_expert(factor: float, tokens: int, top_k: int, experts: int) -> int:
-    """C = ceil(factor * T * K / E), at least 1 and at most T.
-
-    T counts positions: C is a static shape, the same however many of them are padding, which takes no slot.
-    """
-    # 1.1 * 100 is a little above 110: rounded, so that the error of a product does not buy a slot.
-    return min(tokens, max(1, math.ceil(round(factor * tokens * top_k / experts, 6))))
 
 
 def limit_assignments(

@@ -6,13 +6,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moe_jax.config import ModelConfig
+from moe_jax.config import ModelConfig, MoEConfig
 from moe_jax.layers.attention import Attention, KVCache
 from moe_jax.layers.ffn import FeedForward
 from moe_jax.layers.moe import MoE
 from moe_jax.layers.norms import make_norm
 from moe_jax.layers.rotary import Rotary
-from moe_jax.routing import ROUTERS
+from moe_jax.routing import ROUTERS, Sizes
 from moe_jax.types import Aux, RouterInputs
 
 
@@ -20,7 +20,7 @@ class BlockInputs(NamedTuple):
     """What every block of a model sees beside the hidden states.
 
     token_ids, positions, segment_ids: int32 [B, S]; segment 0 is padding. key: typed PRNG key or None. step: int32 scalar or
-    None. train: static.
+    None. train, record: static, see `RouterInputs`.
     """
 
     token_ids: jax.Array
@@ -29,26 +29,39 @@ class BlockInputs(NamedTuple):
     key: jax.Array | None = None
     step: jax.Array | None = None
     train: bool = False
+    record: bool | None = None
 
 
 def router_inputs(inputs: BlockInputs, layer: jax.Array | int) -> RouterInputs:
     """The same, flattened to [T], with the noise key of block number `layer`."""
+    batch, length = inputs.token_ids.shape
     return RouterInputs(
         token_ids=inputs.token_ids.reshape(-1),
         positions=inputs.positions.reshape(-1),
         segment_ids=inputs.segment_ids.reshape(-1),
         valid=inputs.segment_ids.reshape(-1) > 0,
+        sequences=jnp.repeat(jnp.arange(batch, dtype=jnp.int32), length),
         key=None if inputs.key is None else jax.random.fold_in(inputs.key, layer),
         step=inputs.step,
         train=inputs.train,
+        record=inputs.record,
     )
 
 
+def router_sizes(config: MoEConfig, vocab_size: int = 0) -> Sizes:
+    """What the routers of a model are built for."""
+    return Sizes(config.experts, config.top_k, config.virtual_experts, vocab_size)
+
+
 class Block(nn.Module):
-    """A pre-norm block; `kind` is "dense" or "routed". Parameters: norm_attention, attention, norm_ffn, ffn or moe."""
+    """A pre-norm block; `kind` is "dense" or "routed". Parameters: norm_attention, attention, norm_ffn, ffn or moe.
+
+    `vocab_size` is there for routers with a table of token ids.
+    """
 
     config: ModelConfig
     kind: str
+    vocab_size: int = 0
 
     @nn.compact
     def __call__(
@@ -79,13 +92,19 @@ class Block(nn.Module):
 
     def _moe(self) -> MoE:
         c, m = self.config, self.config.moe
+        width = m.expert_width or c.ffn_width
         return MoE(
             experts=m.experts,
-            width=m.expert_width or c.ffn_width,
+            width=width,
             top_k=m.top_k,
-            router=ROUTERS[m.router].build(m.experts, m.top_k, getattr(m, m.router)),
+            router=ROUTERS[m.router].build(router_sizes(m, self.vocab_size), m.options),
             activation=c.activation,
             use_bias=c.ffn_bias,
+            zero_experts=m.zero_experts,
+            copy_experts=m.copy_experts,
+            constant_experts=m.constant_experts,
+            shared_width=m.shared_experts * width,
+            shared_gate=m.shared_gate,
             capacity_factor=m.capacity_factor if m.execution == "capacity" else 0.0,
             eval_capacity=m.eval_capacity,
             capacity_priority=m.capacity_priority,

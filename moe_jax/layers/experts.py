@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from moe_jax import compat
 from moe_jax.dispatch.capacity import Slots, run_slots
 from moe_jax.dispatch.exchange import run_local, run_sharded
+from moe_jax.dispatch.filled_slots import run_chosen, run_mixed
 from moe_jax.ops.activations import is_gated
 from moe_jax.ops.expert_ffn import expert_ffn
 from moe_jax.ops.grouped_matmul import BACKENDS, resolve_backend
-from moe_jax.types import TokenChoice
+from moe_jax.types import Assignment, ExpertChoice, SlotMix
 
 # Fan-in of one expert, not of all E together.
 EXPERT_INIT = nn.initializers.variance_scaling(
@@ -44,10 +45,11 @@ class Experts(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, choice: TokenChoice, slots: Slots | None = None
+        self, x: jax.Array, choice: Assignment, slots: Slots | None = None, sequences: int = 1
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """x [T, D], choice over E experts -> (y [T, D], stats), computed in the dtype of x.
 
+        A `SlotMix` is of `sequences` sequences of equal length. For a `TokenChoice`:
         Under `jax.set_mesh` with a mesh of more than one device, the layer runs in a shard_map over it. The
         work is split over the axes data, fsdp, expert and tensor; along any other it is repeated. On one
         device `slots`, of a choice limited to them, makes the experts run as equal groups of C rows. The
@@ -66,6 +68,11 @@ class Experts(nn.Module):
         if self.is_initializing():
             return jnp.zeros_like(x), {}
         weights = {name: weight.astype(x.dtype) for name, weight in weights.items()}
+
+        if isinstance(choice, ExpertChoice):
+            return run_chosen(x, choice, weights, activation=self.activation), {}
+        if isinstance(choice, SlotMix):
+            return run_mixed(x, choice, weights, sequences, activation=self.activation), {}
 
         def run_experts(x, weights, order, gates):
             return expert_ffn(

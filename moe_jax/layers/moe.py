@@ -7,10 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import compat
-from moe_jax.dispatch.capacity import limit_assignments, slots_per_expert
+from moe_jax.dispatch.capacity import limit_assignments
 from moe_jax.layers.experts import Experts
-from moe_jax.routing.softmax_top_k import SoftmaxTopK
-from moe_jax.types import Aux, RouterInputs
+from moe_jax.layers.ffn import FeedForward
+from moe_jax.layers.virtual_experts import VirtualExperts
+from moe_jax.ops.counting import slots_per_expert
+from moe_jax.routing.statistics import matrix
+from moe_jax.routing.top_k import TopK
+from moe_jax.types import Aux, RouterInputs, TokenChoice
 
 
 class MoE(nn.Module):
@@ -20,10 +24,14 @@ class MoE(nn.Module):
       experts: E.
       width: hidden width F of an expert.
       top_k: experts K per token.
-      router: a module called with (x [T, D], RouterInputs) that returns (TokenChoice, losses, stats); None:
+      router: a module called with (x [T, D], RouterInputs) that returns (assignment, losses, stats); None:
         softmax top-k.
       activation: "gelu_tanh", "gelu", "relu" or "swiglu".
       use_bias: biases in the experts.
+      zero_experts, copy_experts, constant_experts: virtual experts beside the E, see `VirtualExperts`; the router's
+        columns are E + their number.
+      shared_width: hidden width of a dense network beside the experts that sees every token; 0: none.
+      shared_gate: multiplies its output by sigmoid(x . shared_gate).
       capacity_factor: at most C = ceil(factor * T * K / E) assignments per expert in training; 0: dropless.
       eval_capacity: the same in evaluation; 0: dropless.
       capacity_priority: "token", "choice" or "gate", see `limit_assignments`; only "token" is causal. On one
@@ -42,6 +50,11 @@ class MoE(nn.Module):
     router: nn.Module | None = None
     activation: str = "gelu_tanh"
     use_bias: bool = False
+    zero_experts: int = 0
+    copy_experts: int = 0
+    constant_experts: int = 0
+    shared_width: int = 0
+    shared_gate: bool = False
     capacity_factor: float = 0.0
     eval_capacity: float = 0.0
     capacity_priority: str = "token"
@@ -54,16 +67,17 @@ class MoE(nn.Module):
     def __call__(
         self, x: jax.Array, inputs: RouterInputs | None = None, *, train: bool = False
     ) -> tuple[jax.Array, Aux]:
-        """x [..., D] -> (y [..., D], Aux). Padding and dropped tokens get 0.
+        """x [..., S, D] -> (y [..., S, D], Aux). Padding and dropped tokens get nothing from the experts.
 
         `inputs` has an entry for each of the T leading positions of x, flattened; its `train` wins over the
         argument.
 
         Raises:
-          ValueError: top_k above experts; a mesh of Explicit axes.
+          ValueError: top_k above the number of experts; a mesh of Explicit axes.
         """
-        if self.top_k > self.experts:
-            raise ValueError(f"top_k={self.top_k}: at most experts={self.experts}")
+        virtual = self.zero_experts + self.copy_experts + self.constant_experts
+        if self.top_k > self.experts + virtual:
+            raise ValueError(f"top_k={self.top_k}: at most experts={self.experts + virtual}")
         mesh = compat.current_mesh()
         if mesh is not None and compat.AxisType.Explicit in mesh.axis_types:
             raise ValueError(
@@ -72,20 +86,45 @@ class MoE(nn.Module):
             )
         inputs = RouterInputs(train=train) if inputs is None else inputs
         tokens = x.reshape(-1, x.shape[-1])
-        router = SoftmaxTopK(self.experts, self.top_k, name="router") if self.router is None else self.router
+        router = self.router
+        if router is None:
+            router = TopK(self.experts, self.top_k, virtual, name="router")
         with jax.named_scope("route"):
             choice, losses, stats = router(tokens, inputs)
-            factor = self.capacity_factor if inputs.train else self.eval_capacity
-            slots, dropped = None, jnp.zeros((), jnp.float32)
-            if factor:
-                capacity = slots_per_expert(factor, tokens.shape[0], self.top_k, self.experts)
-                choice, slots, dropped = limit_assignments(
-                    choice, self.experts, capacity, self.capacity_priority
-                )
+            if inputs.record:
+                stats = {**stats, "matrix": matrix(choice, tokens.shape[0], self.experts, virtual)}
+            choice, slots, dropped = self._limit(choice, tokens.shape[0], inputs.train)
             stats = {**stats, "dropped": dropped.astype(jnp.float32)}
         run = Experts(
             self.experts, self.width, self.activation, self.use_bias, self.backend,
             exchange=self.exchange, exchange_buffer=self.exchange_buffer, name="experts",
         )  # fmt: skip
-        y, sent = run(tokens.astype(self.dtype or x.dtype), choice, slots)
+        tokens = tokens.astype(self.dtype or x.dtype)
+        sequences = tokens.shape[0] // x.shape[-2] if x.ndim > 2 else 1
+        y, sent = run(tokens, choice, slots, sequences)
+        if virtual:
+            others = VirtualExperts(
+                self.experts, self.zero_experts, self.copy_experts, self.constant_experts, name="virtual"
+            )
+            y = (y + others(tokens, choice)).astype(y.dtype)
+        if self.shared_width:
+            y = y + self._shared(tokens)
         return y.reshape(x.shape), Aux(losses, {**stats, **sent})
+
+    def _limit(self, choice, tokens, train):
+        """(choice, slots or None, assignments dropped)."""
+        factor = self.capacity_factor if train else self.eval_capacity
+        if not factor or not isinstance(choice, TokenChoice):
+            return choice, None, jnp.zeros((), jnp.float32)
+        capacity = slots_per_expert(factor, tokens, self.top_k, self.experts)
+        return limit_assignments(choice, self.experts, capacity, self.capacity_priority)
+
+    def _shared(self, x):
+        y = FeedForward(self.shared_width, self.activation, self.use_bias, x.dtype, name="shared")(x)
+        if not self.shared_gate:
+            return y
+        init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", None))
+        kernel = self.param("shared_gate", init, (x.shape[-1], 1), jnp.float32)
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        gate = jax.nn.sigmoid(jnp.dot(x.astype(wide), kernel.astype(wide), precision=jax.lax.Precision.HIGHEST))
+        return (y * gate).astype(y.dtype)

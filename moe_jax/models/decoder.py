@@ -47,9 +47,11 @@ class Decoder(nn.Module):
         key: jax.Array | None = None,
         step: jax.Array | None = None,
         train: bool = False,
+        record: bool | None = None,
     ) -> Output:
         """Runs token_ids, positions and segment_ids, int32 [B, S]; segment 0 is padding, 1 and up are documents.
 
+        With `record` the statistics of each routed layer hold its sparse matrix, `matrix` [T, E+V].
         With a `cache` (from `init_stack_cache` or the last call) the tokens follow those in it.
         """
         c, dtype = self.config, jnp.dtype(self.config.dtype)
@@ -59,8 +61,8 @@ class Decoder(nn.Module):
             x = x + LearnedPositions(
                 c.max_positions, c.width, c.position_offset, c.init_std, dtype, name="positions"
             )(positions)
-        inputs = BlockInputs(token_ids, positions, segment_ids, key, step, train)
-        x, aux, cache = Stack(c, name="stack")(x, inputs, cache)
+        inputs = BlockInputs(token_ids, positions, segment_ids, key, step, train, record)
+        x, aux, cache = Stack(c, self.vocab_size, name="stack")(x, inputs, cache)
         x = make_norm(c.norm, c.norm_epsilon, dtype, name="norm_final")(x)
         table = embed.embedding if c.tied_embeddings else self._output_table()
         ids = {"embed": {"embedding": row_ids(token_ids)}} if c.row_gradients else {}

@@ -33,6 +33,7 @@ class Stack(nn.Module):
     """All blocks of a model. Collections `params` and `router_state` hold `groups` {block_i: arrays [G, ...]} and the inserts."""
 
     config: ModelConfig
+    vocab_size: int = 0
 
     @nn.compact
     def __call__(self, x: jax.Array, inputs: BlockInputs, cache: dict[str, Any] | None = None) -> StackOutput:
@@ -66,7 +67,7 @@ class Stack(nn.Module):
         return {c: nn.unbox(self.get_variable(c, name)) for c in COLLECTIONS if self.has_variable(c, name)}
 
     def _init_block(self, key, kind, x, inputs):
-        return Block(self.config, kind, parent=None).init(key, x, inputs)
+        return Block(self.config, kind, self.vocab_size, parent=None).init(key, x, inputs)
 
     def _init_groups(self, key, kinds, groups, x, inputs):
         def one(g):
@@ -88,7 +89,7 @@ class Stack(nn.Module):
 
     def _block(self, kind):
         def run(variables, x, inputs, layer, cache):
-            return Block(self.config, kind, parent=None).apply(variables, x, inputs, layer, cache)
+            return Block(self.config, kind, self.vocab_size, parent=None).apply(variables, x, inputs, layer, cache)
 
         return with_barriers(run, recompute=self.config.remat)
 
@@ -129,7 +130,7 @@ def with_barriers(run, recompute: bool):
     def wrapped(variables, x, inputs, layer, cache):
         if cache is not None:
             return run(variables, x, inputs, layer, cache)
-        arrays = {name: a for name, a in inputs._asdict().items() if name != "train"}
+        arrays = {name: a for name, a in inputs._asdict().items() if name not in ("train", "record")}
 
         def linearize(variables, x, arrays, layer):
             return jax.vjp(lambda v, x: run(v, x, inputs._replace(**arrays), layer, None), variables, x)

@@ -1,5 +1,6 @@
 """Who writes the nonzeros: one file per router, and what they share."""
 
-from moe_jax.routing.registry import ROUTERS, Router
+from moe_jax.routing.contract import Router, Sizes
+from moe_jax.routing.registry import ROUTERS
 
-__all__ = ["ROUTERS", "Router"]
+__all__ = ["ROUTERS", "Router", "Sizes"]

@@ -1,17 +1,17 @@
-"""Auxiliary losses of routers: unweighted float32 scalars over the valid tokens of the call."""
+"""Auxiliary losses of routers: unweighted float32 scalars over the valid tokens of the call, on all devices together."""
 
 import jax
 import jax.numpy as jnp
 
 
 def balance_loss(probabilities: jax.Array, counts: jax.Array, valid: jax.Array) -> jax.Array:
-    """E * sum_e f_e P_e, the Switch form: 1 when even, E when all go to one expert.
+    """N * sum_e f_e P_e, the Switch form: 1 when even, N when all go to one expert.
 
-    arXiv 2101.03961, equations 4 to 6.
+    arXiv 2101.03961, equations 4 to 6. Over the whole call, which is a microbatch; see `sequence_balance_loss`.
 
     Args:
-      probabilities: [T, E].
-      counts: [E] assignments before any is dropped; f is their share, so that even is 1 for every K. No
+      probabilities: [T, N], of the N = E + V experts.
+      counts: [N] assignments before any is dropped; f is their share, so that even is 1 for every K. No
         gradient.
       valid: bool [T].
     """
@@ -20,8 +20,35 @@ def balance_loss(probabilities: jax.Array, counts: jax.Array, valid: jax.Array) 
     return probabilities.shape[1] * jnp.sum(counts / jnp.maximum(jnp.sum(counts), 1) * mean)
 
 
+def sequence_balance_loss(
+    probabilities: jax.Array, chosen: jax.Array, valid: jax.Array, sequences: jax.Array | None
+) -> jax.Array:
+    """The mean of `balance_loss` over sequences, each by itself: stricter, 1 when every sequence is even.
+
+    DeepSeek-V3 (arXiv:2412.19437, equations 17 to 20). A sequence without valid tokens does not count.
+
+    Args:
+      probabilities: [T, N].
+      chosen: [T, N], 1 where a token chose an expert, else 0. No gradient.
+      valid: bool [T].
+      sequences: int32 [T], below T; None: one sequence.
+    """
+    tokens = probabilities.shape[0]
+    sequences = jnp.zeros(tokens, jnp.int32) if sequences is None else sequences
+    sequences = jnp.where(valid, sequences, tokens)
+
+    def total(values):  # dropped where not valid
+        return jax.ops.segment_sum(jnp.where(valid[:, None], values, 0), sequences, tokens)
+
+    share = total(jax.lax.stop_gradient(chosen).astype(probabilities.dtype))
+    share = share / jnp.maximum(jnp.sum(share, axis=1, keepdims=True), 1)
+    lengths = total(jnp.ones((tokens, 1), probabilities.dtype))
+    terms = probabilities.shape[1] * jnp.sum(share * total(probabilities) / jnp.maximum(lengths, 1), axis=1)
+    return jnp.sum(terms) / jnp.maximum(jnp.sum(lengths > 0), 1)
+
+
 def z_loss(logits: jax.Array, valid: jax.Array) -> jax.Array:
-    """Mean over valid tokens of logsumexp(logits [T, E])^2 (ST-MoE, arXiv 2202.08906, equation 5)."""
+    """Mean over valid tokens of logsumexp(logits [T, N])^2 (ST-MoE, arXiv 2202.08906, equation 5)."""
     # Masked before the square: padding may hold anything, and 0 * inf would not be 0.
     z = jax.nn.logsumexp(jnp.where(valid[:, None], logits, 0), axis=-1)
     return jnp.sum(jnp.where(valid, z, 0) ** 2) / jnp.maximum(jnp.sum(valid), 1)

@@ -33,6 +33,7 @@ from moe_jax.train.metrics import MetricsWriter, write_whole
 from moe_jax.train.optimizer import check_groups
 from moe_jax.train.progress import ProgressBar
 from moe_jax.train.reporter import Profile, Reporter
+from moe_jax.train.router_state import start_router_state
 from moe_jax.train.state import abstract_state, place_state
 from moe_jax.train.step import compile_train_step
 from moe_jax.train.workdir import own_workdir
@@ -162,6 +163,9 @@ class Trainer:
         target = abstract_state(self.model, self.config, self.mesh)
         check_free_space(self.workdir, state_bytes(target), self.config.train.max_to_keep)
         state = place_state(self.model, self.config, self.mesh)
+        state["router_state"] = start_router_state(
+            state["router_state"], self.data.token_shares, self.config.model.moe, self.data.tokenizer.vocab_size
+        )
         if self.config.init.checkpoint:
             include = tuple(prefix for prefix in self.config.init.include.split(",") if prefix)
             part = {name: state[name] for name in ("params", "router_state")}

@@ -8,36 +8,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moe_jax.config import Config, MoEConfig
+from moe_jax.config import Config
 from moe_jax.models.decoder import row_sinks
 from moe_jax.models.losses import cross_entropy
 from moe_jax.parallel.rules import batch_sharding, replicated
 from moe_jax.routing import ROUTERS
 from moe_jax.train.optimizer import Rows, learning_rate, make_optimizer, merge_rows, update_rows
+from moe_jax.train.router_state import update_router_state
 from moe_jax.train.state import State, join_tables, split_tables, state_shardings, table_paths
 
 Batch = dict[str, jax.Array]
 # Keeps a step's noise apart from the initialisation, which uses the seed's key itself.
 NOISE_STREAM = 1
-
-
-def update_router_state(router_state: Any, stats: Any, config: MoEConfig) -> Any:
-    """The routers' state after a step, from the statistics summed over it; see `Router.update`."""
-    router, options = ROUTERS[config.router], getattr(config, config.router)
-    if router.update is None or not router_state:
-        return router_state
-
-    def walk(state, sums):
-        if "counts" not in sums:
-            return {name: walk(state[name], sums[name]) if name in sums else state[name] for name in state}
-
-        def one(state, sums):
-            return router.update(state, sums, options)
-
-        stacked = sums["counts"].ndim == 2
-        return {"moe": {"router": (jax.vmap(one) if stacked else one)(state["moe"]["router"], sums)}}
-
-    return {"stack": walk(router_state["stack"], stats)}
 
 
 def _split_microbatches(batch: Batch, parts: int) -> Batch:
@@ -53,9 +35,7 @@ def make_loss(model: nn.Module, config: Config):
     `loss` is this microbatch's share of the step's: its nats over the step's `tokens`, plus the weighted router losses over
     the number of microbatches.
     """
-    weights = ROUTERS[config.model.moe.router].loss_weights(
-        getattr(config.model.moe, config.model.moe.router)
-    )
+    weights = ROUTERS[config.model.moe.router].loss_weights(config.model.moe.options)
 
     def loss(dense, sinks, tables, router_state, micro, tokens, key, step):
         params = join_tables(dense, tables)

@@ -11,25 +11,71 @@ import pytest
 from jax.sharding import NamedSharding
 
 from moe_jax import compat
-from moe_jax.config import SoftmaxTopKConfig
+from moe_jax.config_moe import (
+    BaseConfig,
+    ExpertChoiceConfig,
+    GShardConfig,
+    HashConfig,
+    ReMoEConfig,
+    SoftMoEConfig,
+    SwitchConfig,
+    TopKConfig,
+)
 from moe_jax.layers.moe import MoE
-from moe_jax.routing import ROUTERS
-from moe_jax.types import RouterInputs
+from moe_jax.routing import ROUTERS, Sizes
+from moe_jax.routing.statistics import column_counts, matrix
+from moe_jax.types import ExpertChoice, RouterInputs, SlotMix
 
 T, D, E, F = 24, 8, 4, 6
+VOCABULARY = 64
 
 
 class Row(NamedTuple):
+    """A router with its options. all_served: whether every token gets an output. virtual: zero, copy, constant experts."""
+
     router: str
     options: Any
     top_k: int
+    all_served: bool = True
+    virtual: tuple[int, int, int] = (0, 0, 0)
 
 
+GROUPS = TopKConfig(score="sigmoid", groups=2, kept_groups=1, bias_rate=0.01, zero_sum_bias=True, scale=2.5)
 ROWS = {
-    "softmax_top_1": Row("softmax_top_k", SoftmaxTopKConfig(), 1),
-    "softmax_top_2_bias": Row("softmax_top_k", SoftmaxTopKConfig(bias_rate=0.01), 2),
+    "top_1": Row("top_k", TopKConfig(), 1),
+    "top_2_bias": Row("top_k", TopKConfig(bias_rate=0.01, sequence_loss=0.01), 2),
+    "top_2_groups": Row("top_k", GROUPS, 2),
+    "top_3_raw": Row("top_k", TopKConfig(score="sqrt_softplus", renormalise="never"), 3),
+    "top_2_first": Row("top_k", TopKConfig(order="top_k_first"), 2),
+    "top_2_virtual": Row("top_k", TopKConfig(bias_rate=0.01), 2, all_served=False, virtual=(1, 1, 2)),
+    "switch": Row("switch", SwitchConfig(jitter=0.01), 1),
+    "gshard": Row("gshard", GShardConfig(second_expert="threshold", threshold=0.3), 2),
+    "base": Row("base", BaseConfig(), 1),
+    "hash": Row("hash", HashConfig(table="random"), 1),
+    "hash_balanced": Row("hash", HashConfig(), 1),
+    "expert_choice": Row("expert_choice", ExpertChoiceConfig(), 2, all_served=False),
+    "remoe": Row("remoe", ReMoEConfig(), 2, all_served=False),
+    "remoe_at_most_1": Row("remoe", ReMoEConfig(max_k=1), 1, all_served=False),
+    "soft_moe": Row("soft_moe", SoftMoEConfig(slots=2), 1),
 }
 every_router = pytest.mark.parametrize("row", ROWS)
+
+
+def traits(row):
+    return type(ROWS[row].options).traits
+
+
+def sizes(row):
+    return Sizes(E, ROWS[row].top_k, sum(ROWS[row].virtual), VOCABULARY)
+
+
+def dense(row, assignment, tokens=T):
+    """The assignment as a matrix [T, E+V]."""
+    return np.asarray(matrix(assignment, tokens, E, sum(ROWS[row].virtual)))
+
+
+def capacities(row):
+    return (0.0, 0.5) if traits(row).capacity else (0.0,)
 
 
 class Result(NamedTuple):
@@ -50,22 +96,29 @@ class Setup(NamedTuple):
 
 
 @functools.cache
-def setup(name: str, capacity: float = 0.0) -> Setup:
+def setup(name: str, capacity: float = 0.0, train: bool = True) -> Setup:
     row = ROWS[name]
-    router = ROUTERS[row.router].build(E, row.top_k, row.options)
-    layer = MoE(E, F, row.top_k, router, activation="swiglu", capacity_factor=capacity)
+    router = ROUTERS[row.router].build(sizes(name), row.options)
+    zeros, copies, constants = row.virtual
+    layer = MoE(
+        E, F, row.top_k, router, activation="swiglu", capacity_factor=capacity, eval_capacity=capacity,
+        zero_experts=zeros, copy_experts=copies, constant_experts=constants,
+    )  # fmt: skip
     variables = jax.jit(layer.init)(jax.random.key(0), jnp.zeros((T, D)), example())
     params, state = variables["params"], variables.get("router_state", {})
 
     # `train` is static, so it is set inside of jit; elsewhere it is None.
+    def static(inputs):
+        return inputs._replace(train=train)
+
     def route(x, inputs):
         alone = {"params": params.get("router", {}), "router_state": state.get("router", {})}
-        return router.clone(parent=None).apply(alone, x, inputs._replace(train=True))
+        return router.clone(parent=None).apply(alone, x, static(inputs))
 
     def run(x, inputs):
         def loss(params):
             variables = {"params": params, "router_state": state}
-            y, aux = layer.apply(variables, x, inputs._replace(train=True))
+            y, aux = layer.apply(variables, x, static(inputs))
             return jnp.sum(jnp.sin(y.astype(jnp.float32))), (y, aux)
 
         (_, (y, aux)), gradients = jax.value_and_grad(loss, has_aux=True)(params)
@@ -97,6 +150,14 @@ def hidden(seed=2):
     return np.random.default_rng(seed).normal(size=(T, D)).astype(np.float32)
 
 
+def assert_close(a, b, limit=1e-5):
+    """max|a-b| / max|b| of every array."""
+    chex.assert_trees_all_equal_shapes_and_dtypes(a, b)
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        error = np.max(np.abs(np.asarray(x) - y)) / max(np.max(np.abs(y)), 1e-30)
+        assert error <= limit, f"{jax.tree_util.keystr(path)}: {error}"
+
+
 def test_every_router_has_a_row():
     assert {row.router for row in ROWS.values()} == set(ROUTERS)
 
@@ -107,8 +168,15 @@ def test_shapes_and_types(row):
     choice, losses, stats = jax.eval_shape(s.route, hidden(), example())
     result = jax.eval_shape(s.run, hidden(), example())
     k = ROWS[row].top_k
-    chex.assert_shape([result.y, *choice], [(T, D), (T, k), (T, k)])
-    chex.assert_type([result.y, *choice], [jnp.float32, jnp.int32, jnp.float32])
+    if isinstance(choice, SlotMix):
+        chex.assert_shape([*choice], (T, E, 2))
+        chex.assert_type([*choice], jnp.float32)
+    else:
+        width = (E, T * k // E) if isinstance(choice, ExpertChoice) else (T, E if row == "remoe" else k)
+        chex.assert_shape([*choice], width)
+        chex.assert_type([*choice], [jnp.int32, jnp.float32])
+    chex.assert_shape(result.y, (T, D))
+    chex.assert_type(result.y, jnp.float32)
     chex.assert_shape(list(losses.values()), ())
     chex.assert_type(list(losses.values()), jnp.float32)
     chex.assert_trees_all_equal_structs(losses, result.losses)
@@ -124,58 +192,83 @@ def test_shapes_and_types(row):
 def test_counts_are_those_of_the_choice(row):
     inputs = example()
     choice, _, stats = setup(row).route_jit(hidden(), inputs)
-    ids = np.asarray(choice.expert_ids)
-    assert np.all((ids >= 0) & (ids <= E))
-    for chosen in ids:
-        real = chosen[chosen < E]
-        assert len(set(real)) == len(real), "an expert twice for one token"
-    np.testing.assert_array_equal(stats["counts"], np.bincount(ids.ravel(), minlength=E + 1)[:E])
-    assert stats["tokens"] == np.sum(inputs.valid) and stats["nonfinite"] == 0
-    assert np.all(ids[~inputs.valid] == E) and not np.any(choice.gates[~inputs.valid])
+    gates, valid = dense(row, choice), inputs.valid
+    assert not np.any(gates[~valid]) and np.all(gates >= 0)
+    assert stats["tokens"] == np.sum(valid) and stats["nonfinite"] == 0
+    if isinstance(choice, SlotMix):
+        np.testing.assert_allclose(stats["counts"], gates.sum(0), rtol=1e-6)
+        np.testing.assert_allclose(stats["counts"].sum(), np.sum(valid), rtol=1e-6)
+        return
+    np.testing.assert_array_equal(column_counts(stats), np.sum(gates > 0, axis=0))
+    ids = np.asarray(choice[0])
+    real = ids < T if isinstance(choice, ExpertChoice) else ids != E
+    assert np.sum(real) == np.sum(gates > 0), "an expert twice for one token"
+    if "unrouted" in stats:
+        assert stats["unrouted"] == np.sum(valid & ~np.any(gates > 0, axis=1))
 
 
 @every_router
 def test_no_jit_is_jit(row):
     s = setup(row)
     a, b = s.route(hidden(), example()), s.route_jit(hidden(), example())
-    np.testing.assert_array_equal(a[0].expert_ids, b[0].expert_ids)
+    np.testing.assert_array_equal(dense(row, a[0]) > 0, dense(row, b[0]) > 0)
     chex.assert_trees_all_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 @every_router
-@pytest.mark.parametrize("capacity", [0.0, 0.5])
-def test_causal(row, capacity):
-    if not ROUTERS[ROWS[row].router].causal:
-        pytest.skip("not causal")
-    run = setup(row, capacity).run
+def test_causal(row):
+    """In evaluation, and where the router says so in training too."""
+    if not traits(row).causal:
+        pytest.skip("not causal, in evaluation neither")
     x, other, inputs = hidden(), -3 * hidden(5), all_valid()
-    before = run(x, inputs)
-    assert (before.stats["dropped"] > 0) == (capacity > 0)
-    for t in (0, 9, T - 2):
-        for cut in (slice(t + 1, None), slice(t + 1, t + 2)):
-            changed = np.isin(np.arange(T), np.arange(T)[cut])
-            later = inputs._replace(token_ids=inputs.token_ids + 3 * changed.astype(np.int32))
-            after = run(np.where(changed[:, None], other, x), later)
-            np.testing.assert_array_equal(after.y[: t + 1], before.y[: t + 1])
-            assert capacity or np.any(after.y[t + 1] != before.y[t + 1])
+    cases = [(capacity, train) for capacity in capacities(row) for train in (True, False)]
+    for capacity, train in cases if traits(row).causal_training else [(0.0, False)]:
+        run = setup(row, capacity, train).run
+        before = run(x, inputs)
+        assert (before.stats["dropped"] > 0) == (capacity > 0)
+        for t in (0, 9, T - 2):
+            for cut in (slice(t + 1, None), slice(t + 1, t + 2)):
+                changed = np.isin(np.arange(T), np.arange(T)[cut])
+                later = inputs._replace(token_ids=inputs.token_ids + 3 * changed.astype(np.int32))
+                after = run(np.where(changed[:, None], other, x), later)
+                np.testing.assert_array_equal(after.y[: t + 1], before.y[: t + 1])
+                if not capacity and ROWS[row].all_served:
+                    assert np.any(after.y[t + 1] != before.y[t + 1])
 
 
 @every_router
-@pytest.mark.parametrize("capacity", [0.0, 0.5])
-def test_contents_of_padding_change_nothing(row, capacity):
-    run = setup(row, capacity).run
+def test_a_router_that_is_not_causal_says_so(row):
+    """Else the test above would not be of any router."""
+    if traits(row).causal_training:
+        pytest.skip("causal")
+    run, x, inputs = setup(row).run, hidden(), all_valid()
+    before = run(x, inputs)
+    differs = []
+    for seed in range(5):
+        after = run(np.where(np.arange(T)[:, None] < T // 2, x, 3 * hidden(seed + 10)), inputs)
+        differs.append(np.any(after.y[: T // 2] != before.y[: T // 2]))
+    assert any(differs)
+
+
+@every_router
+def test_contents_of_padding_change_nothing(row):
     x, inputs = hidden(), example()
     valid = inputs.valid
-    clean = run(x, inputs)
-    assert not np.any(clean.y[~valid]) and (capacity or np.all(np.any(clean.y[valid], axis=-1)))
-    for bad in (100.0, np.nan, np.inf):
-        dirty = inputs._replace(token_ids=np.where(valid, inputs.token_ids, np.int32(11)))
-        chex.assert_trees_all_equal(run(np.where(valid[:, None], x, np.float32(bad)), dirty), clean)
+    for capacity in capacities(row):
+        run = setup(row, capacity).run
+        clean = run(x, inputs)
+        assert not np.any(clean.y[~valid])
+        assert capacity or not ROWS[row].all_served or np.all(np.any(clean.y[valid], axis=-1))
+        for bad in (100.0, np.nan, np.inf):
+            dirty = inputs._replace(token_ids=np.where(valid, inputs.token_ids, np.int32(11)))
+            chex.assert_trees_all_equal(run(np.where(valid[:, None], x, np.float32(bad)), dirty), clean)
 
 
 @every_router
 def test_statistics_and_losses_are_of_the_valid(row):
     """As if padding were not there; over twice the tokens sums double and means stay."""
+    if not traits(row).causal_training:
+        pytest.skip("how many an expert takes follows T")
     route = setup(row).route_jit
     x, inputs = hidden(), example()
     keep = np.flatnonzero(inputs.valid)
@@ -195,11 +288,11 @@ def test_permutation_equivariance(row):
     x, inputs = hidden(), example()
     perm = np.random.default_rng(0).permutation(T)
     permuted = x[perm], jax.tree.map(lambda leaf: leaf[perm] if leaf.ndim else leaf, inputs)
-    a, b = s.route_jit(x, inputs)[0], s.route_jit(*permuted)[0]
-    np.testing.assert_array_equal(a.expert_ids[perm], b.expert_ids)
-    np.testing.assert_allclose(a.gates[perm], b.gates, rtol=1e-5)
+    a, b = dense(row, s.route_jit(x, inputs)[0])[perm], dense(row, s.route_jit(*permuted)[0])
+    np.testing.assert_array_equal(a > 0, b > 0)
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
     a, b = s.run(x, inputs), s.run(*permuted)
-    chex.assert_trees_all_close(a._replace(y=a.y[perm]), b, rtol=1e-5, atol=1e-5)
+    assert_close(a._replace(y=a.y[perm]), b)
 
 
 @every_router
@@ -221,31 +314,36 @@ def test_one_device_is_eight(row):
         split = NamedSharding(mesh, compat.PartitionSpec(compat.BATCH_AXES))
         sharded = jax.tree.map(lambda a: jax.device_put(a, split) if a.ndim else a, (x, inputs))
         choice, eight = s.route_jit(*sharded)[0], s.run(*sharded)
-    np.testing.assert_array_equal(choice.expert_ids, s.route_jit(x, inputs)[0].expert_ids)
+    chex.assert_trees_all_close(choice, s.route_jit(x, inputs)[0], rtol=1e-5, atol=1e-6)
     one = s.run(x, inputs)
-    np.testing.assert_array_equal(eight.stats["counts"], one.stats["counts"])
+    if not isinstance(choice, SlotMix):
+        np.testing.assert_array_equal(eight.stats["counts"], one.stats["counts"])
     # One device exchanges nothing.
     stats = {name: value for name, value in eight.stats.items() if not name.startswith("exchange_")}
-    chex.assert_trees_all_close(eight._replace(stats=stats), one, rtol=1e-5, atol=1e-6)
+    assert_close(eight._replace(stats=stats), one)
 
 
 @every_router
 def test_bfloat16_activations(row):
     """The router's maths are exactly those of the same numbers in float32."""
-    route = setup(row).route_jit
-    narrow = hidden().astype(jnp.bfloat16)
-    result = route(narrow, example())
-    chex.assert_type(result[0].gates, jnp.float32)
-    chex.assert_trees_all_equal(result, route(narrow.astype(np.float32), example()))
-    assert np.any(result[0].gates != np.asarray(result[0].gates).astype(jnp.bfloat16))
+    s, narrow = setup(row), hidden().astype(jnp.bfloat16)
+    result = s.route_jit(narrow, example())
+    gates = result[0][-1]
+    chex.assert_type(gates, jnp.float32)
+    chex.assert_trees_all_equal(result, s.route_jit(narrow.astype(np.float32), example()))
+    if "router" in s.params:
+        assert np.any(gates != np.asarray(gates).astype(jnp.bfloat16))
 
 
 @every_router
 def test_equal_logits(row):
-    result = setup(row).run(np.zeros((T, D), np.float32), example())
+    result, valid = setup(row).run(np.zeros((T, D), np.float32), example()), np.sum(example().valid)
     chex.assert_tree_all_finite(result)
-    assert result.stats["counts"].sum() == ROWS[row].top_k * np.sum(example().valid)
-    assert not np.any(result.y)
+    k = ROWS[row].top_k
+    wanted = {"remoe": 0, "expert_choice": E * min(T * k // E, valid)}.get(ROWS[row].router, k * valid)
+    np.testing.assert_allclose(column_counts(result.stats).sum(), wanted, rtol=1e-6)
+    if not ROWS[row].virtual[2]:  # constant experts add their vector
+        assert not np.any(result.y)
 
 
 @every_router
@@ -256,10 +354,11 @@ def test_a_token_that_is_not_finite(row):
     bad, broken, valid = np.asarray([2, 15]), x.copy(), inputs.valid.copy()
     broken[bad], valid[bad] = [[np.nan], [np.inf]], False
     choice, _, _ = s.route_jit(broken, inputs)
-    assert np.all(choice.expert_ids[bad] == E) and not np.any(choice.gates[bad])
+    assert not np.any(dense(row, choice)[bad])
     clean, result = s.run(x, inputs), s.run(broken, inputs)
-    others = np.delete(np.arange(T), bad)
-    np.testing.assert_array_equal(result.y[others], clean.y[others])
+    if traits(row).causal_training:
+        others = np.delete(np.arange(T), bad)
+        np.testing.assert_array_equal(result.y[others], clean.y[others])
     assert not np.any(result.y[bad])
     assert result.stats["nonfinite"] == 2 and result.stats["tokens"] == clean.stats["tokens"] - 2
     absent = s.run(x, inputs._replace(valid=valid))
@@ -272,10 +371,21 @@ def test_update(row):
     """From sums over a step; the state keeps its structure."""
     router, s = ROUTERS[ROWS[row].router], setup(row)
     if router.update is None:
-        assert not s.state
+        assert not s.state or router.start
         return
     state, stats = s.state["router"], s.route_jit(hidden(), example())[2]
-    new = router.update(state, stats, ROWS[row].options)
+    new = router.update(state, stats, stats, sizes(row), ROWS[row].options)
     chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
     chex.assert_tree_all_finite(new)
     assert any(np.any(new[name] != state[name]) for name in state)
+
+
+@every_router
+def test_start(row):
+    """From the training text; the state keeps its structure."""
+    router, s = ROUTERS[ROWS[row].router], setup(row)
+    if router.start is None:
+        return
+    shares = np.random.default_rng(0).dirichlet(np.ones(VOCABULARY))
+    new = router.start(jax.device_get(s.state["router"]), shares, sizes(row), ROWS[row].options)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, jax.device_get(s.state["router"]))

@@ -69,7 +69,7 @@ def test_statistics():
     p = jax.nn.softmax(logits.astype(jnp.float32))
     ids = jnp.where(valid[:, None], jnp.asarray(np.random.default_rng(1).integers(0, E, (T, 2))), E)
     finite = jnp.ones(T, bool).at[3].set(False)
-    stats = choice_statistics(ids, p, valid, finite)
+    stats = choice_statistics(ids, p, valid, finite, E)
     chex.assert_shape([stats["counts"]], (E,))
     chex.assert_shape([stats[name] for name in ("tokens", "entropy_sum", "nonfinite")], ())
     chex.assert_type(list(stats.values()), jnp.float32)
@@ -79,4 +79,4 @@ def test_statistics():
     entropies = [-sum(q * np.log(q) for q in np.asarray(p[t])) for t in range(T) if valid[t]]
     np.testing.assert_allclose(stats["entropy_sum"], sum(entropies), rtol=1e-5)
     certain = jnp.zeros((T, E)).at[:, 0].set(1)
-    assert choice_statistics(ids, certain, valid, finite)["entropy_sum"] == 0
+    assert choice_statistics(ids, certain, valid, finite, E)["entropy_sum"] == 0

@@ -458,7 +458,7 @@ REFUSED = {
         "data.sources": (SourceConfig(weight=2.0),),
     },
     **{"train.microbatches": 7, "optimizer.learning_rate": 7.0, "model.width": 7, "model.dtype": "bfloat16"},
-    **{"model.moe.top_k": 7, "model.moe.softmax_top_k.z_loss": 7.0, "model.moe.execution": "capacity"},
+    **{"model.moe.top_k": 7, "model.moe.routers.top_k.z_loss": 7.0, "model.moe.execution": "capacity"},
 }
 
 

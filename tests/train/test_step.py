@@ -63,7 +63,7 @@ def test_accumulation_gives_the_same_router_state(bias_rate):
     for parts in (1, 2, 4):
         # Without router losses, which are means over a microbatch and so depend on the cut.
         options = {"balance_loss": 0.0, "z_loss": 0.0, "bias_rate": bias_rate}
-        options = {f"model__moe__softmax_top_k__{name}": value for name, value in options.items()}
+        options = {f"model__moe__routers__top_k__{name}": value for name, value in options.items()}
         # Adam divides by the root of the second moment: a gradient that is 0 but for rounding would move its parameter
         # by a whole learning rate, and the routes of a few tokens with it.
         runner = Runner(make_config(train__microbatches=parts, optimizer__epsilon=1e-3, **options))

@@ -4,7 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.routing.softmax_top_k import SoftmaxTopK, choose, update
+from moe_jax.config_moe import TopKConfig
+from moe_jax.routing.contract import Sizes
+from moe_jax.routing.top_k import TopK, choose, update
 from moe_jax.types import RouterInputs
 
 T, D, E = 10, 6, 4
@@ -14,45 +16,45 @@ T, D, E = 10, 6, 4
 def test_choice(top_k):
     with jax.enable_x64(True):
         logits = np.random.default_rng(0).normal(size=(T, E))
-        choice, probabilities = choose(jnp.asarray(logits), top_k)
+        choice, chosen, probabilities = choose(jnp.asarray(logits), top_k, TopKConfig())
         p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
         ids = np.argsort(-p, axis=-1, kind="stable")[:, :top_k]
         gates = np.take_along_axis(p, ids, -1)
         if top_k > 1:
             gates = gates / gates.sum(-1, keepdims=True)
-        chex.assert_type(choice.expert_ids, jnp.int32)
-        np.testing.assert_array_equal(choice.expert_ids, ids)
-        np.testing.assert_allclose(choice.gates, gates, rtol=1e-12)
+        chex.assert_type(choice, jnp.int32)
+        np.testing.assert_array_equal(choice, ids)
+        np.testing.assert_allclose(chosen, gates, rtol=1e-12)
         np.testing.assert_allclose(probabilities, p, rtol=1e-12)
 
 
 def test_bias_moves_the_choice_and_not_the_gates():
     logits = jnp.asarray([[1.0, 0.5, 0.0, -1.0]])
     bias = jnp.asarray([-1.0, 0.0, 0.0, 1.0])
-    choice, p = choose(logits, 2, bias)
-    np.testing.assert_array_equal(choice.expert_ids, [[3, 1]])
-    np.testing.assert_allclose(choice.gates[0], p[0, [3, 1]] / (p[0, 3] + p[0, 1]), rtol=1e-6)
-    gradient = jax.grad(lambda bias: jnp.sum(choose(logits, 2, bias)[0].gates))(bias)
+    ids, gates, p = choose(logits, 2, TopKConfig(), bias)
+    np.testing.assert_array_equal(ids, [[3, 1]])
+    np.testing.assert_allclose(gates[0], p[0, [3, 1]] / (p[0, 3] + p[0, 1]), rtol=1e-6)
+    gradient = jax.grad(lambda bias: jnp.sum(choose(logits, 2, TopKConfig(), bias)[1]))(bias)
     assert not np.any(gradient)
 
 
 def test_equal_logits_choose_the_first():
-    choice, _ = choose(jnp.zeros((3, E)), 2)
-    np.testing.assert_array_equal(choice.expert_ids, [[0, 1]] * 3)
-    np.testing.assert_allclose(choice.gates, 0.5)
+    ids, gates, _ = choose(jnp.zeros((3, E)), 2, TopKConfig())
+    np.testing.assert_array_equal(ids, [[0, 1]] * 3)
+    np.testing.assert_allclose(gates, 0.5)
 
 
 def test_extreme_logits_stay_finite():
     """One probability is 1, the others underflow; the gates of K = 2 still sum to 1."""
     logits = jnp.asarray([[1e4, -1e4, -1e4, 0.0]])
-    gates, gradient = jax.value_and_grad(lambda z: jnp.sum(choose(z, 2)[0].gates))(logits)
+    gates, gradient = jax.value_and_grad(lambda z: jnp.sum(choose(z, 2, TopKConfig())[1]))(logits)
     np.testing.assert_allclose(gates, 1)
     assert np.isfinite(gradient).all()
 
 
 def test_logits_are_of_full_precision():
     """Without `precision` a TPU multiplies float32 in bfloat16."""
-    apply = lambda x: SoftmaxTopK(E, 2).apply({"params": {"kernel": jnp.ones((D, E))}}, x, RouterInputs())
+    apply = lambda x: TopK(E, 2).apply({"params": {"kernel": jnp.ones((D, E))}}, x, RouterInputs())
     jaxpr = str(jax.make_jaxpr(apply)(jnp.ones((T, D))))
     assert jaxpr.count("dot_general") == 1 and "Precision.HIGHEST" in jaxpr
 
@@ -60,13 +62,13 @@ def test_logits_are_of_full_precision():
 def test_variables():
     x = jnp.ones((T, D))
     init = lambda router: jax.jit(router.init)(jax.random.key(0), x, RouterInputs(train=None))
-    apply = jax.jit(lambda variables: SoftmaxTopK(E, 2).apply(variables, x, RouterInputs()))
-    variables = init(SoftmaxTopK(E, 2))
+    apply = jax.jit(lambda variables: TopK(E, 2).apply(variables, x, RouterInputs()))
+    variables = init(TopK(E, 2))
     kernel = variables["params"]["kernel"]
     assert kernel.names == ("embed", None)
     chex.assert_shape(kernel.value, (D, E))
     np.testing.assert_allclose(variables["router_state"]["load"], 1 / E)
-    with_bias = init(SoftmaxTopK(E, 2, 0.1))
+    with_bias = init(TopK(E, 2, 0, TopKConfig(bias_rate=0.1)))
     assert set(with_bias["router_state"]) == {"load", "bias"}
     chex.assert_trees_all_equal(with_bias["params"], variables["params"])
     # Without a bias the parameters are enough.
@@ -75,18 +77,21 @@ def test_variables():
 
 def test_state_bias_is_used():
     x = jax.random.normal(jax.random.key(1), (T, D))
-    router = SoftmaxTopK(E, 1, 0.1)
+    router = TopK(E, 1, 0, TopKConfig(bias_rate=0.1))
     variables = router.init(jax.random.key(0), x, RouterInputs())
     variables["router_state"]["bias"] = jnp.asarray([0.0, 0.0, 2.0, 0.0])
     assert np.all(router.apply(variables, x, RouterInputs())[0].expert_ids == 2)
 
 
 def test_update():
-    state = {"load": jnp.full(E, 0.25), "bias": jnp.zeros(E)}
-    new = update(state, {"counts": jnp.asarray([8.0, 2.0, 4.0, 2.0])}, 0.1)
+    state, sizes = {"load": jnp.full(E, 0.25), "bias": jnp.zeros(E)}, Sizes(E, 2)
+    step = lambda state, counts, options: update(state, {"counts": jnp.asarray(counts)}, {}, sizes, options)
+    new = step(state, [8.0, 2.0, 4.0, 2.0], TopKConfig(bias_rate=0.1))
     chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
     np.testing.assert_allclose(new["bias"], [-0.1, 0.1, 0, 0.1])
     np.testing.assert_allclose(new["load"], 0.99 * 0.25 + 0.01 * np.asarray([8, 2, 4, 2]) / 16, rtol=1e-6)
-    idle = update(state, {"counts": jnp.zeros(E)}, 0.1)
+    zero_sum = step(state, [8.0, 2.0, 4.0, 2.0], TopKConfig(bias_rate=0.1, zero_sum_bias=True))
+    np.testing.assert_allclose(zero_sum["bias"], np.asarray([-0.1, 0.1, 0, 0.1]) - 0.025, rtol=1e-6)
+    idle = step(state, [0.0] * E, TopKConfig(bias_rate=0.1))
     chex.assert_trees_all_equal(idle, state)
-    assert set(update({"load": state["load"]}, {"counts": jnp.ones(E)}, 0.0)) == {"load"}
+    assert set(step({"load": state["load"]}, [1.0] * E, TopKConfig())) == {"load"}

@@ -1,0 +1,41 @@
+"""A leaf of the configuration, and the error of one that cannot work."""
+
+import dataclasses
+from typing import Any
+
+
+def field(
+    default: Any, doc: str, *, choices: tuple = (), low: float | None = None, high: float | None = None
+):
+    """A config leaf with its documentation and limits (`low` and `high` are inclusive)."""
+    return dataclasses.field(
+        default=default, metadata={"doc": doc, "choices": choices, "low": low, "high": high}
+    )
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work: which field, its value, the limit it breaks and what to do, in one line.
+
+    Args:
+      field: dotted path of the field, with or without the leading `config.`; or a flag such as `--workdir`.
+      value: the offending value, shortened where long; None: there is none to show.
+      limit: what the value breaks.
+      fix: what to do instead.
+    """
+
+    def __init__(self, field: str, value: Any, limit: str, fix: str):
+        self.field, self.value, self.limit, self.fix = field, value, limit, fix
+        is_path = field.split(".")[0] != "config" and not field.startswith("-") and " " not in field
+        name = f"config.{field}" if is_path else field
+        text = one_line(value if isinstance(value, str) and value else repr(value))
+        head = one_line(name, 200) if value is None else f"{one_line(name, 200)}={text}"
+        super().__init__(f"{head}: {one_line(limit, 400)}; {one_line(fix, 400)}")
+
+    def __reduce__(self):  # an exception with its own arguments does not otherwise survive a worker process
+        return type(self), (self.field, self.value, self.limit, self.fix)
+
+
+def one_line(value: Any, width: int = 80) -> str:
+    """`value` as text on one line: control characters escaped, the middle of a long text left out."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
+    return text if len(text) <= width else f"{text[: width // 2]}...{text[len(text) - width // 2 + 3 :]}"

@@ -1,0 +1,58 @@
+"""Experts over slots that the router filled itself: `ExpertChoice` and `SlotMix`.
+
+Plain products over [E, C, D]; on a mesh the experts of a slot stay where they are, and the compiler moves the tokens.
+"""
+
+from typing import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax import compat
+from moe_jax.dispatch.capacity import slots_ffn
+from moe_jax.types import ExpertChoice, SlotMix
+
+
+def run_chosen(
+    x: jax.Array, choice: ExpertChoice, weights: Mapping[str, jax.Array], *, activation: str
+) -> jax.Array:
+    """Each expert over the tokens that it chose: x [T, D] -> [T, D] in the dtype of x.
+
+    The outputs are added to their tokens in float32 at least. A token may be in any number of slots, so that this is a
+    scatter-add, whose order, and so whose last bits, a GPU does not promise.
+    """
+    with jax.named_scope("sort"):
+        rows = jnp.take(x, choice.token_ids, axis=0, mode="fill", fill_value=0)
+        rows = compat.constrain(rows, ("expert",), ("data", "fsdp"), ())
+    with jax.named_scope("experts"):
+        rows = slots_ffn(rows, weights, activation=activation)
+    with jax.named_scope("combine"):
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        rows = rows.astype(wide) * choice.gates.astype(wide)[..., None]
+        y = jnp.zeros(x.shape, wide).at[choice.token_ids].add(rows, mode="drop")
+        return compat.constrain(y.astype(x.dtype), compat.BATCH_AXES, ())
+
+
+def run_mixed(
+    x: jax.Array, mix: SlotMix, weights: Mapping[str, jax.Array], sequences: int, *, activation: str
+) -> jax.Array:
+    """Each expert over its mixtures of every sequence: x [T, D], T = B*S with B = `sequences` -> [T, D] in the dtype of x."""
+    (experts, slots), width = mix.dispatch.shape[1:], x.shape[1]
+    by_sequence = lambda a: a.reshape(sequences, -1, *a.shape[1:])
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    # Padding may hold anything, and 0 * NaN would not be 0.
+    used = jnp.any(mix.dispatch != 0, axis=(1, 2))
+    x = jnp.where(used[:, None], x, 0)
+    with jax.named_scope("sort"):
+        rows = jnp.einsum(
+            "BSEC,BSD->EBCD", by_sequence(mix.dispatch).astype(x.dtype), by_sequence(x), preferred_element_type=wide
+        ).astype(x.dtype)
+        rows = rows.reshape(experts, sequences * slots, width)
+        rows = compat.constrain(rows, ("expert",), ("data", "fsdp"), ())
+    with jax.named_scope("experts"):
+        rows = slots_ffn(rows, weights, activation=activation).reshape(experts, sequences, slots, width)
+    with jax.named_scope("combine"):
+        y = jnp.einsum(
+            "BSEC,EBCD->BSD", by_sequence(mix.combine).astype(x.dtype), rows, preferred_element_type=wide
+        )
+        return compat.constrain(y.reshape(x.shape).astype(x.dtype), compat.BATCH_AXES, ())

@@ -1,0 +1,62 @@
+"""BASE layers: in training every expert gets the same number of tokens, so that their affinities add up highest (arXiv:2103.16716)."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moe_jax import compat
+from moe_jax.config_moe import BaseConfig
+from moe_jax.ops.balanced_assignment import balanced_assignment
+from moe_jax.routing.contract import Router, best, score
+from moe_jax.routing.statistics import choice_statistics
+from moe_jax.types import RouterInputs, TokenChoice
+
+KERNEL_INIT = nn.initializers.orthogonal(0.1)
+
+
+class Base(nn.Module):
+    """The router `base`: parameter `kernel` [D, E], the experts' embeddings.
+
+    In training tokens are assigned over the whole microbatch, or over `groups` equal parts of it by themselves. Every device
+    then holds the affinities of a whole part: 4 T E bytes for one part, sent once; with as many parts as shards of the batch
+    nothing is sent. In evaluation each token takes its best expert. The gate is the sigmoid of the affinity, the only way that
+    a gradient reaches the router.
+    """
+
+    experts: int
+    options: BaseConfig = BaseConfig()
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, inputs: RouterInputs) -> tuple[TokenChoice, dict, dict]:
+        """x [T, D] -> (TokenChoice with K = 1, no losses, stats).
+
+        Raises:
+          ValueError: `groups` does not divide T.
+        """
+        init = nn.with_logical_partitioning(KERNEL_INIT, ("embed", None))
+        kernel = self.param("kernel", init, (x.shape[-1], self.experts), self.param_dtype)
+        logits, routed, finite = score(x, kernel, inputs)
+        if inputs.train:
+            ids = self._balanced(jax.lax.stop_gradient(logits), routed)[:, None]
+        else:
+            ids = best(logits, 1)
+        ids = jnp.where(routed[:, None], ids, self.experts)
+        gates = jax.nn.sigmoid(jnp.take_along_axis(logits, jnp.minimum(ids, self.experts - 1), axis=-1))
+        stats = choice_statistics(ids, jax.nn.softmax(logits, axis=-1), routed, finite, self.experts)
+        return TokenChoice(ids, jnp.where(routed[:, None], gates, 0)), {}, stats
+
+    def _balanced(self, logits, routed):
+        tokens, groups = logits.shape[0], self.options.groups
+        if tokens % groups:
+            raise ValueError(f"base.groups={groups} does not divide the {tokens} tokens of a microbatch")
+        logits, routed = logits.reshape(groups, -1, self.experts), routed.reshape(groups, -1)
+        # A loop whose rounds each need a collective would wait for the network: every device has what it needs before.
+        logits = compat.constrain(logits, compat.BATCH_AXES, (), ())
+        routed = compat.constrain(routed, compat.BATCH_AXES, ())
+        return jax.vmap(lambda *part: balanced_assignment(*part).expert_ids)(logits, routed).reshape(-1)
+
+
+ROUTER = Router(build=lambda sizes, options: Base(sizes.experts, options, parent=None))

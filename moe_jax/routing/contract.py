@@ -1,0 +1,89 @@
+"""What every router gives to the rest of the code, and the steps that they share."""
+
+from typing import Any, Callable, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.types import RouterInputs, TokenChoice
+
+KERNEL_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+
+
+class Sizes(NamedTuple):
+    """What a router is built for: E experts, K of them for a token, virtual experts beside them, ids in the vocabulary."""
+
+    experts: int
+    top_k: int
+    virtual: int = 0
+    vocab_size: int = 0
+
+
+class Router(NamedTuple):
+    """What the rest of the code needs to know of a router; `routing/NAME.py` has one as `ROUTER`.
+
+    build(sizes, options): the Linen module, without a parent; called with (x [T, D], RouterInputs),
+      it returns (assignment, losses, stats).
+    loss_weights(options): the weight of each loss that the module returns.
+    update(state, stats, total, sizes, options): the `router_state` of a layer after one optimizer step, from the statistics
+      summed over it; `total` is their sum over the routed layers, for what is steered for the model as a whole.
+    start(state, token_counts, sizes, options): the `router_state` of a layer before the first step; token_counts: int64 [V], how
+      often each id stands in the training text.
+    """
+
+    build: Callable[[Sizes, Any], nn.Module]
+    loss_weights: Callable[[Any], dict[str, float]] = lambda options: {}
+    update: Callable[[dict, dict, dict, Sizes, Any], dict] | None = None
+    start: Callable[[dict, np.ndarray, Sizes, Any], dict] | None = None
+
+
+class Scored(NamedTuple):
+    """logits: [T, N], 0 for tokens that are not routed. routed: bool [T], real tokens with finite logits. finite: bool [T],
+    false for real tokens that are not routed."""
+
+    logits: jax.Array
+    routed: jax.Array
+    finite: jax.Array
+
+
+def usable_tokens(x: jax.Array, inputs: RouterInputs) -> tuple[jax.Array, jax.Array]:
+    """bool [T], [T]: the tokens that are not padding; those of them with finite hidden states x [T, D]."""
+    valid = jnp.ones(x.shape[:1], bool) if inputs.valid is None else inputs.valid
+    return valid, valid & jnp.all(jnp.isfinite(x), axis=-1)
+
+
+def score(x: jax.Array, kernel: jax.Array, inputs: RouterInputs, jitter: float = 0.0) -> Scored:
+    """Logits x kernel of [T, D] hidden states and a [D, N] kernel, in float32 at least.
+
+    Args:
+      x: of any float dtype.
+      kernel: as a parameter.
+      inputs: with a key where there is jitter.
+      jitter: in training each entry of x is multiplied by uniform noise from 1 - jitter to 1 + jitter (arXiv:2101.03961).
+    """
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    # Masked before the product too: in the kernel's gradient 0 * NaN would be NaN.
+    valid, clean = usable_tokens(x, inputs)
+    x = jnp.where(clean[:, None], x, 0).astype(dtype)
+    if jitter and inputs.train and inputs.key is not None:
+        x = x * jax.random.uniform(inputs.key, x.shape, dtype, 1 - jitter, 1 + jitter)
+    # By default the product would be of bfloat16 on a TPU, of TF32 on a GPU.
+    logits = jnp.dot(x, kernel.astype(dtype), precision=jax.lax.Precision.HIGHEST)
+    routed = clean & jnp.all(jnp.isfinite(logits), axis=-1)
+    return Scored(jnp.where(routed[:, None], logits, 0), routed, routed | ~valid)
+
+
+def token_choice(columns: jax.Array, gates: jax.Array, routed: jax.Array, experts: int) -> TokenChoice:
+    """[T, K] columns of the E + V experts -> `TokenChoice`; tokens that are not routed get no expert."""
+    ids = jnp.where(columns >= experts, columns + 1, columns).astype(jnp.int32)
+    return TokenChoice(jnp.where(routed[:, None], ids, experts), jnp.where(routed[:, None], gates, 0))
+
+
+def best(scores: jax.Array, k: int) -> jax.Array:
+    """int32 [T, K]: the columns of the k highest scores of [T, N], without a gradient; the first of equal ones."""
+    scores = jax.lax.stop_gradient(scores)
+    if k == 1:  # on a CPU in a third of the time of a sort
+        return jnp.argmax(scores, axis=-1, keepdims=True).astype(jnp.int32)
+    return jax.lax.top_k(scores, k)[1].astype(jnp.int32)

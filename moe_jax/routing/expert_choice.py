@@ -1,0 +1,57 @@
+"""Expert choice: every expert takes its C best tokens, so that all are equally loaded (arXiv:2202.09368)."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moe_jax.config_moe import ExpertChoiceConfig
+from moe_jax.ops.counting import slots_per_expert
+from moe_jax.routing.contract import KERNEL_INIT, Router, score
+from moe_jax.routing.losses import z_loss
+from moe_jax.routing.statistics import sums, token_statistics
+from moe_jax.types import ExpertChoice, RouterInputs
+
+
+class ExpertChoiceRouter(nn.Module):
+    """The router `expert_choice`: parameter `kernel` [D, E].
+
+    C = ceil(T K / E) tokens of the whole microbatch, the same in evaluation: whether a token is taken depends on all others,
+    later ones too. Tokens that nobody takes are counted as `unrouted`.
+    """
+
+    experts: int
+    top_k: int
+    options: ExpertChoiceConfig = ExpertChoiceConfig()
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, inputs: RouterInputs) -> tuple[ExpertChoice, dict, dict]:
+        """x [T, D] -> (ExpertChoice, losses `z`, stats). Maths in float32 at least."""
+        init = nn.with_logical_partitioning(KERNEL_INIT, ("embed", None))
+        kernel = self.param("kernel", init, (x.shape[-1], self.experts), self.param_dtype)
+        logits, routed, finite = score(x, kernel, inputs)
+        probabilities = jax.nn.softmax(logits, axis=-1)
+        tokens = x.shape[0]
+        capacity = slots_per_expert(1.0, tokens, self.top_k, self.experts)
+        ranked = jnp.where(routed[:, None], jax.lax.stop_gradient(probabilities), -1).T
+        best, ids = jax.lax.top_k(ranked, capacity)
+        taken = best >= 0
+        gates = jnp.where(taken, jnp.take_along_axis(probabilities.T, ids, axis=1), 0)
+        ids = jnp.where(taken, ids, tokens).astype(jnp.int32)
+        experts = jnp.zeros(tokens, jnp.int32).at[ids.reshape(-1)].add(1, mode="drop")
+        stats = sums(
+            {
+                "counts": jnp.sum(taken, axis=1),
+                "unrouted": jnp.sum(routed & (experts == 0)),
+                **token_statistics(probabilities, routed, finite),
+            }
+        )
+        return ExpertChoice(ids, gates), {"z": z_loss(logits, routed)}, stats
+
+
+ROUTER = Router(
+    build=lambda sizes, options: ExpertChoiceRouter(sizes.experts, sizes.top_k, options, parent=None),
+    loss_weights=lambda options: {"z": options.z_loss},
+)

@@ -1,0 +1,49 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.layers.moe import MoE
+from moe_jax.routing.expert_choice import ExpertChoiceRouter
+from moe_jax.types import RouterInputs
+
+T, D, E, F, K = 24, 6, 4, 5, 2
+
+
+def test_against_a_loop():
+    """Each expert's C best tokens, each with its probability over the experts; outputs and gradients."""
+    x = jax.random.normal(jax.random.key(1), (T, D))
+    valid = np.arange(T) != 5
+    layer = MoE(E, F, K, ExpertChoiceRouter(E, K, parent=None), activation="relu")
+    params = nn.unbox(layer.init(jax.random.key(0), x)["params"])
+
+    def slow(params, x):
+        p = jax.nn.softmax(x @ params["router"]["kernel"], axis=-1)
+        y = jnp.zeros_like(x)
+        for e in range(E):
+            order = [t for t in np.argsort(-np.asarray(jax.lax.stop_gradient(p[:, e]))) if valid[t]]
+            for t in order[: T * K // E]:
+                h = jnp.maximum(x[t] @ params["experts"]["w_in"][e], 0) @ params["experts"]["w_out"][e]
+                y = y.at[t].add(p[t, e] * h)
+        return y
+
+    def fast(params, x):
+        y, aux = layer.apply({"params": params}, x, RouterInputs(valid=jnp.asarray(valid), train=True))
+        np.testing.assert_array_equal(aux.stats["counts"], T * K // E)
+        return y
+
+    d_y = jax.random.normal(jax.random.key(3), x.shape)
+    run = lambda f: (lambda y, pull: (y, pull(d_y)))(*jax.vjp(f, params, x))
+    for a, b in zip(jax.tree.leaves(run(fast)), jax.tree.leaves(run(slow)), strict=True):
+        assert np.max(np.abs(a - b)) <= 1e-5 * np.max(np.abs(b))
+
+
+def test_too_few_tokens_leave_slots_empty():
+    x = jax.random.normal(jax.random.key(1), (T, D))
+    valid = jnp.arange(T) < 3
+    router = ExpertChoiceRouter(E, K)
+    variables = router.init(jax.random.key(0), x, RouterInputs())
+    choice, _, stats = router.apply(variables, x, RouterInputs(valid=valid))
+    np.testing.assert_array_equal(stats["counts"], 3)
+    for e in range(E):
+        assert sorted(np.asarray(choice.token_ids[e])) == [0, 1, 2] + [T] * (T * K // E - 3)
