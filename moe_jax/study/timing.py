@@ -16,6 +16,7 @@ from tqdm import tqdm
 # A function this many times slower than the fastest runs in fewer rounds, at least MIN_RUNS of them.
 SLOW = 6
 MIN_RUNS = 3
+PLATFORMS = {"cpu": "CPU", "gpu": "NVIDIA GPU", "tpu": "TPU"}
 PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 
 
@@ -84,6 +85,16 @@ def environment(packages: tuple[str, ...] = PACKAGES) -> dict:
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "load_before": load(),
     }
+
+
+def conditions(environment: dict) -> str:
+    """One sentence of an `environment`: on what, with which versions, when."""
+    e = environment
+    where = e["machine"] if e["platform"] == "cpu" else f"{e['device']} ({e['machine']})"
+    versions = ", ".join(f"{name} {version}" for name, version in e["versions"].items())
+    load = f", load average before {e['load_before']}" if e.get("load_before") is not None else ""
+    name = PLATFORMS.get(e["platform"], e["platform"])
+    return f"{name}: {where}, {e['cores']} cores, {e['date']}, Python {e['python']}, {versions}{load}"
 
 
 def place(packages: tuple[str, ...] = PACKAGES) -> dict:
