@@ -139,7 +139,7 @@ def measure(
             limit = (
                 f"{arm['epochs']:.1f} passes over the training text, more than epochs_limit={epochs_limit:g}"
             )
-            fix = "train fewer steps, on more text, or raise Study.epochs_limit if repetition is the subject"
+            fix = "train fewer steps, on more text, or raise the study's epochs_limit if repetition is the subject"
             raise ConfigError(f"arm {name} config.train.steps", arm["steps"], limit, fix)
     conditions = environment()
     steppers = {}

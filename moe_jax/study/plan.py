@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 import re
 from typing import Any
@@ -27,32 +28,40 @@ def prepare(study: Study, scale: str) -> Study:
     Raises:
       ConfigError: a setting that cannot be, or arms, baseline and seeds that do not fit together; it names the arm.
     """
+    _check_types(study)
     if scale == "full":
         if not study.full:
             raise ConfigError("--scale", "full", "the study has no settings for it", "use --scale=small")
-        study = dataclasses.replace(study, base=_apply(study.base, study.full, "Study.full"))
+        study = dataclasses.replace(study, base=_apply(study.base, study.full, "study full"))
     study = dataclasses.replace(study, full={}, arms=tuple(study.arms), seeds=tuple(study.seeds))
     _check_names(study)
-    for seed in study.seeds:
-        if type(seed) is not int or not 0 <= seed < 2**31 or study.seeds.count(seed) > 1:
-            limit = "not different integers from 0 to 2147483647"
-            raise ConfigError("Study.seeds", study.seeds, limit, "write such as (0, 1, 2)")
-    if not study.seeds:
-        raise ConfigError("Study.seeds", (), "there is no seed", "write such as (0, 1, 2)")
     for arm in study.arms:
         run_config(study, arm, study.seeds[0])
     return study
 
 
+def _check_types(study: Study) -> None:
+    arms, seeds = study.arms, study.seeds
+    if not isinstance(arms, tuple | list) or not arms or not all(isinstance(arm, Arm) for arm in arms):
+        raise ConfigError("study arms", repr(arms), "not a tuple of Arm", "add an Arm(name, settings) for each")
+    fix = "write such as (0, 1, 2)"
+    if not isinstance(seeds, tuple | list) or not seeds:
+        raise ConfigError("study seeds", repr(seeds), "not a tuple of seeds", fix)
+    if len(set(seeds)) < len(seeds) or not all(type(seed) is int and 0 <= seed < 2**31 for seed in seeds):
+        raise ConfigError("study seeds", repr(seeds), "not different integers from 0 to 2147483647", fix)
+    for name, low in (("target_loss", "0 or more"), ("epochs_limit", "above 0")):
+        value = getattr(study, name)
+        if type(value) not in (int, float) or not 0 <= value < math.inf or (name == "epochs_limit" and not value):
+            raise ConfigError(f"study {name}", repr(value), f"not a number {low}", "write one")
+
+
 def _check_names(study: Study) -> None:
-    if not study.arms or not all(isinstance(arm, Arm) for arm in study.arms):
-        raise ConfigError("Study.arms", None, "not a tuple of Arm", "add an Arm(name, settings) for each")
     names = [arm.name for arm in study.arms]
     for arm in study.arms:
         where = f"arm {arm.name}"
         if not isinstance(arm.name, str) or not _NAME.fullmatch(arm.name):
             fix = "use letters, digits, '_', '-', '+' and '.'"
-            raise ConfigError("Arm.name", arm.name, "not a label", fix)
+            raise ConfigError("name of an arm", repr(arm.name), "not a label", fix)
         if names.count(arm.name) > 1:
             raise ConfigError(where, None, "there twice", "rename one")
         if not arm.twin_of:
@@ -66,18 +75,23 @@ def _check_names(study: Study) -> None:
             raise ConfigError(f"{where} twin_of", arm.twin_of, limit, f"name one of {others}")
     if study.baseline not in names or study.arm(study.baseline).twin_of:
         fix = f"name one of {', '.join(arm.name for arm in study.arms if not arm.twin_of)}"
-        raise ConfigError("Study.baseline", study.baseline, "no arm with settings of its own", fix)
+        raise ConfigError("study baseline", study.baseline, "no arm with settings of its own", fix)
 
 
 def _apply(config: Config, settings: Settings, where: str) -> Config:
     """`config` with settings, as if they were on the command line; errors say `where`."""
     overrides = []
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{where} settings", repr(settings), "not a dict", "write {'model.width': 64}")
     for path, value in settings.items():
         if any(path == name or path.startswith((f"{name}.", f"{name}[")) for name in _SHARED):
             if where.startswith("arm "):
                 limit = "all arms share it" if path != "noise_seed" else "an A/A arm sets it"
                 fix = "set it in the study's base" if path != "noise_seed" else "make an Arm with twin_of"
                 raise ConfigError(f"{where} config.{path}", value, limit, fix)
+        if not isinstance(value, bool | int | float | str):
+            limit = f"a {type(value).__name__}, not a bool, int, float or str"
+            raise ConfigError(f"{where} config.{path}", repr(value), limit, "write the value of one field")
         overrides.append(f"--config.{path}={str(value).lower() if isinstance(value, bool) else value}")
     try:
         changed = apply_overrides(config, overrides)
@@ -147,10 +161,10 @@ def check_unchanged(begun: Study, study: Study) -> None:
     for name in ("baseline", "target_loss", "epochs_limit"):
         old, new = getattr(begun, name), getattr(study, name)
         if old != new:
-            raise ConfigError(f"Study.{name}", new, f"the study in --workdir began with {one_line(old)}", fix)
+            raise ConfigError(f"study {name}", new, f"the study in --workdir began with {one_line(old)}", fix)
     if missing := [seed for seed in begun.seeds if seed not in study.seeds]:
         limit = f"the study in --workdir began with seed {missing[0]} too"
-        raise ConfigError("Study.seeds", study.seeds, limit, fix)
+        raise ConfigError("study seeds", study.seeds, limit, fix)
     now = {arm.name: arm for arm in study.arms}
     for arm in begun.arms:
         if arm.name not in now:

@@ -69,6 +69,8 @@ def _plot(axis, curves: dict[str, np.ndarray], styles, scale: dict[str, float] |
             continue
         x = points[:, 0] * (scale[arm] if scale else 1.0)
         axis.plot(x, points[:, 1], label=arm, linewidth=1.6, marker="o" if len(x) < 15 else None, markersize=3, **styles[arm])  # fmt: skip
+        if styles[arm]["linestyle"] == ":":  # an A/A arm; its band would hide its twin's
+            continue
         axis.fill_between(x, points[:, 2], points[:, 3], color=styles[arm]["color"], alpha=0.15, linewidth=0)
     axis.grid(color="0.9")
     axis.set_axisbelow(True)
@@ -87,12 +89,14 @@ def loss(result: dict[str, Any]):
     if target is not None:
         for axis in axes:
             axis.axhline(target, color="0.5", linewidth=0.8, label=f"target {target:.4f}")
-    # The steep start would leave the arms one line: what is below the loss at a fifth of training fills the picture.
+    # The steep start would leave the arms one line: what is below the loss at a third of training fills the picture.
     low = min(points[:, 2].min() for points in curves.values())
     high = max(
-        points[min(len(points) - 1, int(0.2 * len(points))), 3] for points in curves.values()
+        points[min(len(points) - 1, len(points) // 3), 3] for points in curves.values()
     )
     margin = 0.05 * (high - low) or 0.1
+    for axis in axes:
+        axis.set_xlim(left=0)
     axes[0].set_ylim(low - margin, high + margin)
     axes[0].set_title("against steps", fontsize=11)
     axes[1].set_title("against training time", fontsize=11)
@@ -107,6 +111,7 @@ def loss(result: dict[str, Any]):
 
 def differences(result: dict[str, Any]):
     """Paired differences to the baseline with their intervals, the A/A band shaded."""
+    baseline = result["study"]["baseline"]
     rows = [row for row in result["rows"] if row["difference"]][::-1]
     if not rows:
         return None
@@ -122,15 +127,19 @@ def differences(result: dict[str, Any]):
         axis.plot(
             d["mean"], y, "o", color=colour, markerfacecolor="white" if row["twin_of"] else colour, markersize=7
         )
-    labels = [f"{row['arm']} (n={row['difference']['n']})" for row in rows]
+    same = {row["arm"] for row in rows if row["twin_of"] == baseline and row["aa"] and row["aa"]["identical"]}
+    labels = [
+        f"{row['arm']} ({'no noise: identical' if row['arm'] in same else 'n=' + str(row['difference']['n'])})"
+        for row in rows
+    ]
     axis.set_yticks(range(len(rows)), labels, fontsize=9)
     axis.set_ylim(-0.6, len(rows) - 0.4)
-    axis.set_xlabel(f"final validation loss minus {result['study']['baseline']}'s (nats per token); left is better")
+    axis.set_xlabel(f"final validation loss minus {baseline}'s (nats per token); left is better")
     axis.grid(axis="x", color="0.9")
     axis.set_axisbelow(True)
     if band is not None:
         axis.legend(fontsize=9, loc="best")
-    _title(figure, result, "Paired differences with 95 % t-intervals over seeds")
+    _title(axis, result, "Paired differences with 95 % t-intervals over seeds")
     return figure
 
 
@@ -151,10 +160,12 @@ def load(result: dict[str, Any]):
     axis.set_xlabel("optimizer steps")
     axis.set_ylabel("tokens of the fullest expert / mean of all")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper", fontsize=9)
-    _title(figure, result, "Load of the experts, mean over layers; mean and range over seeds")
+    _title(axis, result, "Load, mean over layers; mean and range over seeds")
     return figure
 
 
-def _title(figure, result: dict[str, Any], text: str) -> None:
+def _title(place, result: dict[str, Any], text: str) -> None:
+    """Over a figure, or over the only axes of one."""
     title = result["study"]["title"]
-    figure.suptitle(f"{title}: {text[0].lower()}{text[1:]}" if title else text, fontsize=12)
+    put = place.suptitle if hasattr(place, "suptitle") else place.set_title
+    put(f"{title}: {text[0].lower()}{text[1:]}" if title else text, fontsize=12)

@@ -45,6 +45,7 @@ def header(result: dict[str, Any]) -> str:
 
 def quality(result: dict[str, Any], rows: list[dict]) -> str:
     """Loss, its difference, speed and time to the target."""
+    study = result["study"]
     sources = list(dict.fromkeys(name for row in rows for name in row["sources"]))
     per_source = [f"loss, {name}" for name in sources] if len(sources) > 1 else []
     target = result["target"]["loss"]
@@ -56,7 +57,7 @@ def quality(result: dict[str, Any], rows: list[dict]) -> str:
         extra = [number(row["sources"].get(name, {}).get("loss"), ".4f") for name in sources] if per_source else []
         ms = NONE if row["ms"] is None else f"{row['ms']:.1f}" + (f" ({row['ratio']:.2f})" if row["ratio"] else "")
         body.append([
-            row["arm"], str(row["runs"]), number(row["loss"], ".4f"), *extra, interval(row["difference"], "+.4f"),
+            row["arm"], str(row["runs"]), number(row["loss"], ".4f"), *extra, differs(row, study),
             judged(row), number(row["bits_per_byte"], ".4f"), ms, number(row["tokens_per_second"], ",.0f"),
             reached(row["time"]),
         ])  # fmt: skip
@@ -99,7 +100,9 @@ def notes(result: dict[str, Any], study: dict[str, Any]) -> str:
             + ", which differ in their routers' noise only; a mean difference inside it is within A/A noise."
         )
     elif twins:
-        texts.append("A/A arms: no band (no noise in the router, or fewer than two pairs).")
+        texts.append("A/A arms: no band, as their routers have no noise or fewer than two pairs are done.")
+    if twins:
+        texts.append("The ms of an A/A arm beside its twin's show the noise of the times.")
     timed = {row["timed"] for row in rows if row["timed"]}
     when = "of the trained arms (first seed)" if timed == {"after"} else "before training" if timed == {"before"} else "of the trained arms (first seed) where there is one, else before training"  # fmt: skip
     texts.append(f"ms: median of optimizer steps in turns in one process, {when}; compilation, input and evaluation excluded.")
@@ -115,6 +118,12 @@ def notes(result: dict[str, Any], study: dict[str, Any]) -> str:
     return " ".join(texts)
 
 
+def differs(row: dict[str, Any], study: dict[str, Any]) -> str:
+    """The difference to the baseline; nothing for a twin of it that is the same to the last bit."""
+    same = row["twin_of"] == study["baseline"] and row["aa"] and row["aa"]["identical"]
+    return NONE if same else interval(row["difference"], "+.4f")
+
+
 def judged(row: dict[str, Any]) -> str:
     """The verdict of a row; of an A/A arm its difference to the other of the pair."""
     if row["verdict"] != "A/A":
@@ -128,7 +137,9 @@ def reached(time: dict[str, Any]) -> str:
         return NONE
     if not time["reached"]:
         return "not reached"
-    text = interval(time["seconds"], ".1f")
+    if time["seconds"] is None:
+        return NONE
+    text = interval(time["seconds"], ".0f" if time["seconds"]["mean"] >= 100 else ".1f")
     if time["reached"] < time["of"]:
         return f"{text} not reached by {time['of'] - time['reached']} of {time['of']}"
     return text + (f" ({time['rank']})" if time["rank"] else "")
