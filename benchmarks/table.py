@@ -49,7 +49,9 @@ def moe_layer(result: dict) -> str:
     """Tables of `benchmarks/moe_layer.py`: milliseconds, and in brackets the ratio to the dense layer."""
     rows = {(row["case"], row["backend"]): row for row in result["rows"]}
     passes = list(dict.fromkeys(case.partition("/")[2] for case, _ in rows if "/" in case))
-    parts = [f"{conditions(result['environment'])}. Milliseconds (ratio to dense), medians of interleaved runs."]
+    parts = [
+        f"{conditions(result['environment'])}. Milliseconds (ratio to dense), medians of interleaved runs."
+    ]
     cases = {name: case for name, case in result["cases"].items() if name not in SECOND}
     same = sizes(next(iter(cases.values()), None), cases.values())
     for kind in passes if cases else ():
@@ -159,9 +161,7 @@ def read(file: str, kinds: tuple[str, ...], parser: argparse.ArgumentParser) -> 
         result = json.loads(pathlib.Path(file).read_text())
         kind = result["benchmark"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        parser.error(
-            f"{file}: {type(error).__name__} {error}; name a file that a benchmark or a study wrote"
-        )
+        parser.error(f"{file}: {type(error).__name__} {error}; name a file that a benchmark or a study wrote")
     if kind not in kinds:
         parser.error(f"{file}: no table for benchmark={kind!r}; use {' or '.join(kinds)}")
     return result

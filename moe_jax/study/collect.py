@@ -88,7 +88,10 @@ def overall(sources: dict[str, dict[str, Any]]) -> tuple[float | None, float | N
 
 
 def validation_curve(rows: list[dict], scores: dict[str, dict]) -> list[list[float]]:
-    """[step, loss] of the evaluations in training; sources count by the tokens of their whole text, equally before that is known."""
+    """[step, loss] of the evaluations in training.
+
+    Sources count by the tokens of their whole validation text; equally before a run is done, when that is not known.
+    """
     curve = []
     for row in rows:
         losses = {k.split("/")[1]: v for k, v in row.items() if k.startswith("eval/") and k.endswith("/loss")}
@@ -149,8 +152,18 @@ def make_row(
     """The row of one arm, without its time to the target."""
     done = [run for (name, _), run in runs.items() if name == arm.name and run["state"] == "done"]
     states = collections.Counter(run["state"] for (name, _), run in runs.items() if name == arm.name)
-    row = {"arm": arm.name, "twin_of": arm.twin_of, "runs": len(done), "failed": states["failed"], "missing": states["missing"]}  # fmt: skip
-    for key in ("loss", "bits_per_byte", "load", "load_worst", "dead_experts", "dropped", "entropy", "skipped"):
+    row = {"arm": arm.name, "twin_of": arm.twin_of, "runs": len(done)}
+    row |= {state: states[state] for state in ("failed", "missing")}
+    for key in (
+        "loss",
+        "bits_per_byte",
+        "load",
+        "load_worst",
+        "dead_experts",
+        "dropped",
+        "entropy",
+        "skipped",
+    ):
         row[key] = _mean([run.get(key) for run in done])
     worst = collections.Counter(run["worst_layer"] for run in done if "worst_layer" in run)
     row["worst_layer"] = worst.most_common(1)[0][0] if worst else None
@@ -183,7 +196,10 @@ def difference(study: Study, arm: Arm, runs: Runs, value) -> Interval | None:
 def _costs(study: Study, arm: Arm, timing: dict) -> dict[str, Any]:
     """Sizes, FLOPs and times; those of the trained arms where they are measured, which the row says."""
     facts = (timing["before"] or {"arms": {}})["arms"].get(arm.name, {})
-    names = ("steps", "tokens", "epochs", "training_flops_per_token", "router_flops_per_token", "parameters", "active_parameters", "tokens_per_step")  # fmt: skip
+    names = (
+        "steps", "tokens", "epochs", "training_flops_per_token", "router_flops_per_token", "parameters",
+        "active_parameters", "tokens_per_step",
+    )  # fmt: skip
     costs = {name: facts.get(name) for name in names}
     phase = "after" if timing["after"] and "ms" in timing["after"]["arms"].get(arm.name, {}) else "before"
     arms = (timing[phase] or {"arms": {}})["arms"]
@@ -203,7 +219,9 @@ def _add_times(rows: list[dict], study: Study, runs: Runs, target: float | None)
     """
     for row in rows:
         done = [run for (name, _), run in runs.items() if name == row["arm"] and run["state"] == "done"]
-        steps = [first_reached(*zip(*run["curve"]), target) for run in done if run["curve"] and target is not None]
+        steps = [
+            first_reached(*zip(*run["curve"]), target) for run in done if run["curve"] and target is not None
+        ]
         reached = [step for step in steps if step is not None]
         row["time"] = {"reached": len(reached), "of": len(done), "rank": None, "steps": t_interval(reached)}
         row["time"]["seconds"] = t_interval([s * row["ms"] / 1e3 for s in reached]) if row["ms"] else None
@@ -222,7 +240,9 @@ def _check_text(workdir, runs: Runs) -> None:
         for name, source in run.get("sources", {}).items():
             first = seen.setdefault(name, (source["digest"], arm, seed))
             if first[0] != source["digest"]:
-                limit = f"{arm} seed {seed} was scored on other text of {name} than {first[1]} seed {first[2]}"
+                limit = (
+                    f"{arm} seed {seed} was scored on other text of {name} than {first[1]} seed {first[2]}"
+                )
                 fix = "put the text back and delete the folders of those runs, or start another study"
                 raise ConfigError("--workdir", str(workdir), limit, fix)
 

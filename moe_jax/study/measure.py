@@ -78,9 +78,7 @@ def epochs(config: Config, data: TextData) -> float:
     rows = config.train.steps * config.data.batch_size
     weights = {source.name: source.weight for source in config.data.sources if source.weight}
     total = sum(weights.values())
-    return max(
-        rows * weight / total / data.report[name]["train"]["rows"] for name, weight in weights.items()
-    )
+    return max(rows * weight / total / data.report[name]["train"]["rows"] for name, weight in weights.items())
 
 
 def evaluation_batches(config: Config, data: TextData) -> int:

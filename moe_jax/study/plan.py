@@ -43,7 +43,9 @@ def prepare(study: Study, scale: str) -> Study:
 def _check_types(study: Study) -> None:
     arms, seeds = study.arms, study.seeds
     if not isinstance(arms, tuple | list) or not arms or not all(isinstance(arm, Arm) for arm in arms):
-        raise ConfigError("study arms", repr(arms), "not a tuple of Arm", "add an Arm(name, settings) for each")
+        raise ConfigError(
+            "study arms", repr(arms), "not a tuple of Arm", "add an Arm(name, settings) for each"
+        )
     fix = "write such as (0, 1, 2)"
     if not isinstance(seeds, tuple | list) or not seeds:
         raise ConfigError("study seeds", repr(seeds), "not a tuple of seeds", fix)
@@ -51,7 +53,11 @@ def _check_types(study: Study) -> None:
         raise ConfigError("study seeds", repr(seeds), "not different integers from 0 to 2147483647", fix)
     for name, low in (("target_loss", "0 or more"), ("epochs_limit", "above 0")):
         value = getattr(study, name)
-        if type(value) not in (int, float) or not 0 <= value < math.inf or (name == "epochs_limit" and not value):
+        if (
+            type(value) not in (int, float)
+            or not 0 <= value < math.inf
+            or (name == "epochs_limit" and not value)
+        ):
             raise ConfigError(f"study {name}", repr(value), f"not a number {low}", "write one")
 
 

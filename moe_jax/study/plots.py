@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-# Okabe and Ito's colours, which most colour-blind people can tell apart; yellow, which is hard to see on white, is left out.
+# Okabe and Ito's colours, which most colour-blind people can tell apart, without yellow, which is hard to see on white.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 DASHES = ("-", "--", "-.", ":")
 DPI = 120
@@ -68,7 +68,8 @@ def _plot(axis, curves: dict[str, np.ndarray], styles, scale: dict[str, float] |
         if scale is not None and not scale.get(arm):
             continue
         x = points[:, 0] * (scale[arm] if scale else 1.0)
-        axis.plot(x, points[:, 1], label=arm, linewidth=1.6, marker="o" if len(x) < 15 else None, markersize=3, **styles[arm])  # fmt: skip
+        marker = "o" if len(x) < 15 else None
+        axis.plot(x, points[:, 1], label=arm, linewidth=1.6, marker=marker, markersize=3, **styles[arm])
         if styles[arm]["linestyle"] == ":":  # an A/A arm; its band would hide its twin's
             continue
         axis.fill_between(x, points[:, 2], points[:, 3], color=styles[arm]["color"], alpha=0.15, linewidth=0)
@@ -91,9 +92,7 @@ def loss(result: dict[str, Any]):
             axis.axhline(target, color="0.5", linewidth=0.8, label=f"target {target:.4f}")
     # The steep start would leave the arms one line: what is below the loss at a third of training fills the picture.
     low = min(points[:, 2].min() for points in curves.values())
-    high = max(
-        points[min(len(points) - 1, len(points) // 3), 3] for points in curves.values()
-    )
+    high = max(points[min(len(points) - 1, len(points) // 3), 3] for points in curves.values())
     margin = 0.05 * (high - low) or 0.1
     for axis in axes:
         axis.set_xlim(left=0)
@@ -125,7 +124,12 @@ def differences(result: dict[str, Any]):
         if d["low"] is not None:
             axis.plot([d["low"], d["high"]], [y, y], color=colour, linewidth=2, solid_capstyle="butt")
         axis.plot(
-            d["mean"], y, "o", color=colour, markerfacecolor="white" if row["twin_of"] else colour, markersize=7
+            d["mean"],
+            y,
+            "o",
+            color=colour,
+            markerfacecolor="white" if row["twin_of"] else colour,
+            markersize=7,
         )
     same = {row["arm"] for row in rows if row["twin_of"] == baseline and row["aa"] and row["aa"]["identical"]}
     labels = [

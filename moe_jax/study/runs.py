@@ -201,9 +201,7 @@ class Bar:
         if self.live:
             self.tqdm.write(line, file=sys.stderr)
         else:
-            print(
-                f"{self.tqdm.desc.removesuffix(': ')}  {line}  left {left}", file=sys.stderr, flush=True
-            )
+            print(f"{self.tqdm.desc.removesuffix(': ')}  {line}  left {left}", file=sys.stderr, flush=True)
 
     def _left(self, job: Job, step: int) -> float:
         # A share for starting and for the evaluation at the end, so that a bar at its end has no work behind it.

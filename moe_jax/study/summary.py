@@ -22,7 +22,9 @@ def tables(result: dict[str, Any]) -> str:
     parts = [header(result)]
     if counts["missing"] or counts["failed"]:
         missing = f"**{counts['missing']} of {counts['runs']} runs are missing, {counts['failed']} failed.**"
-        failed = [f"{r['arm']} seed {r['seed']}: {r['failure']['line']}" for r in result["runs"] if "failure" in r]
+        failed = [
+            f"{r['arm']} seed {r['seed']}: {r['failure']['line']}" for r in result["runs"] if "failure" in r
+        ]
         parts.append(" ".join([missing, *failed]))
     rows = result["rows"]
     parts += [quality(result, rows), routing(rows)]
@@ -51,11 +53,22 @@ def quality(result: dict[str, Any], rows: list[dict]) -> str:
     target = result["target"]["loss"]
     reach = f"s to loss {target:.4f} (rank)" if target is not None else "s to the target (rank)"
     percent = f"{100 * CONFIDENCE:.0f} %"
-    titles = ["arm", "seeds", "loss", *per_source, f"difference [{percent}]", "", "bits per byte", "ms per step (ratio)", "tokens per s", reach]  # fmt: skip
+    titles = [
+        "arm", "seeds", "loss", *per_source, f"difference [{percent}]", "", "bits per byte", "ms per step (ratio)",
+        "tokens per s", reach,
+    ]  # fmt: skip
     body = []
     for row in rows:
-        extra = [number(row["sources"].get(name, {}).get("loss"), ".4f") for name in sources] if per_source else []
-        ms = NONE if row["ms"] is None else f"{row['ms']:.1f}" + (f" ({row['ratio']:.2f})" if row["ratio"] else "")
+        extra = (
+            [number(row["sources"].get(name, {}).get("loss"), ".4f") for name in sources]
+            if per_source
+            else []
+        )
+        ms = (
+            NONE
+            if row["ms"] is None
+            else f"{row['ms']:.1f}" + (f" ({row['ratio']:.2f})" if row["ratio"] else "")
+        )
         body.append([
             row["arm"], str(row["runs"]), number(row["loss"], ".4f"), *extra, differs(row, study),
             judged(row), number(row["bits_per_byte"], ".4f"), ms, number(row["tokens_per_second"], ",.0f"),
@@ -104,8 +117,12 @@ def notes(result: dict[str, Any], study: dict[str, Any]) -> str:
     if twins:
         texts.append("The ms of an A/A arm beside its twin's show the noise of the times.")
     timed = {row["timed"] for row in rows if row["timed"]}
-    when = "of the trained arms (first seed)" if timed == {"after"} else "before training" if timed == {"before"} else "of the trained arms (first seed) where there is one, else before training"  # fmt: skip
-    texts.append(f"ms: median of optimizer steps in turns in one process, {when}; compilation, input and evaluation excluded.")
+    when = "before training" if timed == {"before"} else "of the trained arms (first seed)"
+    if timed == {"before", "after"}:
+        when += " where there is one, else before training"
+    texts.append(
+        f"ms: median of optimizer steps in turns in one process, {when}; compilation, input and evaluation excluded."
+    )
     if result["target"]["loss"] is not None:
         texts.append(
             f"Target: {result['target']['how']}; seconds are the steps to it on the validation curve of training, "

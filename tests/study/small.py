@@ -35,7 +35,11 @@ def write_run(workdir, arm, seed, loss, curve, routed=True, digest="d") -> None:
         row = {"step": step, "loss": value + 0.1, "skipped": 1}
         if routed:
             early = step <= 30  # of 40: not in the last quarter
-            load = {"router/load_max_over_mean": 9.0 if early else 1.5, "router/entropy": 2.0, "router/dropped": 0.25}
+            load = {
+                "router/load_max_over_mean": 9.0 if early else 1.5,
+                "router/entropy": 2.0,
+                "router/dropped": 0.25,
+            }
             layers = {f"router/{LAYER}/load_max_over_mean": 1.75, "router/layer_03/load_max_over_mean": 1.25}
             row |= load | layers | {"router/dead_experts": 3, f"router/{LAYER}/load": [0.5, 0.5]}
         rows += [row, {"step": step, "eval/a/loss": value, "eval/b/loss": value - 0.4}]
@@ -44,7 +48,13 @@ def write_run(workdir, arm, seed, loss, curve, routed=True, digest="d") -> None:
 
 def write_timing(workdir, phase, times) -> None:
     """The timing of a phase with `ms` of each arm."""
-    environment = {"platform": "cpu", "device": "cpu", "revision": "", "date": "2026-01-02", "load_before": 0.5}
+    environment = {
+        "platform": "cpu",
+        "device": "cpu",
+        "revision": "",
+        "date": "2026-01-02",
+        "load_before": 0.5,
+    }
     facts = {
         "steps": 40, "tokens_per_step": 512, "tokens": 20480, "epochs": 0.5, "evaluation_batches": 9,
         "training_flops_per_token": 3e6, "router_flops_per_token": 5e4, "parameters": 2_000_000,

@@ -10,8 +10,8 @@ from benchmarks import table
 from moe_jax.config import ConfigError
 from moe_jax.study import __main__ as command
 from moe_jax.study.collect import collect
-from moe_jax.study.plots import draw
 from moe_jax.study.plan import run_folder
+from moe_jax.study.plots import draw
 from moe_jax.study.summary import tables, to_markdown
 from tests.study.small import LAYER, make_study, write_run, write_study, write_timing
 
@@ -58,7 +58,12 @@ def test_rows(tmp_path):
     assert dense["tokens_per_second"] == pytest.approx(512 / 0.05)
     # Last quarter of 40 steps: the row of step 40 alone.
     assert (routed["load"], routed["load_worst"], routed["worst_layer"]) == (1.5, 1.75, LAYER)
-    assert (routed["dead_experts"], routed["dropped"], routed["entropy"], routed["skipped"]) == (3, 0.25, 2.0, 1)
+    assert (routed["dead_experts"], routed["dropped"], routed["entropy"], routed["skipped"]) == (
+        3,
+        0.25,
+        2.0,
+        1,
+    )
     assert dense["load"] is None and dense["skipped"] == 1
 
 

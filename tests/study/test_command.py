@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -49,8 +50,11 @@ def file(tmp_path_factory):
 
 def start(*arguments):
     command = [sys.executable, "-m", "moe_jax.study", "--rounds=3", *map(str, arguments)]
-    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # Compiling is most of a small run.
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def study(*arguments, expect=0):
@@ -75,6 +79,8 @@ def test_interrupted_and_resumed_gives_the_same(file, tmp_path):
     assert "runs 6/6  dense seed 1: done" in err and out.startswith("# Study")
     assert "| - | no noise: identical |" in out and {p.name for p in whole.glob("*.png")} == {"loss.png", "differences.png", "load.png"}  # fmt: skip
 
+    parts.mkdir()
+    shutil.copy(whole / "timing_before.json", parts)  # kept: it is of the same arms, on the same machine
     process = start(f"--config={file}", f"--workdir={parts}")
     run = parts / "runs" / "twin" / "seed_0"
     while process.poll() is None and steps_done(run) < 60:
@@ -85,10 +91,10 @@ def test_interrupted_and_resumed_gives_the_same(file, tmp_path):
     log = (run / "log.txt").read_text()
     assert "saved step" in log and not (run / "validation.json").exists(), log
     assert numbers(parts)[0] == {"runs": 6, "done": 1, "failed": 0, "missing": 5}
-    before = (parts / "timing_before.json").read_text()
+    assert "before training" not in err
 
     _, err = study(f"--config={file}", f"--workdir={parts}")
-    assert "before training" not in err and (parts / "timing_before.json").read_text() == before
+    assert "before training" not in err
     assert "runs 2/6  twin seed 0: done" in err and "resumed at step" in (run / "log.txt").read_text()
     assert numbers(parts) == numbers(whole)
 
@@ -107,12 +113,19 @@ def test_interrupted_and_resumed_gives_the_same(file, tmp_path):
 def test_failures(file, tmp_path):
     """Too many passes are refused before anything runs; a run that diverges is counted, and the code is 1."""
     small = ["--config.train.steps=20", "--config.train.eval_every=10", f"--workdir={tmp_path}"]
-    _, err = study(f"--config={file}", f"--workdir={tmp_path / 'long'}", "--config.train.steps=20000", expect=2)
-    assert "error: arm routed config.train.steps=20000: " in err and "more than epochs_limit=4; train fewer" in err
+    _, err = study(
+        f"--config={file}", f"--workdir={tmp_path / 'long'}", "--config.train.steps=20000", expect=2
+    )
+    assert (
+        "error: arm routed config.train.steps=20000: " in err
+        and "more than epochs_limit=4; train fewer" in err
+    )
     assert not (tmp_path / "long" / "runs").exists()
     diverging = file.with_name("diverging.py")
     text = file.read_text().replace('"routed", seeds=(0, 1)', '"routed", seeds=(0,)')
-    diverging.write_text(text.replace('"model.pattern": text', '"optimizer.learning_rate": 1e30, "model.pattern": text'))
+    diverging.write_text(
+        text.replace('"model.pattern": text', '"optimizer.learning_rate": 1e30, "model.pattern": text')
+    )
     out, err = study(f"--config={diverging}", *small, expect=1)
     assert "dense seed 0: exit code 1: error: 10 steps in a row" in err and "1 failed" in err
     assert "**0 of 3 runs are missing, 1 failed.** dense seed 0: error: 10 steps" in out

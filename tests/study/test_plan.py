@@ -13,7 +13,7 @@ from moe_jax.study import __main__ as command
 from moe_jax.study.plan import check_unchanged, load_description, prepare, run_config
 from tests.study.small import make_study, write_study
 
-FILE = '''
+FILE = """
 from moe_jax import config as c
 from moe_jax.config_study import Arm, Study
 
@@ -22,7 +22,7 @@ def get_config(text="64"):
     config.model.width = int(text)
     arms = (Arm("routed"), Arm("dense", {"model.pattern": "dense,dense"}))
     return Study(config, arms, "routed", full={"train.steps": 2000, "model.layers": 8})
-'''
+"""
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,9 @@ def test_run_configs():
     routed, twin, dense = (run_config(study, arm, 5) for arm in study.arms)
     assert routed.seed == 5 and routed.noise_seed == -1 and to_dict(routed) == to_dict(base) | {"seed": 5}
     # The A/A arm has the same settings, and noise of its own for every seed.
-    assert twin.noise_seed not in (-1, 5) and to_dict(twin) == to_dict(routed) | {"noise_seed": twin.noise_seed}
+    assert twin.noise_seed not in (-1, 5) and to_dict(twin) == to_dict(routed) | {
+        "noise_seed": twin.noise_seed
+    }
     assert run_config(study, study.arm("twin"), 3).noise_seed != twin.noise_seed
     assert dense.model.pattern == "dense,dense" and base.model.pattern == "dense,routed" and base.seed == 0
 
@@ -108,7 +110,9 @@ def test_what_may_change(tmp_path):
     kept, about = load_description(tmp_path)
     assert kept == begun and about["scale"] == "small"
     check_unchanged(kept, make_study())
-    check_unchanged(kept, make_study(seeds=(0, 3, 5, 7), arms=(*begun.arms, Arm("wide", {"model.width": 256}))))
+    check_unchanged(
+        kept, make_study(seeds=(0, 3, 5, 7), arms=(*begun.arms, Arm("wide", {"model.width": 256})))
+    )
     wider = copy.deepcopy(begun.base)
     wider.model.width = 256
     routed, twin, dense = begun.arms
@@ -132,7 +136,9 @@ def test_what_may_change(tmp_path):
 def files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "study.py").write_text(FILE)
-    (tmp_path / "plain.py").write_text("from moe_jax import config as c\ndef get_config():\n    return c.Config()\n")
+    (tmp_path / "plain.py").write_text(
+        "from moe_jax import config as c\ndef get_config():\n    return c.Config()\n"
+    )
     return tmp_path
 
 
@@ -142,7 +148,11 @@ def parse(*arguments):
 
 def test_the_command_line(files):
     study, flags = parse("--config=study.py:32", "--config.train.steps=700", "--config.seed", "4", "--jobs=2")
-    assert (study.base.model.width, study.base.train.steps, study.base.seed) == (32, 700, 4) and flags.jobs == 2
+    assert (study.base.model.width, study.base.train.steps, study.base.seed) == (
+        32,
+        700,
+        4,
+    ) and flags.jobs == 2
     assert study.full == {"model.layers": 8}  # the command line wins over the larger scale
     assert prepare(study, "full").base.train.steps == 700
     assert parse("--summary")[0] is None
@@ -165,7 +175,12 @@ def test_the_command_line(files):
 def test_one_line(files, capsys, arguments, message, monkeypatch):
     monkeypatch.setattr(cli, "_check_workdir", lambda path, must_exist: None)
     with pytest.raises(SystemExit) as stop:
-        cli.run(command.main, ["study", "--workdir=w", *arguments], flags=command.define_flags, config_from="study")
+        cli.run(
+            command.main,
+            ["study", "--workdir=w", *arguments],
+            flags=command.define_flags,
+            config_from="study",
+        )
     err = capsys.readouterr().err
     assert stop.value.code == 2 and message in err and err.count("\n") == 1
     assert not (files / "w" / "description.json").exists()

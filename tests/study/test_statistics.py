@@ -12,7 +12,11 @@ from moe_jax.study.statistics import Interval, first_reached, noise_band, t_inte
     [
         ([1.0, 3.0], 2.0, 12.706204736),  # s = sqrt(2), s / sqrt(2) = 1, t(1) = 12.7062
         ([1.0, 2.0, 3.0], 2.0, 4.302652730 / math.sqrt(3)),  # s = 1, t(2) = 4.30265
-        ([-1.0, 0.0, 1.0, 4.0], 1.0, 3.182446305 * math.sqrt(14 / 3) / 2),  # squares 4 + 1 + 0 + 9, t(3) = 3.18245
+        (
+            [-1.0, 0.0, 1.0, 4.0],
+            1.0,
+            3.182446305 * math.sqrt(14 / 3) / 2,
+        ),  # squares 4 + 1 + 0 + 9, t(3) = 3.18245
     ],
 )
 def test_by_hand(values, mean, half):
