@@ -207,6 +207,11 @@ class InitConfig:
         "", "Workdir of another run whose newest checkpoint, and tokenizer, to start from."
     )
     include: str = field("", "Comma-separated path prefixes to fill; empty: all.")
+    upcycle_from: str = field(
+        "",
+        "Workdir of a dense run whose feed-forward layers become the experts: whole ones, or 1/G of one where "
+        "model.moe.expert_width is ffn_width / G (arXiv:2212.05055).",
+    )
 
 
 @dataclasses.dataclass
