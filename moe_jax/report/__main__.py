@@ -11,7 +11,7 @@ passages of text coloured by expert. The page needs no network and no other file
 
 import contextlib
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import flags as absl_flags
 from etils import epath
@@ -21,7 +21,6 @@ from moe_jax.config import Config, ConfigError
 from moe_jax.evaluate.__main__ import define_text_flags, evaluation_sets, parse_sources
 
 if TYPE_CHECKING:
-    from moe_jax.report.collect import Observed
     from moe_jax.train.restore import LoadedRun
 
 PAGE_BYTES = 2_000_000
@@ -58,7 +57,7 @@ def main(config: Config, flags: absl_flags.FlagValues) -> None:
 
 def _page(config: Config, flags: Any, sources: dict[str, str]) -> str:
     from moe_jax.report.analysis import analyse, spread
-    from moe_jax.report.collect import make_recording_step, observe
+    from moe_jax.report.collect import make_recording_step, observe, routed_layers
     from moe_jax.report.page import frame
     from moe_jax.report.sections import Material, build, lead
     from moe_jax.train.metrics import read_metrics
@@ -69,16 +68,19 @@ def _page(config: Config, flags: Any, sources: dict[str, str]) -> str:
         fix = "name the --workdir of a run that has logged a step"
         raise ConfigError("--workdir", flags.workdir, "no metrics.jsonl with a row in it", fix)
     run = load_run(flags.workdir, config, flags.step)
+    older, why = _older(flags, run) if routed_layers(config.model) else (None, "")
     sets = evaluation_sets(run, flags, sources)
     step = make_recording_step(run.model)
     observed = observe(run, sets, flags.tokens, _PASSAGE, label=f"step {run.step}", step=step)
-    older, words, why = None, "", ""
-    if observed.layers:
-        folder, old_step, why = _against(flags, run)
-        if folder:
-            older, words = _observe_older(run, sets, flags, folder, old_step, observed, step)
+    before, words = None, ""
+    if older:
+        loaded = load_run(older.workdir, older.config, older.step)
+        words = f"step {loaded.step:,}" + ("" if older.workdir == flags.workdir else f" of {older.workdir}")
+        # Of one config the step is compiled already.
+        step = step if older.config is config else None
+        before = observe(loaded, sets, flags.tokens, 0, label=f"step {loaded.step}", step=step)
     detailed = spread(list(observed.layers), DETAILED_LAYERS)
-    facts = analyse(observed, older, detailed, pieces=12)
+    facts = analyse(observed, before, detailed, pieces=12)
     material = Material(run, rows, observed, facts, detailed, words, why)
     title = f"Routers of {epath.Path(flags.workdir).name}" if facts else f"Run {epath.Path(flags.workdir).name}"
     head = lead(material, flags.workdir, "" if sources else flags.split)
@@ -89,48 +91,49 @@ def _page(config: Config, flags: Any, sources: dict[str, str]) -> str:
     return page
 
 
-def _against(flags: Any, run: "LoadedRun") -> tuple[str, int | None, str]:
-    """(workdir, step or None for its newest, why there is nothing to compare with) of the older checkpoint."""
-    from moe_jax.train.checkpoint import Checkpoints
+class _Older(NamedTuple):
+    """A checkpoint to compare with. step: None is the newest."""
 
-    if flags.against and not flags.against.isdecimal():
-        return flags.against, None, ""
-    if flags.against:
-        return flags.workdir, int(flags.against), ""
-    with Checkpoints(flags.workdir, read_only=True) as checkpoints:
-        steps = checkpoints.steps()
-    if steps[0] < run.step:
-        return flags.workdir, steps[0], ""
-    return "", None, "the run keeps no older checkpoint (config.train.max_to_keep), and --against names none"
+    workdir: str
+    config: Config
+    step: int | None
 
 
-def _observe_older(
-    run: "LoadedRun", sets: dict, flags: Any, folder: str, old_step: int | None, observed: "Observed", step
-) -> tuple["Observed", str]:
-    """The same tokens under the other checkpoint, and what to call it."""
+def _older(flags: Any, run: "LoadedRun") -> tuple[_Older | None, str]:
+    """What --against names, and why there is nothing to compare with where there is not; nothing is computed yet.
+
+    Raises:
+      ConfigError: no such checkpoint, or one of another tokenizer, other layers or other experts.
+    """
     from moe_jax.config_file import load_saved_config
-    from moe_jax.report.collect import observe
-    from moe_jax.train.restore import load_run
+    from moe_jax.data.tokenizer import Tokenizer
+    from moe_jax.report.collect import column_names, routed_layers
+    from moe_jax.train.checkpoint import Checkpoints, load_meta
 
-    config, same = run.config, folder == flags.workdir
-    if not same:
-        try:
-            config = load_saved_config(folder)
-        except ConfigError as error:
-            raise ConfigError("--against", folder, str(error), "name a saved step or the folder of a run") from None
-        config.mesh, config.data = run.config.mesh, run.config.data
+    if not flags.against or flags.against.isdecimal():
+        with Checkpoints(flags.workdir, read_only=True) as checkpoints:
+            steps = checkpoints.steps()
+        step = int(flags.against) if flags.against else steps[0]
+        if step not in steps:
+            raise ConfigError("--against", step, f"no checkpoint of this step, only of {steps}", "name one of these")
+        if not flags.against and step >= run.step:
+            why = "the run keeps no older checkpoint (config.train.max_to_keep), and --against names none"
+            return None, why
+        return _Older(flags.workdir, run.config, step), ""
+    fix = "name a saved step, or the folder of a run of the same model"
     try:
-        older = load_run(folder, config, old_step)
+        config = load_saved_config(flags.against)
+        tokenizer = Tokenizer.from_json(load_meta(flags.against)["tokenizer"])
     except ConfigError as error:
-        raise ConfigError("--against", flags.against or old_step, str(error), "name another step or run") from None
-    if older.tokenizer.fingerprint != run.tokenizer.fingerprint:
-        raise ConfigError("--against", folder, "it has another tokenizer", "name a run with the same one")
-    # Recorded with the newer model's step where both are of one config: it is compiled already.
-    seen = observe(older, sets, flags.tokens, 0, label=f"step {older.step}", step=step if same else None)
-    shapes = [{name: layer.columns for name, layer in one.layers.items()} for one in (observed, seen)]
-    if shapes[0] != shapes[1] or seen.batch != observed.batch:
-        raise ConfigError("--against", folder, "it has other routed layers or experts", "name a run of the same model")
-    return seen, f"step {older.step:,}" if same else f"step {older.step:,} of {folder}"
+        raise ConfigError("--against", flags.against, str(error), fix) from None
+    if tokenizer.fingerprint != run.tokenizer.fingerprint:
+        raise ConfigError("--against", flags.against, "it has another tokenizer", fix)
+    ours, theirs = ((routed_layers(c.model), column_names(c.model)) for c in (run.config, config))
+    if ours != theirs:
+        raise ConfigError("--against", flags.against, "it has other routed layers or experts", fix)
+    # The same rows go through both, on the same devices.
+    config.mesh, config.data = run.config.mesh, run.config.data
+    return _Older(flags.against, config, None), ""
 
 
 if __name__ == "__main__":

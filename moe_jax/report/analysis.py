@@ -22,11 +22,11 @@ MINIMUM = 5  # assignments of a piece to an expert, and tokens of a piece, befor
 
 
 class Piece(NamedTuple):
-    """A token id at an expert: `here` of its `total` assignments."""
+    """A token id at an expert: `here` of its `tokens` have it."""
 
     token_id: int
     here: int
-    total: int
+    tokens: int
 
 
 class LayerFacts(NamedTuple):
@@ -86,9 +86,9 @@ def _layer(observed: Observed, choices: Choices, older: Choices | None, detailed
     pieces = source_shares = pairs = None
     if detailed:
         names, table = contingency(ids, chosen)
-        totals = table.sum(axis=1)
+        tokens = np.unique(ids, return_counts=True)[1]  # in the order of `names`
         pieces = [
-            [Piece(int(names[row]), int(table[row, column]), int(totals[row])) for row in rows]
+            [Piece(int(names[row]), int(table[row, column]), int(tokens[row])) for row in rows]
             for column, rows in enumerate(most_specific(table, limit, minimum=MINIMUM))
         ]
         if several:

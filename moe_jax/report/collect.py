@@ -64,16 +64,6 @@ class Observed(NamedTuple):
     dense: bool
 
 
-def depth_order(config: ModelConfig, names) -> list[str]:
-    """Names of layers as in `stack.by_layer`, in the order in which a token meets them."""
-    inserts = {name: (place, 0, i) for i, (name, _, place) in enumerate(parse_inserts(config))}
-
-    def depth(name):
-        return inserts.get(name) or (int(name.removeprefix("layer_")), 1, 0)
-
-    return sorted(names, key=depth)
-
-
 def column_names(config: ModelConfig) -> list[str]:
     """What to call the E experts and, after them, the virtual ones."""
     moe = config.moe
@@ -96,17 +86,19 @@ def is_dense(config: ModelConfig, vocab_size: int) -> bool:
     return isinstance(assignment, SlotMix)
 
 
-def routed_layers(config: ModelConfig) -> int:
-    """How many layers have experts."""
+def routed_layers(config: ModelConfig) -> list[str]:
+    """The layers with experts as `stack.by_layer` names them, in the order in which a token meets them."""
     kinds = parse_pattern(config)
-    inserts = sum(kind == "routed" for _, kind, _ in parse_inserts(config))
-    return config.layers // len(kinds) * kinds.count("routed") + inserts
+    blocks = [f"layer_{i:02d}" for i in range(config.layers) if kinds[i % len(kinds)] == "routed"]
+    inserts = [name for name, kind, _ in parse_inserts(config) if kind == "routed"]
+    places = {name: (place, 0, i) for i, (name, _, place) in enumerate(parse_inserts(config))}
+    return sorted([*blocks, *inserts], key=lambda name: places.get(name) or (int(name.removeprefix("layer_")), 1, 0))
 
 
 def batch_rows(config: Config, mesh, tokens: int) -> int:
     """Rows of a batch: at most the run's, few enough for `tokens` and the memory, a multiple of the shards."""
     length, moe = config.data.sequence_length, config.model.moe
-    row_bytes = 4 * (moe.experts + moe.virtual_experts) * max(routed_layers(config.model), 1) * length
+    row_bytes = 4 * (moe.experts + moe.virtual_experts) * max(len(routed_layers(config.model)), 1) * length
     rows = min(config.data.batch_size, max(tokens // length, 1), max(_BATCH_BYTES // row_bytes, 1))
     shards = compat.axis_size(mesh, *compat.BATCH_AXES)
     return max(rows // shards, 1) * shards
@@ -210,7 +202,7 @@ class _Recorder:
                 self.layers[layer]["gates"],
                 self.layers[layer]["sums"],
             )
-            for layer in depth_order(self.run.config.model, self.layers)
+            for layer in routed_layers(self.run.config.model)
         }
         scores = {
             name: {

@@ -37,6 +37,10 @@ def colours(count: int) -> list[str]:
     return ["#" + "".join(f"{round(255 * c):02x}" for c in rgb) for rgb in found]
 
 
+def _darker(colour: str) -> str:
+    return "#" + "".join(f"{int(colour[i : i + 2], 16) * 7 // 10:02x}" for i in (1, 3, 5))
+
+
 def passages_html(
     observed: Observed, layers: Sequence[str], columns: Sequence[str], tokenizer: Tokenizer, tokens: int
 ) -> str:
@@ -59,7 +63,7 @@ def passages_html(
         parts.append(f'<div class="of at{i}">{"".join(inside)}</div>\n')
     palette = colours(len(columns))
     styles += [f".e{e}{{background:{palette[e]}}}" for e in sorted(used)]
-    styles += [f".s{e}{{box-shadow:inset 0 -3px {palette[e]}}}" for e in sorted(used)]
+    styles += [f".s{e}{{box-shadow:inset 0 -3px {_darker(palette[e])}}}" for e in sorted(used)]
     legend = "".join(
         f'<button type="button" data-e="e{e}" aria-pressed="false" style="background:{palette[e]}">{text(name)}</button>'
         for e, name in enumerate(columns)

@@ -157,8 +157,8 @@ def pairs_by_layer(lifts: dict[str, np.ndarray], columns: Sequence[str]) -> Figu
     """A heat map, experts x experts, of log2 of the pairs over what is expected, for each layer."""
     figure, axes = _grid(len(lifts), 2.9)
     for axis, (layer, ratio) in zip(axes, lifts.items()):
-        with np.errstate(divide="ignore", invalid="ignore"):
-            image = axis.imshow(np.log2(ratio), cmap=_with_grey("PuOr_r"), vmin=-2, vmax=2, interpolation="nearest")
+        # Pairs that never happen are the lowest colour, not grey.
+        image = axis.imshow(np.log2(np.maximum(ratio, 1 / 16)), cmap=_with_grey("PuOr_r"), vmin=-2, vmax=2, interpolation="nearest")
         axis.set_title(plain(layer))
         axis.set_xlabel("expert")
         axis.set_ylabel("expert")
@@ -196,7 +196,7 @@ def sources_by_layer(shares: dict[str, np.ndarray], sources: Sequence[str], colu
         axis.set_axis_off()
     bar = figure.colorbar(image, ax=list(axes), shrink=0.8, aspect=25)
     bar.ax.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
-    bar.set_label("of the source's choices")
+    bar.set_label("share")
     return figure
 
 
@@ -205,6 +205,7 @@ def _grid(count: int, height: float):
     rows = math.ceil(count / columns)
     # Room for the colour bar.
     figure = Figure(figsize=(WIDTH * columns / COLUMNS + (0.9 if columns < COLUMNS else 0), height * rows), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis in axes[count:]:
         axis.set_axis_off()

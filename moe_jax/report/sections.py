@@ -10,7 +10,7 @@ import numpy as np
 from moe_jax.config import ModelConfig
 from moe_jax.report import pictures
 from moe_jax.report.analysis import MINIMUM, LayerFacts
-from moe_jax.report.collect import Observed, column_names, depth_order, routed_layers
+from moe_jax.report.collect import Observed, column_names, routed_layers
 from moe_jax.report.history import Row, evaluations, layer_names, other_sums, series
 from moe_jax.report.page import number, paragraph, percent, picture, table, text
 from moe_jax.report.passages import passages_html
@@ -66,20 +66,20 @@ def summary(m: Material) -> str:
     if not m.facts:
         return out + paragraph("This model has no routed layers: there is nothing to say of routers.")
     out += "<h3>Routed layers on the held-out tokens</h3>\n"
-    head = ["layer", "max/mean load", "entropy", "dead experts", "experts a token", "without expert", "piece tells", "of it"]
+    head = ["layer", "max/mean load", "entropy", "dead experts", "experts a token", "without expert", "I(expert; piece)", "share, corrected"]
     rows = [
         (
             text(name), number(f.sums["load_max_over_mean"], 2), f"{number(f.sums['entropy'])} nats",
             f"{f.sums['dead_experts']} of {m.model.moe.experts}", number(f.set_size, 2), percent(f.alone),
-            f"{number(f.piece.bits)} bits", percent(f.piece.share, 0),
+            _bits(f.piece.bits), percent(f.piece.share, 0),
         )
         for name, f in m.facts.items()
     ]  # fmt: skip
     out += table(head, rows, kinds=".nnnnnnn")
     out += paragraph(
         "max/mean load: 1 is balanced, E is everything to one expert. entropy: of the router's distribution over experts, mean over "
-        f"tokens, at most ln {len(m.columns)} = {math.log(len(m.columns)):.3f} nats. piece tells: mutual information of expert and "
-        'token piece; of it: corrected for chance, see <a href="#pieces">token pieces</a>.',
+        f"tokens, at most ln {len(m.columns)} = {math.log(len(m.columns)):.3f} nats. I(expert; piece): what a token's piece tells of "
+        'its expert, and the share of what it could tell, corrected for chance; see <a href="#pieces">token pieces</a>.',
         note=True,
     )
     if m.observed.dense:
@@ -89,6 +89,10 @@ def summary(m: Material) -> str:
             note=True,
         )
     return out
+
+
+def _bits(value: float) -> str:
+    return f"{value:.3f} bits"
 
 
 def _run_facts(m: Material) -> list[tuple[str, str]]:
@@ -107,7 +111,7 @@ def _run_facts(m: Material) -> list[tuple[str, str]]:
             ("router", f"<code>{text(moe.router)}</code>, {text(execution)}"),
             ("experts", f"E = {moe.experts} of width {moe.expert_width or c.ffn_width}{virtual}{shared}"),
             ("experts a token", f"K = {moe.top_k}"),
-            ("routed layers", str(routed_layers(c))),
+            ("routed layers", str(len(routed_layers(c)))),
         ]
     facts.append(("width, vocabulary", f"D = {c.width}, V = {m.run.tokenizer.vocab_size:,}"))
     last = max((row["step"] for row in m.rows), default=0)
@@ -141,9 +145,11 @@ def training(m: Material) -> str:
         ("Learning rate", "", {"": series(m.rows, "learning_rate")}, False),
         ("Gradient norm", "", {"": series(m.rows, "gradient_norm")}, True),
         ("Speed", "tokens a second", {"": series(m.rows, "tokens_per_second")}, False),
-        ("Skipped steps, in all", "steps", {"": series(m.rows, "skipped")}, False),
     )
     panels += [Panel(*one) for one in wanted if any(len(s.steps) for s in one[2].values())]
+    skipped = series(m.rows, "skipped")
+    if np.any(skipped.values > 0):
+        panels.append(Panel("Skipped steps, in all", "steps", {"": skipped}))
     nulls = sum(value is None for row in m.rows for value in row.values())
     out = picture(pictures.curves(panels), "Loss, learning rate, gradient norm and speed over the steps")
     return out + (paragraph(f"{nulls:,} figures were not finite and are left out.", note=True) if nulls else "")
@@ -151,7 +157,8 @@ def training(m: Material) -> str:
 
 def routing_over_time(m: Material) -> str:
     """Loads, and what else the routers sum, over the steps."""
-    layers = depth_order(m.model, [name for name in layer_names(m.rows) if name in m.facts])
+    known = layer_names(m.rows)
+    layers = [name for name in m.facts if name in known]
     if not layers:
         return paragraph("The metrics have no routing rows.")
     shown = [name for name in layers if name in m.detailed]
@@ -165,18 +172,17 @@ def routing_over_time(m: Material) -> str:
         ("Largest load over mean", "load_max_over_mean", "times"),
         ("Entropy of the router", "entropy", "nats"),
         ("Experts without a token", "dead_experts", "experts"),
-        ("Dropped assignments", "dropped", "share"),
+        ("Dropped", "dropped", "share of assignments"),
     )
     panels = [Panel(t, unit, {name: series(m.rows, f"router/{name}/{key}") for name in layers}) for t, key, unit in figures]
-    zero = []
     for name, lines in other_sums(m.rows, layers).items():
         lines = {layer or "all layers": lines[layer] for layer in ["", *layers] if layer in lines}
-        if all(np.all(np.nan_to_num(one.values) == 0) for one in lines.values()):
-            zero.append(name)
-        else:
-            panels.append(Panel(name.replace("_", " "), "a step" if not name.endswith("_loss") else "", lines))
+        unit = "" if name.endswith("_loss") else "a step"
+        panels.append(Panel(name.replace("_", " ").capitalize(), unit, lines))
+    zero = [p.title for p in panels if all(np.all(np.nan_to_num(one.values) == 0) for one in p.lines.values())]
+    panels = [panel for panel in panels if panel.title not in zero]
     out += picture(pictures.curves(panels), "Figures of the routers over the steps")
-    return out + (paragraph(f"Always 0: {', '.join(map(text, zero))}.", note=True) if zero else "")
+    return out + (paragraph(f"Always 0: {text(', '.join(zero).lower())}.", note=True) if zero else "")
 
 
 def _only(shown: Sequence[str], layers: Sequence[str]) -> str:
@@ -201,7 +207,7 @@ def pieces(m: Material, limit: int, experts: int) -> str:
     head = ["layer", "I(expert; piece)", "by chance", "H(expert)", "most it could tell", "share of that, corrected"]
     rows = [
         (
-            text(name), *(f"{number(v)} bits" for v in (f.piece.bits, f.piece.chance, f.piece.entropy, f.piece.ceiling)),
+            text(name), *map(_bits, (f.piece.bits, f.piece.chance, f.piece.entropy, f.piece.ceiling)),
             percent(f.piece.share),
         )
         for name, f in m.facts.items()
@@ -215,7 +221,7 @@ def pieces(m: Material, limit: int, experts: int) -> str:
     )
     out += paragraph(
         f"The pieces that belong most to each expert: by lift, with 10 assignments of an average piece added so that rare ones do "
-        f"not win, among pieces with at least {MINIMUM} assignments there. The figures: assignments here / assignments in all."
+        f"not win, among pieces of which at least {MINIMUM} tokens go there. The figures: the piece's tokens that have this expert / all of them."
         + _only(m.detailed, list(m.facts))
     )
     for i, name in enumerate(m.detailed):
@@ -240,7 +246,7 @@ def _piece_list(m: Material, found) -> str:
     if not found:
         return '<span class="k">none</span>'
     return " ".join(
-        f'<span class="t">{text(m.run.tokenizer.piece(p.token_id), 24)}</span> <span class="k">{p.here}/{p.total}</span>'
+        f'<span class="t">{text(m.run.tokenizer.piece(p.token_id), 24)}</span> <span class="k">{p.here}/{p.tokens}</span>'
         for p in found
     )
 
@@ -251,7 +257,7 @@ def sources(m: Material) -> str:
         return paragraph("There is one source of text. More can be named with <code>--source NAME=GLOB</code>.")
     head = ["layer", "I(expert; source)", "by chance", "share of what it could tell, corrected"]
     rows = [
-        (text(name), f"{number(f.source.bits, 4)} bits", f"{number(f.source.chance, 4)} bits", percent(f.source.share))
+        (text(name), _bits(f.source.bits), _bits(f.source.chance), percent(f.source.share))
         for name, f in m.facts.items()
     ]
     shares = {name: m.facts[name].source_shares for name in m.detailed}
@@ -301,7 +307,8 @@ def passages(m: Material, spans: int) -> str:
     """Coloured text; `spans` tokens in all."""
     each = max(spans // max(len(m.detailed) * len(m.observed.names), 1), 16)
     return paragraph(
-        "A passage from the middle of each source. The colour is the expert with the largest gate, the line below the second. "
+        "A passage from the middle of each source. The colour is the expert with the largest gate, the line below the second; "
+        "a token without colour has no expert. "
         "Point at a token for its experts and gates; press an expert to see it alone." + _only(m.detailed, list(m.facts))
         + (" Of so many experts some colours are close." if len(m.columns) > 16 else "")
     ) + passages_html(m.observed, m.detailed, m.columns, m.run.tokenizer, each)  # fmt: skip
