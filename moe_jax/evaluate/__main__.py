@@ -32,10 +32,20 @@ if TYPE_CHECKING:
 def define_flags(values: absl_flags.FlagValues) -> None:
     """The command's own flags."""
     options = {"flag_values": values}
+    define_text_flags(values)
+    text = "Score this many batches of each source, evenly spaced; 0: all."
+    absl_flags.DEFINE_integer("batches", 0, text, lower_bound=0, **options)
+    absl_flags.DEFINE_boolean("compare", False, "Add bits per byte of gzip and xz.", **options)
+    absl_flags.DEFINE_string("output", "", "Write the JSON to this file too.", **options)
+
+
+def define_text_flags(values: absl_flags.FlagValues) -> None:
+    """The flags of every command that reads a checkpoint and held-out text."""
+    options = {"flag_values": values}
     absl_flags.DEFINE_enum(
         "split", "test", ["validation", "test"], "Held-out text of the config's sources.", **options
     )
-    text = "NAME=GLOB[,GLOB...] of .txt, .jsonl or .gz files to score instead of the config's sources."
+    text = "NAME=GLOB[,GLOB...] of .txt, .jsonl or .gz files to read instead of the config's sources."
     absl_flags.DEFINE_multi_string("source", None, text, **options)
     kinds = ["file", "paragraph", "line"]
     absl_flags.DEFINE_enum(
@@ -44,11 +54,7 @@ def define_flags(values: absl_flags.FlagValues) -> None:
     absl_flags.DEFINE_string(
         "text_feature", "text", "Name of the text in a .jsonl row of --source.", **options
     )
-    text = "Score this many batches of each source, evenly spaced; 0: all."
-    absl_flags.DEFINE_integer("batches", 0, text, lower_bound=0, **options)
     absl_flags.DEFINE_integer("step", None, "Step of the checkpoint; without: the newest.", **options)
-    absl_flags.DEFINE_boolean("compare", False, "Add bits per byte of gzip and xz.", **options)
-    absl_flags.DEFINE_string("output", "", "Write the JSON to this file too.", **options)
 
 
 def main(config: Config, flags: absl_flags.FlagValues) -> None:
@@ -91,7 +97,7 @@ def _report(config: Config, flags: absl_flags.FlagValues, sources: dict[str, str
     from moe_jax.train.restore import load_run
 
     run = load_run(flags.workdir, config, flags.step)
-    sets = _evaluation_sets(run, flags, sources)
+    sets = evaluation_sets(run, flags, sources)
     scores = evaluate_sets(run, sets, flags.batches, show_progress=True)
     if flags.compare:
         from moe_jax.evaluate.compression import compress_bits_per_byte
@@ -102,7 +108,12 @@ def _report(config: Config, flags: absl_flags.FlagValues, sources: dict[str, str
     return {"step": run.step, **split, "sources": scores}
 
 
-def _evaluation_sets(run: "LoadedRun", flags, sources: dict[str, str]) -> dict[str, "EvaluationSet"]:
+def evaluation_sets(run: "LoadedRun", flags, sources: dict[str, str]) -> dict[str, "EvaluationSet"]:
+    """The held-out text that the flags of `define_text_flags` name, by source.
+
+    Raises:
+      ConfigError: there is none.
+    """
     from moe_jax.data import evaluation_set, open_data
 
     data = run.config.data

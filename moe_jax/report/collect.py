@@ -1,0 +1,218 @@
+"""Forward passes over held-out text that record who goes where."""
+
+import contextlib
+import math
+import sys
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from moe_jax import compat
+from moe_jax.config import Config, ModelConfig
+from moe_jax.data.pipeline import EvaluationSet
+from moe_jax.layers.block import router_sizes
+from moe_jax.models.losses import per_token_cross_entropy
+from moe_jax.models.stack import by_layer
+from moe_jax.parallel.rules import local_rows, put_batch
+from moe_jax.routing import ROUTERS
+from moe_jax.train.restore import LoadedRun
+from moe_jax.types import RouterInputs, SlotMix
+from moe_jax.validation import has_routed_blocks, parse_inserts, parse_pattern
+
+# Of the matrices of one batch, all layers together.
+_BATCH_BYTES = 2**28
+
+
+class Choices(NamedTuple):
+    """What one layer did with T tokens, over N = E + V columns.
+
+    packed: uint8 [T, ceil(N / 8)], the sets of experts as bits. first: int32 [T], the expert with the largest gate; -1: none.
+    gates: {source: float32 [P, N]} of the passages. sums: the layer's statistics, summed, float64.
+    """
+
+    packed: np.ndarray
+    columns: int
+    first: np.ndarray
+    gates: dict[str, np.ndarray]
+    sums: dict[str, np.ndarray]
+
+    def chosen(self) -> np.ndarray:
+        """bool [T, N]."""
+        return np.unpackbits(self.packed, axis=1, count=self.columns).astype(bool)
+
+
+class Observed(NamedTuple):
+    """A model's choices on some held-out text.
+
+    ids, sources: int32 [T], each token and the index of its source in `names`. passages: {source: int32 [P]}, ids. scores:
+    {source: {tokens, loss in nats per token, bits_per_byte}}. layers: by name, in order of depth. batch: rows x length that
+    went through the model at once. dense: whether the routers' matrices are dense, so that the largest entry stands for the
+    choice.
+    """
+
+    names: tuple[str, ...]
+    ids: np.ndarray
+    sources: np.ndarray
+    passages: dict[str, np.ndarray]
+    scores: dict[str, dict[str, float]]
+    layers: dict[str, Choices]
+    batch: tuple[int, int]
+    dense: bool
+
+
+def column_names(config: ModelConfig) -> list[str]:
+    """What to call the E experts and, after them, the virtual ones."""
+    moe = config.moe
+    kinds = (("zero", moe.zero_experts), ("copy", moe.copy_experts), ("constant", moe.constant_experts))
+    virtual = [f"{kind} {i}" if count > 1 else kind for kind, count in kinds for i in range(count)]
+    return [str(e) for e in range(moe.experts)] + virtual
+
+
+def is_dense(config: ModelConfig, vocab_size: int) -> bool:
+    """Whether the routers of this model mix slots, so that every token has a weight for every expert."""
+    if not has_routed_blocks(config):
+        return False
+    router = ROUTERS[config.moe.router].build(router_sizes(config.moe, vocab_size), config.moe.options)
+    ids = jnp.zeros(config.moe.experts, jnp.int32)  # enough tokens for any K
+    inputs = RouterInputs(token_ids=ids, positions=ids, segment_ids=ids + 1, valid=ids == 0, sequences=ids)
+    x = jnp.zeros((len(ids), config.width))
+    (assignment, _, _), _ = jax.eval_shape(
+        lambda key: router.init_with_output(key, x, inputs), jax.random.key(0)
+    )
+    return isinstance(assignment, SlotMix)
+
+
+def routed_layers(config: ModelConfig) -> list[str]:
+    """The layers with experts as `stack.by_layer` names them, in the order in which a token meets them."""
+    kinds = parse_pattern(config)
+    blocks = [f"layer_{i:02d}" for i in range(config.layers) if kinds[i % len(kinds)] == "routed"]
+    inserts = [name for name, kind, _ in parse_inserts(config) if kind == "routed"]
+    places = {name: (place, 0, i) for i, (name, _, place) in enumerate(parse_inserts(config))}
+    return sorted([*blocks, *inserts], key=lambda name: places.get(name) or (int(name.removeprefix("layer_")), 1, 0))
+
+
+def batch_rows(config: Config, mesh, tokens: int) -> int:
+    """Rows of a batch: at most the run's, few enough for `tokens` and the memory, a multiple of the shards."""
+    length, moe = config.data.sequence_length, config.model.moe
+    row_bytes = 4 * (moe.experts + moe.virtual_experts) * max(len(routed_layers(config.model)), 1) * length
+    rows = min(config.data.batch_size, max(tokens // length, 1), max(_BATCH_BYTES // row_bytes, 1))
+    shards = compat.axis_size(mesh, *compat.BATCH_AXES)
+    return max(rows // shards, 1) * shards
+
+
+def make_recording_step(model: nn.Module):
+    """A jitted function (variables, batch) -> {"nats": [B, S], "layers": statistics by layer with `matrix`}."""
+    config = model.config
+
+    @jax.jit
+    def step(variables, batch):
+        out = model.apply(
+            variables, batch["tokens"], batch["positions"], batch["segment_ids"], record=True
+        )
+        nats = per_token_cross_entropy(
+            out.x, out.table, batch["targets"], chunk=config.loss_chunk, dtype=jnp.dtype(config.dtype)
+        )
+        result = {"nats": nats, "layers": by_layer(out.stats, config)}
+        return jax.tree.map(
+            lambda a: jax.lax.with_sharding_constraint(a, compat.PartitionSpec()), result
+        )
+
+    return step
+
+
+def observe(
+    run: LoadedRun, sets: dict[str, EvaluationSet], tokens: int, passage: int, *, label: str = "", step=None
+) -> Observed:
+    """Runs at most about `tokens` tokens of each set, in whole batches spread evenly over it.
+
+    Args:
+      run: the model.
+      sets: held-out text by source.
+      tokens: of each source; one batch is always taken.
+      passage: tokens of each source whose gates are kept.
+      label: of the progress bar.
+      step: from `make_recording_step`; None: compiles one.
+    """
+    step = step or make_recording_step(run.model)
+    rows, length = batch_rows(run.config, run.mesh, tokens), run.config.data.sequence_length
+    limit = max(tokens // (rows * length), 1)
+    counts = {name: min(limit, -(-one.rows // rows)) for name, one in sets.items()}
+    dense = is_dense(run.config.model, run.tokenizer.vocab_size)
+    recorder = _Recorder(run, passage, dense)
+    hidden = jax.process_index() != 0
+    pause = 0.1 if sys.stderr.isatty() else 10.0  # a log file gets a line now and then
+    bar = tqdm(total=sum(counts.values()), desc=label, unit="batch", disable=hidden, mininterval=pause, delay=1)
+    with jax.set_mesh(run.mesh), contextlib.closing(bar):
+        for name, one in sets.items():
+            for i, batch in enumerate(one.batches(rows, limit)):
+                mine = {key: array[local_rows(run.mesh, rows)] for key, array in batch.items()}
+                result = jax.device_get(step(run.variables, put_batch(mine, run.mesh, rows)))
+                recorder.add(name, batch, result, keep=i == counts[name] // 2)
+                bar.update()
+    return recorder.result((rows, length))
+
+
+class _Recorder:
+    """Adds up batches; keeps a bit for a token and expert, and gates only of the passages."""
+
+    def __init__(self, run: LoadedRun, passage: int, dense: bool):
+        self.run, self.passage, self.dense = run, passage, dense
+        self.ids, self.sources, self.passages, self.totals = [], [], {}, {}
+        self.layers: dict[str, dict[str, Any]] = {}
+
+    def add(self, name: str, batch: dict, result: dict, keep: bool) -> None:
+        """`batch` and the step's `result`, on the host; keep: take the source's passage from it."""
+        valid = batch["segment_ids"].reshape(-1) > 0
+        self.ids.append(batch["tokens"].reshape(-1)[valid])
+        total = self.totals.setdefault(name, {"nats": 0.0, "tokens": 0.0, "bytes": 0.0})
+        weights = batch["loss_weights"]
+        total["nats"] += float(np.sum(np.where(weights > 0, result["nats"], 0), dtype=np.float64))
+        total["tokens"] += float(weights.sum())
+        total["bytes"] += float((self.run.tokenizer.token_bytes[batch["targets"]] * weights).sum())
+        self.sources.append(np.full(valid.sum(), len(self.totals) - 1, np.int32))
+        if keep:
+            self.passages[name] = self.ids[-1][: self.passage]
+        for layer, stats in result["layers"].items():
+            stats = dict(stats)
+            matrix = stats.pop("matrix")[valid]
+            mine = self.layers.setdefault(layer, {"packed": [], "first": [], "gates": {}, "sums": None})
+            first = np.where(matrix.any(axis=1), matrix.argmax(axis=1), -1).astype(np.int32)
+            chosen = matrix != 0
+            if self.dense:
+                chosen = first[:, None] == np.arange(matrix.shape[1])
+            mine["packed"].append(np.packbits(chosen, axis=1))
+            mine["first"].append(first)
+            mine["columns"] = matrix.shape[1]
+            if keep:
+                mine["gates"][name] = matrix[: self.passage].copy()
+            stats = jax.tree.map(lambda a: np.asarray(a, np.float64), stats)
+            mine["sums"] = stats if mine["sums"] is None else jax.tree.map(np.add, mine["sums"], stats)
+
+    def result(self, batch: tuple[int, int]) -> Observed:
+        """Everything that was added."""
+        layers = {
+            layer: Choices(
+                np.concatenate(self.layers[layer]["packed"]),
+                self.layers[layer]["columns"],
+                np.concatenate(self.layers[layer]["first"]),
+                self.layers[layer]["gates"],
+                self.layers[layer]["sums"],
+            )
+            for layer in routed_layers(self.run.config.model)
+        }
+        scores = {
+            name: {
+                "tokens": total["tokens"],
+                "loss": total["nats"] / max(total["tokens"], 1),
+                "bits_per_byte": total["nats"] / math.log(2) / max(total["bytes"], 1),
+            }
+            for name, total in self.totals.items()
+        }
+        return Observed(
+            tuple(self.totals), np.concatenate(self.ids), np.concatenate(self.sources), self.passages,
+            scores, layers, batch, self.dense,
+        )  # fmt: skip
