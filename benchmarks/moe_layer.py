@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-from benchmarks import timing  # noqa: E402
 from moe_jax.dispatch.capacity import slots_ffn  # noqa: E402
 from moe_jax.layers.ffn import FeedForward  # noqa: E402
 from moe_jax.layers.moe import MoE  # noqa: E402
@@ -29,6 +28,7 @@ from moe_jax.ops.counting import slots_per_expert  # noqa: E402
 from moe_jax.ops.expert_ffn import expert_ffn  # noqa: E402
 from moe_jax.ops.grouped_matmul import resolve_backend  # noqa: E402
 from moe_jax.routing.top_k import TopK  # noqa: E402
+from moe_jax.study import timing  # noqa: E402
 from moe_jax.types import RouterInputs, TokenChoice  # noqa: E402
 
 ACTIVATION = "gelu_tanh"

@@ -1,20 +1,27 @@
-"""Writes the performance section of the README from the results of benchmarks.
+"""Writes tables of the README from results: of benchmarks, or of a study.
 
-    python benchmarks/table.py [FILE.json ...]      default: benchmarks/results/*.json
+    python benchmarks/table.py [FILE.json ...]                           default: benchmarks/results/*.json
+    python benchmarks/table.py --study DIR/study.json --name routers
 
-The text between the two marker comments is replaced; what no file has is "not measured".
+The text between two marker comments is replaced: those of the performance section, or of the study with that name,
+<!-- study routers: written by benchmarks/table.py --> and <!-- end of study routers -->. What no file of a benchmark
+has is "not measured".
 """
 
 import argparse
 import json
 import pathlib
 import re
+import sys
 from collections.abc import Iterable
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from moe_jax.study.summary import tables  # noqa: E402
+from moe_jax.study.timing import PLATFORMS, conditions  # noqa: E402
+
 BEGIN, END = "<!-- performance: written by benchmarks/table.py -->", "<!-- end of performance -->"
 MISSING = "not measured"
-PLATFORMS = {"cpu": "CPU", "gpu": "NVIDIA GPU", "tpu": "TPU"}
 BACKENDS = {
     "dense": "dense FFN of equal FLOPs",
     "equal_groups": "equal groups, one batched einsum, no routing",
@@ -42,7 +49,9 @@ def moe_layer(result: dict) -> str:
     """Tables of `benchmarks/moe_layer.py`: milliseconds, and in brackets the ratio to the dense layer."""
     rows = {(row["case"], row["backend"]): row for row in result["rows"]}
     passes = list(dict.fromkeys(case.partition("/")[2] for case, _ in rows if "/" in case))
-    parts = [conditions(result)]
+    parts = [
+        f"{conditions(result['environment'])}. Milliseconds (ratio to dense), medians of interleaved runs."
+    ]
     cases = {name: case for name, case in result["cases"].items() if name not in SECOND}
     same = sizes(next(iter(cases.values()), None), cases.values())
     for kind in passes if cases else ():
@@ -55,18 +64,6 @@ def moe_layer(result: dict) -> str:
     notes = [second(rows, passes, result["cases"])] if SECOND[0] in result["cases"] else []
     notes += [ceiling(row) for row in result["rows"] if row["case"].startswith("ceiling")]
     return "\n\n".join(parts + [" ".join(notes)] if notes else parts)
-
-
-def conditions(result: dict) -> str:
-    """One sentence: on what, with which versions, when."""
-    e = result["environment"]
-    place = e["machine"] if e["platform"] == "cpu" else f"{e['device']} ({e['machine']})"
-    versions = ", ".join(f"{name} {version}" for name, version in e["versions"].items())
-    load = f", load average before {e['load_before']}" if e.get("load_before") is not None else ""
-    return (
-        f"{PLATFORMS.get(e['platform'], e['platform'])}: {place}, {e['cores']} cores, {e['date']}, "
-        f"Python {e['python']}, {versions}{load}. Milliseconds (ratio to dense), medians of interleaved runs."
-    )
 
 
 def sizes(case: dict | None, others: Iterable[dict] = ()) -> str:
@@ -120,15 +117,16 @@ def ceiling(row: dict) -> str:
 RENDERERS = {"moe_layer": moe_layer}
 
 
-def replace_section(text: str, section: str) -> str:
+def replace_section(text: str, section: str, begin: str = BEGIN, end: str = END) -> str:
     """`text` with `section` between the markers.
 
     Raises:
       ValueError: not exactly one pair of markers.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"not one pair of the lines {BEGIN!r} and {END!r}; put them where the tables belong")
-    return re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n\n{section}\n\n{END}", text, flags=re.DOTALL)
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"not one pair of the lines {begin!r} and {end!r}; put them where the tables belong")
+    pattern = f"{re.escape(begin)}.*{re.escape(end)}"
+    return re.sub(pattern, lambda _: f"{begin}\n\n{section}\n\n{end}", text, flags=re.DOTALL)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -138,27 +136,35 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("files", nargs="*", metavar="FILE.json", help="what benchmarks wrote with --json")
     parser.add_argument("--readme", default=str(ROOT / "README.md"), help="the file to rewrite")
+    parser.add_argument("--study", metavar="study.json", help="what moe_jax.study wrote")
+    parser.add_argument("--name", default="", help="of the study, in its markers")
     options = parser.parse_args(argv)
-    files = options.files or sorted(map(str, (ROOT / "benchmarks" / "results").glob("*.json")))
-    results = []
-    for file in files:
-        try:
-            result = json.loads(pathlib.Path(file).read_text())
-            known = result["benchmark"] in RENDERERS
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            parser.error(
-                f"{file}: {type(error).__name__} {error}; name files that a benchmark wrote with --json"
-            )
-        if not known:
-            parser.error(
-                f"{file}: no table for benchmark={result['benchmark']!r}; use {' or '.join(RENDERERS)}"
-            )
-        results.append(result)
+    if bool(options.study) != bool(options.name) or options.study and options.files:
+        parser.error("--study and --name go together, without other files")
+    if options.study:
+        begin = f"<!-- study {options.name}: written by benchmarks/table.py -->"
+        end = f"<!-- end of study {options.name} -->"
+        section = tables(read(options.study, ("study",), parser))
+    else:
+        files = options.files or sorted(map(str, (ROOT / "benchmarks" / "results").glob("*.json")))
+        begin, end, section = BEGIN, END, render([read(file, tuple(RENDERERS), parser) for file in files])
     readme = pathlib.Path(options.readme)
     try:
-        readme.write_text(replace_section(readme.read_text(), render(results)))
+        readme.write_text(replace_section(readme.read_text(), section, begin, end))
     except (OSError, ValueError) as error:
         parser.error(f"--readme={readme}: {error}")
+
+
+def read(file: str, kinds: tuple[str, ...], parser: argparse.ArgumentParser) -> dict:
+    """A result of one of these kinds; else the command ends with a line that says what is wrong."""
+    try:
+        result = json.loads(pathlib.Path(file).read_text())
+        kind = result["benchmark"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        parser.error(f"{file}: {type(error).__name__} {error}; name a file that a benchmark or a study wrote")
+    if kind not in kinds:
+        parser.error(f"{file}: no table for benchmark={kind!r}; use {' or '.join(kinds)}")
+    return result
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ Any field is set by `--config.model.moe.top_k=1` or `--config.data.sources[0].we
 `--config.help` lists all fields.
 """
 
+import dataclasses
 import difflib
 import functools
 import os
@@ -27,8 +28,9 @@ from etils import epath
 from ml_collections import config_flags
 
 from moe_jax.config import Config, ConfigError, leaf_types, leaves, nearest, unknown_field
-from moe_jax.config_file import describe, load_config, load_saved_config
+from moe_jax.config_file import describe, load_config, load_saved_config, load_study
 from moe_jax.config_help import command_help, config_help
+from moe_jax.config_study import Study
 from moe_jax.validation import example, validate
 
 _HELP = re.compile(r"--?(h|help|helpshort|helpfull)")
@@ -40,7 +42,7 @@ _BOOLEANS = ("true", "false", "t", "f", "1", "0")
 
 
 def run(
-    main: Callable[[Config, absl_flags.FlagValues], int | None],
+    main: Callable[[Any, absl_flags.FlagValues], int | None],
     argv: Sequence[str] | None = None,
     *,
     flags: Callable[[absl_flags.FlagValues], None] | None = None,
@@ -57,7 +59,8 @@ def run(
       argv: as `sys.argv`, program name first; None: `sys.argv`.
       flags: defines the command's own flags on the `absl.flags.FlagValues` it is given, such as
         `lambda values: absl.flags.DEFINE_string("prompt", "", "Text to continue.", flag_values=values)`.
-      config_from: "file": --config is required; "workdir": the config is the one saved in --workdir.
+      config_from: "file": --config is required; "workdir": the config is the one saved in --workdir; "study":
+        `main` gets the `Study` of the --config file with the overrides in its base, or None without --config.
       workdir: whether there is a --workdir. It is required, and need not exist where `config_from` is "file".
 
     Raises:
@@ -99,8 +102,8 @@ def parse(
     flags: Callable[[absl_flags.FlagValues], None] | None = None,
     config_from: str = "file",
     workdir: bool = True,
-) -> tuple[Config, absl_flags.FlagValues]:
-    """The validated config and the command's own flags; the arguments are those of `run`.
+) -> tuple[Any, absl_flags.FlagValues]:
+    """The validated config (or the study) and the command's own flags; the arguments are those of `run`.
 
     Raises:
       ConfigError: anything on the command line, or in the file it names, that cannot be used.
@@ -113,16 +116,30 @@ def parse(
             raise ConfigError(
                 "--config", None, "not given", "write --config=FILE, such as configs/quickstart.py"
             )
-    elif file is not None:
+    elif config_from == "workdir" and file is not None:
         limit = "this command reads the config that training saved in --workdir"
         raise ConfigError("--config", file, limit, "change single fields with --config.a.b=VALUE")
     if workdir and values.workdir:
         values.workdir = os.path.expanduser(values.workdir)  # no shell does in --workdir=~/run
     folder = _check_workdir(values.workdir, must_exist=config_from == "workdir") if workdir else None
+    if config_from == "study":
+        return _open_study(file, overrides), values
     config = load_config(file) if config_from == "file" else load_saved_config(folder)
     config = apply_overrides(config, overrides)
     validate(config)
     return config, values
+
+
+def _open_study(file: str | None, overrides: Sequence[str]) -> Study | None:
+    if not file:
+        if overrides or file is not None:
+            fix = "write --config=FILE, such as configs/studies/routers.py"
+            raise ConfigError("--config", None, "not given", fix)
+        return None
+    study = load_study(file)
+    base, paths = apply_overrides(study.base, overrides), {_OVERRIDE.fullmatch(text)[2] for text in overrides}
+    full = {path: value for path, value in study.full.items() if path not in paths}
+    return dataclasses.replace(study, base=base, full=full)
 
 
 def own_flags(
@@ -269,7 +286,7 @@ def _config_to_list(argv: Sequence[str], values: absl_flags.FlagValues, config_f
     arguments, overrides, file = _split([a for a in argv if not _CONFIG_HELP.fullmatch(a)], values)
     _parse_flags(arguments, values)
     if file:
-        config = load_config(file)
+        config = load_study(file).base if config_from == "study" else load_config(file)
     elif config_from == "workdir" and values.workdir:
         config = load_saved_config(_check_workdir(values.workdir, must_exist=True))
     else:

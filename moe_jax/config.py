@@ -207,6 +207,11 @@ class InitConfig:
         "", "Workdir of another run whose newest checkpoint, and tokenizer, to start from."
     )
     include: str = field("", "Comma-separated path prefixes to fill; empty: all.")
+    upcycle_from: str = field(
+        "",
+        "Workdir of a dense run whose feed-forward layers become the experts: whole ones, or 1/G of one where "
+        "model.moe.expert_width is ffn_width / G (arXiv:2212.05055).",
+    )
 
 
 @dataclasses.dataclass
@@ -229,7 +234,10 @@ class SampleConfig:
 class Config:
     """A run."""
 
-    seed: int = field(0, "Fixes initialisation, data order and noise.", low=0, high=2**31 - 1)
+    seed: int = field(
+        0, "Fixes initialisation and data order, and noise where noise_seed is -1.", low=0, high=2**31 - 1
+    )
+    noise_seed: int = field(-1, "Fixes the routers' noise alone; -1: `seed`.", low=-1, high=2**31 - 1)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)

@@ -13,6 +13,7 @@ from typing import Any
 from etils import epath
 
 from moe_jax.config import Config, ConfigError, from_dict, one_line
+from moe_jax.config_study import Study
 from moe_jax.validation import validate_types
 
 
@@ -44,6 +45,23 @@ def load_config(path: str | None) -> Config:
     Raises:
       ConfigError: the file is missing or fails, or returns something else.
     """
+    config = _load(path, Config)
+    validate_types(config)
+    return config
+
+
+def load_study(path: str) -> Study:
+    """`load_config` for a file whose `get_config()` returns a `Study`. Its arms are not looked at.
+
+    Raises:
+      ConfigError: the file is missing or fails, or returns something else.
+    """
+    study = _load(path, Study)
+    validate_types(study.base)
+    return study
+
+
+def _load(path: str | None, kind: type) -> Any:
     if not path:
         fix = "write --config=FILE, such as --config=configs/quickstart.py"
         raise ConfigError("--config", path, "not given", fix)
@@ -56,10 +74,12 @@ def load_config(path: str | None) -> Config:
     except Exception as error:  # whatever the backend of gs:// raises
         raise ConfigError("--config", path, describe(error), "name a readable Python file") from None
     config = _execute(path, file, source, arguments)
-    if not isinstance(config, Config):
+    if not isinstance(config, kind):
         limit = f"get_config() returns a {type(config).__name__}"
-        raise ConfigError("--config", path, limit, "return a moe_jax.config.Config")
-    validate_types(config)
+        fix = f"return a {kind.__module__}.{kind.__name__}"
+        if isinstance(config, Study):
+            fix = "run it with python -m moe_jax.study"
+        raise ConfigError("--config", path, limit, fix)
     return config
 
 

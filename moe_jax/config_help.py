@@ -15,7 +15,7 @@ def command_help(doc: str, values: absl_flags.FlagValues, config_from: str) -> s
     """A command's help: the docstring of its module, its own flags, and how to set a field of the config."""
     names = {name: f"--[no]{name}" if values[name].boolean else f"--{name}=VALUE" for name in values}
     lines = [_row(names[name], _flag_text(values[name])) for name in values]
-    if config_from == "file":
+    if config_from != "workdir":
         lines.insert(
             0, _row("--config=FILE", "Python file with get_config(); FILE:TEXT calls get_config(TEXT).")
         )

@@ -422,6 +422,8 @@ def _check_run(config: Config) -> None:
         if not 1 <= first < end <= train.steps + 1:
             limit = f"not a range 'first:end' with 1 <= first < end <= train.steps + 1 = {train.steps + 1}"
             raise ConfigError("train.profile_steps", train.profile_steps, limit, "write one such as 10:13")
+    if init.upcycle_from:
+        _check_upcycle(config)
     if init.include and not init.checkpoint:
         raise ConfigError(
             "init.include", init.include, "init.checkpoint is empty", "name a checkpoint, or empty it"
@@ -430,3 +432,34 @@ def _check_run(config: Config) -> None:
         raise ConfigError(
             "init.include", init.include, "an empty prefix between commas", "remove the extra comma"
         )
+
+
+def _check_upcycle(config: Config) -> None:
+    init, moe = config.init, config.model.moe
+    for name in ("checkpoint", "include"):
+        if value := getattr(init, name):
+            limit = f"excludes init.upcycle_from={init.upcycle_from}"
+            raise ConfigError(f"init.{name}", value, limit, "empty one of them")
+    if not has_routed_blocks(config.model):
+        limit = f"there are no experts in model.pattern={config.model.pattern}"
+        raise ConfigError("init.upcycle_from", init.upcycle_from, limit, "add routed blocks, or use init.checkpoint")
+    shards = expert_shards(config.model)
+    for name in ("experts", "top_k"):
+        value = getattr(moe, name)
+        if value % shards:
+            limit = f"not a multiple of model.ffn_width / model.moe.expert_width = {shards}, the shards of a dense layer"
+            fix = f"use {-(-value // shards) * shards}, or another expert_width"
+            raise ConfigError(f"model.moe.{name}", value, limit, fix)
+
+
+def expert_shards(model: ModelConfig) -> int:
+    """G, how many experts make up a dense feed-forward layer.
+
+    Raises:
+      ConfigError: no whole number of them.
+    """
+    width = model.moe.expert_width or model.ffn_width
+    if model.ffn_width % width:
+        limit = f"does not divide model.ffn_width={model.ffn_width}, whose layers init.upcycle_from makes experts of"
+        raise ConfigError("model.moe.expert_width", width, limit, "use a divisor, or 0 for whole layers")
+    return model.ffn_width // width

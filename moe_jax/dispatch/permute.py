@@ -69,34 +69,6 @@ def gather_rows(x: jax.Array, order: Order) -> jax.Array:
     return _gather_rows(*compat.vary_alike(x, order.order, order.inverse))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _sum_rows(rows, order, inverse, tokens, dtype):
-    wide = jnp.promote_types(rows.dtype, jnp.float32)
-    return _take(rows, inverse).reshape(tokens, -1, rows.shape[-1]).sum(1, dtype=wide).astype(dtype)
-
-
-def _sum_forward(rows, order, inverse, tokens, dtype):
-    like = jnp.zeros((inverse.shape[0] // tokens, 0), rows.dtype)
-    return _sum_rows(rows, order, inverse, tokens, dtype), (order, like)
-
-
-def _sum_backward(tokens, dtype, residuals, d_out):
-    order, like = residuals
-    return _take(d_out.astype(like.dtype), order // like.shape[0]), None, None
-
-
-_sum_rows.defvjp(_sum_forward, _sum_backward)
-
-
-def sum_rows(rows: jax.Array, order: Order, tokens: int, dtype=None) -> jax.Array:
-    """Rows back to their tokens, summed: [M, D] -> [T, D], accumulated in float32 at least.
-
-    The result has the dtype of `rows` unless `dtype` is given.
-    """
-    rows, *places = compat.vary_alike(rows, order.order, order.inverse)
-    return _sum_rows(rows, *places, tokens, jnp.dtype(dtype or rows.dtype))
-
-
 @jax.custom_vjp
 def _ungather_rows(rows, order, inverse):
     return _take(rows, inverse)

@@ -1,4 +1,9 @@
-"""Model FLOPs, counted from the config: what the mathematics needs, whatever an implementation spends."""
+"""Model FLOPs and active parameters, counted from the config: what the mathematics needs, whatever an implementation spends."""
+
+import math
+from typing import Any
+
+import jax
 
 from moe_jax.config import ModelConfig
 from moe_jax.ops.activations import is_gated
@@ -16,20 +21,41 @@ def forward_flops_per_token(config: ModelConfig, vocab_size: int, sequence_lengt
     experts = c.moe.top_k + c.moe.shared_experts
     ffn = {
         "dense": 2 * matrices * d * c.ffn_width,
-        "routed": 2 * matrices * d * (c.moe.expert_width or c.ffn_width) * experts + router_flops_per_layer(c),
+        "routed": 2 * matrices * d * (c.moe.expert_width or c.ffn_width) * experts,
     }
-    kinds = parse_pattern(c)
-    blocks = list(kinds) * (c.layers // len(kinds)) + [kind for _, kind, _ in parse_inserts(c)]
-    return float(sum(attention + ffn[kind] for kind in blocks) + 2 * d * vocab_size)
+    blocks = sum(attention + ffn[kind] for kind in _blocks(c))
+    return blocks + router_flops_per_token(c) + 2.0 * d * vocab_size
 
 
-def router_flops_per_layer(config: ModelConfig) -> float:
-    """Of one routed layer and token: a product with the columns of its experts or slots."""
+def router_flops_per_token(config: ModelConfig) -> float:
+    """The routers' share of the forward pass: a product with the columns of experts or slots in every routed layer."""
     moe = config.moe
     columns = {"hash": 0, "soft_moe": moe.experts * moe.routers.soft_moe.slots}
-    return 2.0 * config.width * columns.get(moe.router, moe.experts + moe.virtual_experts)
+    columns = columns.get(moe.router, moe.experts + moe.virtual_experts)
+    return 2.0 * config.width * columns * _blocks(config).count("routed")
+
+
+def _blocks(config: ModelConfig) -> list[str]:
+    """The feed-forward kinds of all blocks."""
+    kinds = parse_pattern(config)
+    return list(kinds) * (config.layers // len(kinds)) + [kind for _, kind, _ in parse_inserts(config)]
 
 
 def training_flops_per_token(config: ModelConfig, vocab_size: int, sequence_length: int) -> float:
     """Forward plus backward: three times the forward pass. Recomputation is not counted."""
     return 3 * forward_flops_per_token(config, vocab_size, sequence_length)
+
+
+def active_parameters(config: ModelConfig, params: Any) -> int:
+    """Parameters that a token meets: all but (E - K) / E of each routed layer's experts.
+
+    Args:
+      config: the model's.
+      params: its parameters, arrays or ShapeDtypeStructs.
+    """
+    moe, active = config.moe, 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        size = math.prod(leaf.shape)
+        experts = "experts" in jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        active += size * moe.top_k // moe.experts if experts else size
+    return active

@@ -4,8 +4,9 @@ With `x` the row, n = norm(x) or x, and s the row's gate,
 
     y = s * (act(n w_in + b_in, n w_gate + b_gate) w_out + b_out).
 
-The gate multiplies the hidden row, so that its gradient needs no output row. Between the two passes live x, the ids and
-gates, and the projections before the activation; rows, activations and outputs are made again from them.
+The gate multiplies rows of D values, forward y and backward d_y; its gradient comes from the hidden row and needs no y.
+Between the two passes live x, the ids and gates, and the projections before the activation; rows, activations and outputs
+are made again from them.
 """
 
 import functools
@@ -54,13 +55,13 @@ def expert_ffn(
       activation: see `moe_jax.ops.activations.activate`.
       gates: [M], what each row's output is multiplied by; None: 1.
       order, inverse: int32 [T*K], [T*K] of `moe_jax.dispatch.permute.sort_by_expert`: row i is x[order[i] // K], gathered on
-        the way and never stored.
+        the way and never stored, and the rows of a token are added up.
       norm_epsilon: of the norm.
       backend: of `grouped_matmul`. `blocks` runs each block of rows through the whole network while it is in the cache;
         `loop` is the reference, differentiated by JAX.
 
     Returns:
-      [M, D], or [T*K, D], in the dtype of `x`.
+      [M, D] in the dtype of `x`; with `order`, [T, D] in float32 at least.
     """
     static = _Static(activation, norm_epsilon, resolve_backend(backend))
     dtype = x.dtype
@@ -69,8 +70,9 @@ def expert_ffn(
     axes = compat.varying_axes(x, group_sizes, *weights.values(), *([] if gates is None else [gates]))
     args = jax.tree.map(lambda a: compat.vary(a, axes), (x, weights, gates, group_sizes, order, inverse))
     if static.backend == "loop":
-        x, weights, gates, group_sizes, order, _ = args
-        return _forward_whole(x, weights, gates, group_sizes, order, static)[0]
+        x, weights, gates, group_sizes, order, inverse = args
+        rows = _forward_whole(x, weights, gates, group_sizes, order, static)[0]
+        return rows if order is None else _sum_of_tokens(rows, inverse, x.shape[0])
     return _expert_ffn(*args, static)
 
 
@@ -100,26 +102,32 @@ def expert_stack(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _expert_ffn(x, weights, gates, group_sizes, order, inverse, static):
-    forward = _forward_blocks if static.backend == "blocks" else _forward_whole
-    return forward(x, weights, gates, group_sizes, order, static, keep=False)[0]
+    return _vjp_forward(x, weights, gates, group_sizes, order, inverse, static, keep=False)[0]
 
 
-def _vjp_forward(x, weights, gates, group_sizes, order, inverse, static):
+def _vjp_forward(x, weights, gates, group_sizes, order, inverse, static, keep=True):
     forward = _forward_blocks if static.backend == "blocks" else _forward_whole
-    y, hidden = forward(x, weights, gates, group_sizes, order, static)
+    y, hidden = forward(x, weights, gates, group_sizes, order, static, keep)
+    if order is not None:
+        y = _sum_of_tokens(y, inverse, x.shape[0])
     return y, (x, weights, gates, group_sizes, order, inverse, hidden)
 
 
 def _vjp_backward(static, residuals, d_y):
     x, weights, gates, group_sizes, order, inverse, hidden = residuals
     backward = _backward_blocks if static.backend == "blocks" else _backward_whole
+    d_y = jnp.asarray(d_y, x.dtype)
     d_rows, d_gates, d_weights = backward(x, weights, gates, group_sizes, order, hidden, d_y, static)
-    if order is not None:  # a gather by the inverse, never a scatter-add
-        d_rows = d_rows[inverse].reshape(x.shape[0], -1, x.shape[1]).sum(1, dtype=_wide(x.dtype))
-    return d_rows.astype(x.dtype), d_weights, d_gates, None, None, None
+    d_x = d_rows if order is None else _sum_of_tokens(d_rows, inverse, x.shape[0]).astype(x.dtype)
+    return d_x, d_weights, d_gates, None, None, None
 
 
 _expert_ffn.defvjp(_vjp_forward, _vjp_backward)
+
+
+def _sum_of_tokens(rows, inverse, tokens):
+    """[T*K, D] -> [T, D] in float32 at least: a gather by the inverse, never a scatter-add."""
+    return rows[inverse].reshape(tokens, -1, rows.shape[1]).sum(1, dtype=_wide(rows.dtype))
 
 
 # One network on the rows at hand. `w` is the product with the rows' own experts: of a block of one group, or of all rows.
@@ -134,30 +142,30 @@ def _project_in(x, w, static):
     }
 
 
-def _inner(hidden, gates, static):
-    """The activation times the gate, [m, F]."""
-    a = activate(static.activation, hidden["in"], hidden.get("gate"))
-    return a if gates is None else (a.astype(_wide(a.dtype)) * gates).astype(a.dtype)
+def _activate(hidden, static):
+    return activate(static.activation, hidden["in"], hidden.get("gate"))
 
 
 def _project_out(hidden, gates, w, static):
     """-> [m, D] in float32 at least."""
-    y = w.product(_inner(hidden, gates, static), "w_out")
-    for bias in w.vectors("b_out").values():
-        y = y + (bias if gates is None else bias * gates)
-    return y
+    y = _plus(w.product(_activate(hidden, static), "w_out"), w.vectors("b_out"))
+    return y if gates is None else y * gates
 
 
 def _backward(x, hidden, gates, d_y, w, static):
     """(d_x [m, D], d_gates [m, 1] or None); what the weights get goes to `w.add` and `w.add_rows`."""
-    a, pull = jax.vjp(lambda hidden, gates: _inner(hidden, gates, static), hidden, gates)
-    d_hidden, d_gates = pull(w.product_transposed(d_y, "w_out").astype(x.dtype))
-    w.add("w_out", a, d_y)
-    for name, bias in w.vectors("b_out").items():
-        wide = d_y.astype(bias.dtype)
-        w.add_rows(name, wide if gates is None else wide * gates)
-        if gates is not None:
-            d_gates = d_gates + jnp.sum(wide * bias, axis=1, keepdims=True).astype(gates.dtype)
+    a, pull = jax.vjp(lambda hidden: _activate(hidden, static), hidden)
+    d_a, d_gates = w.product_transposed(d_y, "w_out"), None
+    bias = w.vectors("b_out")
+    if gates is not None:
+        d_gates = jnp.sum(d_a * a.astype(gates.dtype), axis=1, keepdims=True)
+        for b in bias.values():
+            d_gates = d_gates + jnp.sum(d_y * b, axis=1, keepdims=True)
+        d_a, d_y = d_a * gates, d_y * gates
+    w.add("w_out", a, d_y.astype(x.dtype))
+    for name in bias:
+        w.add_rows(name, d_y)
+    (d_hidden,) = pull(d_a.astype(x.dtype))
     n, pull = jax.vjp(lambda x, vectors: _norm(x, vectors, static), x, w.vectors("norm_"))
     d_n = 0
     for name, d in d_hidden.items():
@@ -265,7 +273,7 @@ def _forward_whole(x, weights, gates, group_sizes, order, static, keep=True):
 
 
 def _backward_whole(x, weights, gates, group_sizes, order, hidden, d_y, static):
-    rows = _rows(x, order)
+    rows, d_y = _rows(x, order), _rows(d_y, order)
     w = _OfAll(weights, group_sizes, rows.shape[0], static.backend)
     rows, gates, d_y = jax.tree.map(lambda a: jnp.where(w.real, a, 0), (rows, gates, d_y))
     return *_backward(rows, hidden, gates, d_y, w, static), w.grads
@@ -313,7 +321,7 @@ def _backward_blocks(x, weights, gates, group_sizes, order, hidden, d_y, static)
             jnp.where(block.valid, _block_rows(x, order, block), 0),
             {name: block.valid_rows(h) for name, h in hidden.items()},
             None if gates is None else block.valid_rows(gates),
-            block.valid_rows(d_y), w, static,
+            jnp.where(block.valid, _block_rows(d_y, order, block), 0), w, static,
         )  # fmt: skip
         return block.write(d_rows, d), None if gates is None else block.write(d_gates, g), w.grads
 

@@ -1,4 +1,8 @@
-"""Tables from token id to expert for Hash layers (arXiv:2106.04426), made once on the host."""
+"""Tables from token id to expert for Hash layers (arXiv 2106.04426, section 3.1): random, and balanced by frequency.
+
+NumPy on the host, once per model. Draws are raw words of PCG64, whose stream is the same on every platform and in every
+NumPy version; the methods of a Generator do not promise that.
+"""
 
 import heapq
 
@@ -6,18 +10,42 @@ import numpy as np
 
 
 def random_hash_table(vocab_size: int, experts: int, seed: int) -> np.ndarray:
-    """int32 [V], uniform over the experts."""
-    return np.random.default_rng(seed).integers(0, experts, vocab_size).astype(np.int32)
+    """int32 [V] of independent uniform experts, fixed by `seed`, an integer >= 0."""
+    words = np.random.PCG64(seed).random_raw(vocab_size) >> np.uint64(32)
+    return ((words * np.uint64(experts)) >> np.uint64(32)).astype(np.int32)
 
 
-def balanced_hash_table(counts: np.ndarray, experts: int, seed: int) -> np.ndarray:
-    """int32 [V]: ids in descending order of their counts [V], each to the least loaded expert; ties in an order fixed by `seed`."""
-    rng, counts = np.random.default_rng(seed), np.asarray(counts, np.float64)
-    order = rng.permutation(len(counts))
-    order = order[np.argsort(-counts[order], kind="stable")]
-    table, heap = np.zeros(len(counts), np.int32), [(0.0, 0, e) for e in range(experts)]
-    for token in order:
-        load, ids, expert = heap[0]
-        table[token] = expert
-        heapq.heapreplace(heap, (load + counts[token], ids + 1, expert))
+def balanced_hash_table(counts, experts: int, seed: int) -> np.ndarray:
+    """Gives each token, the most frequent first, to the expert with the least load, its sum of counts, so far.
+
+    Tokens of equal counts come in an order drawn by `seed`; of experts of equal loads the first in a drawn order takes
+    the token. Tokens that were never seen are dealt out in turn, since they would all go to one expert. No table
+    brings the largest share of the load under that of the most frequent token.
+
+    Args:
+      counts: [V] whole numbers >= 0, how often each token stands in the training data.
+      experts: E.
+      seed: integer >= 0.
+
+    Returns:
+      int32 [V].
+
+    Raises:
+      ValueError: counts are not one row of whole numbers >= 0.
+    """
+    counts = np.asarray(counts)
+    if counts.ndim != 1 or not np.all((counts >= 0) & (counts == np.floor(counts)) & (counts < 2**53)):
+        raise ValueError(f"counts of shape {counts.shape} must be one row [V] of whole numbers >= 0")
+    draw = np.random.PCG64(seed)
+    names = np.argsort(draw.random_raw(experts), kind="stable")
+    order = np.lexsort((draw.random_raw(counts.size), -counts.astype(np.int64)))
+    chosen = np.arange(counts.size) % experts
+    # One integer load * E + e for each expert: half the time of pairs.
+    heap, keys = list(range(experts)), []
+    for count in counts[order[: np.count_nonzero(counts)]].astype(np.int64).tolist():
+        keys.append(heap[0])
+        heapq.heapreplace(heap, heap[0] + count * experts)
+    chosen[: len(keys)] = [key % experts for key in keys]
+    table = np.empty(counts.size, np.int32)
+    table[order] = names[chosen]
     return table

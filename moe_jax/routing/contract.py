@@ -29,8 +29,8 @@ class Router(NamedTuple):
     loss_weights(options): the weight of each loss that the module returns.
     update(state, stats, total, sizes, options): the `router_state` of a layer after one optimizer step, from the statistics
       summed over it; `total` is their sum over the routed layers, for what is steered for the model as a whole.
-    start(state, token_counts, sizes, options): the `router_state` of a layer before the first step; token_counts: int64 [V], how
-      often each id stands in the training text.
+    start(state, token_shares, sizes, options): the `router_state` of a layer before the first step; token_shares: float64
+      [V], the share of each id in the training text.
     """
 
     build: Callable[[Sizes, Any], nn.Module]

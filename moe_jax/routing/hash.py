@@ -39,11 +39,12 @@ class Hash(nn.Module):
         return TokenChoice(ids, gates), {}, stats
 
 
-def start(state: dict, token_counts: np.ndarray, sizes: Sizes, options: HashConfig) -> dict:
+def start(state: dict, token_shares: np.ndarray, sizes: Sizes, options: HashConfig) -> dict:
     """With the table balanced over the training text, if the options say so."""
     if options.table == "random":
         return state
-    return {"table": balanced_hash_table(token_counts, sizes.experts, options.seed)}
+    counts = np.rint(np.asarray(token_shares) * 2**40)  # whole, and 0 for ids that never occur
+    return {"table": balanced_hash_table(counts, sizes.experts, options.seed)}
 
 
 ROUTER = Router(

@@ -36,6 +36,7 @@ from moe_jax.train.reporter import Profile, Reporter
 from moe_jax.train.router_state import start_router_state
 from moe_jax.train.state import abstract_state, place_state
 from moe_jax.train.step import compile_train_step
+from moe_jax.train.upcycle import check_dense_run, upcycle
 from moe_jax.train.workdir import own_workdir
 from moe_jax.validation import validate
 
@@ -83,6 +84,8 @@ def _fit(config: Config, workdir: str, mesh, checkpoints: Checkpoints, interrupt
                 f"complete: {workdir} has all {last} steps; raise --config.train.steps to go on, or use another --workdir"
             )
             return 0
+    elif config.init.upcycle_from:
+        check_dense_run(config)
     return Trainer(config, workdir, mesh, checkpoints, saved).run(interrupts)
 
 
@@ -94,24 +97,26 @@ def start_tokenizer(config: Config, saved: dict[str, Any] | None) -> Tokenizer |
       saved: `meta` of its checkpoint to resume from, or None.
 
     Raises:
-      ConfigError: the config asks for another one than that of `init.checkpoint`, whose vocabulary it takes.
+      ConfigError: the config asks for another one than that of `init.checkpoint` or `init.upcycle_from`, whose vocabulary it
+        takes.
     """
     if saved:
         return Tokenizer.from_json(saved["tokenizer"])
     prefixes = [prefix.strip().strip("/") for prefix in config.init.include.split(",") if prefix]
     vocabulary = ("embed", "output")  # parameters with a row per token
-    if not config.init.checkpoint or (
-        prefixes and not any(prefix.split("/")[0] in vocabulary for prefix in prefixes)
-    ):
+    name = "checkpoint" if config.init.checkpoint else "upcycle_from"
+    source = getattr(config.init, name)
+    if not source or (prefixes and not any(prefix.split("/")[0] in vocabulary for prefix in prefixes)):
         return None
-    meta = load_meta(config.init.checkpoint)
+    meta = load_meta(source)
     theirs = from_dict(meta["config"]).data
-    for name in ("tokenizer", "vocab_size") if config.data.tokenizer == "bpe" else ("tokenizer",):
-        ours, its = getattr(config.data, name), getattr(theirs, name)
+    for field in ("tokenizer", "vocab_size") if config.data.tokenizer == "bpe" else ("tokenizer",):
+        ours, its = getattr(config.data, field), getattr(theirs, field)
         if ours != its:
-            fix = "set it to that, or list in init.include what to take without embed and output"
-            limit = f"init.checkpoint={config.init.checkpoint} has {its}"
-            raise ConfigError(f"data.{name}", ours, limit, fix)
+            fix = "set it to that"
+            if config.init.checkpoint:
+                fix += ", or list in init.include what to take without embed and output"
+            raise ConfigError(f"data.{field}", ours, f"init.{name}={source} has {its}", fix)
     return Tokenizer.from_json(meta["tokenizer"])
 
 
@@ -172,8 +177,13 @@ class Trainer:
             filled, report = fill_from(self.config.init.checkpoint, part, include)
             say(str(report))
             state |= filled
-            if "ema" in state:
-                state["ema"] = jax.jit(lambda params: jax.tree.map(jnp.copy, params))(state["params"])
+        elif self.config.init.upcycle_from:
+            state["params"], report = upcycle(self.config, state["params"], self.model.vocab_size, self.mesh)
+            say(str(report))
+            for warning in report.warnings:
+                say(f"warning: at step 0 the model is not the dense one: {warning}")
+        if "ema" in state and (self.config.init.checkpoint or self.config.init.upcycle_from):
+            state["ema"] = jax.jit(lambda params: jax.tree.map(jnp.copy, params))(state["params"])
         return state
 
     def _restore(self):

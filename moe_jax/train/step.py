@@ -72,7 +72,8 @@ def accumulate(model: nn.Module, config: Config, state: State, batch: Batch):
     parts = config.train.microbatches
     tokens = jnp.maximum(jnp.sum(batch["loss_weights"]), 1.0)
     dense, tables = split_tables(state["params"], table_paths(config))
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), NOISE_STREAM), state["step"])
+    noise_seed = config.seed if config.noise_seed < 0 else config.noise_seed
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(noise_seed), NOISE_STREAM), state["step"])
     gradient = jax.value_and_grad(make_loss(model, config), argnums=(0, 1), has_aux=True)
 
     def one(micro, part):

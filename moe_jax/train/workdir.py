@@ -26,7 +26,7 @@ def own_workdir(workdir) -> Iterator[None]:
       ConfigError: in every process: another run is there, or the folder cannot be written.
     """
     with contextlib.ExitStack() as stack:
-        problem = _take(workdir, stack) if jax.process_index() == 0 else None
+        problem = take(workdir, stack) if jax.process_index() == 0 else None
         if largest(problem is not None):
             raise problem or ConfigError(
                 "--workdir", str(workdir), "process 0 cannot write there", "see its message"
@@ -34,7 +34,8 @@ def own_workdir(workdir) -> Iterator[None]:
         yield
 
 
-def _take(workdir, stack: contextlib.ExitStack) -> ConfigError | None:
+def take(workdir, stack: contextlib.ExitStack) -> ConfigError | None:
+    """One process's part of `own_workdir`, until `stack` closes; the problem, or None. Asks JAX nothing."""
     path = epath.Path(workdir)
     try:
         path.mkdir(parents=True, exist_ok=True)

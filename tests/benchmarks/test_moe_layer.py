@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import moe_layer, table, timing
+from benchmarks import moe_layer, table
+from moe_jax.study import timing
 
 TINY = moe_layer.GROUPS["tiny"][1][0]
 

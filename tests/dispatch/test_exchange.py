@@ -183,7 +183,7 @@ def test_each_shard_runs_its_own_rows():
         chex.assert_shape([x, order.order, sizes], [(T, D), (T * K,), (1,)])
         real = (jnp.arange(T * K) < sizes.sum())[:, None]
         rows = jnp.where(real, sizes.sum().astype(x.dtype), 0)
-        return rows * compat.vary(jnp.ones((1, D), x.dtype), compat.varying_axes(x))
+        return jnp.broadcast_to(rows[order.inverse].reshape(T, K).sum(1, keepdims=True), (T, D))
 
     with jax.set_mesh(mesh):
         y, _ = jax.jit(lambda *a: run_sharded(mesh, *a, count))(x, choice, weights)

@@ -1,7 +1,15 @@
+import jax
 import pytest
 
 from moe_jax.config import ModelConfig
-from moe_jax.models.flops import forward_flops_per_token, training_flops_per_token
+from moe_jax.models.decoder import Decoder
+from moe_jax.models.flops import (
+    active_parameters,
+    forward_flops_per_token,
+    router_flops_per_token,
+    training_flops_per_token,
+)
+from moe_jax.train.state import abstract_variables
 
 
 def test_counts_by_hand():
@@ -23,3 +31,21 @@ def test_top_k_scales_the_experts_only(activation, matrices):
     assert (
         forward_flops_per_token(c, 100, 16) - one == 2 * 2 * matrices * c.width * c.ffn_width
     )  # 2 routed layers
+
+
+def test_routers_by_hand():
+    c = ModelConfig(layers=4, width=8, inserts="first=routed@0")  # two routed layers in the groups, and one
+    c.moe.experts = 5
+    assert router_flops_per_token(c) == 3 * 2 * 8 * 5
+    c.pattern, c.inserts = "dense", ""
+    assert router_flops_per_token(c) == 0
+
+
+def test_active_parameters_by_hand():
+    c = ModelConfig(layers=2, width=8, ffn_width=16, heads=2, activation="swiglu", ffn_bias=True)
+    c.moe.experts, c.moe.top_k = 4, 1
+    params = abstract_variables(Decoder(c, 50))["params"]
+    total = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert total - active_parameters(c, params) == 3 * (3 * 8 * 16 + 16 + 16 + 8)
+    c.moe.top_k = 4
+    assert active_parameters(c, params) == total

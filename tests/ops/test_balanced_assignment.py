@@ -130,6 +130,9 @@ def test_scores_that_are_not_finite_count_as_the_smallest(value):
     scores = CASES["normal"].astype(np.float32)
     result = solve(np.where(bad, value, scores))
     check(np.where(bad, scores[~bad].min(), scores), result, 1e-6)
+    # As 9 it is the better half of 9 + 12; as 0 it would not be. The invalid -50 does not count.
+    ids = solve(np.array([[10, value], [12, 9], [-50, 0]], np.float32), np.array([True, True, False])).expert_ids
+    np.testing.assert_array_equal(ids, [1, 0, 2])
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.int32])

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.dispatch.permute import sort_by_expert, sum_rows
+from moe_jax.dispatch.permute import sort_by_expert
 from moe_jax.ops.activations import ACTIVATIONS, activate, is_gated
 from moe_jax.ops.expert_ffn import expert_ffn, expert_stack
 from moe_jax.ops.norms import layer_norm, rms_norm
@@ -75,8 +75,8 @@ def test_value_and_gradients(activation, biases, norm, gated_rows, backend):
 
 
 @pytest.mark.parametrize("backend", ["blocks", "ragged_dot"])
-def test_rows_taken_from_tokens_on_the_way(backend):
-    """With `order` the gather is part of the network: values and gradients are those of gathered rows."""
+def test_rows_of_tokens(backend):
+    """With `order` the rows are taken from tokens and added up to tokens: values and gradients."""
     tokens, k, experts = 21, 3, 5
     with jax.enable_x64(True):
         rng = np.random.default_rng(3)
@@ -88,11 +88,10 @@ def test_rows_taken_from_tokens_on_the_way(backend):
 
         def routed(x, gates, weights):
             order = sort_by_expert(ids, experts)
-            rows = expert_ffn(
+            return expert_ffn(
                 x, weights, order.group_sizes, activation="gelu_tanh", gates=gates.reshape(-1)[order.order],
                 order=order.order, inverse=order.inverse, backend=backend,
             )  # fmt: skip
-            return sum_rows(rows, order, tokens)
 
         def every_expert(x, gates, weights):
             h = activate("gelu_tanh", jnp.einsum("td,edf->etf", x, weights["w_in"]))
@@ -125,8 +124,7 @@ def test_what_lives_between_the_passes():
                 "inverse": order.inverse,
                 "gates": gates.reshape(-1)[order.order],
             }
-            rows = expert_ffn(x, weights, order.group_sizes, activation="gelu_tanh", **options)
-            return sum_rows(rows, order, tokens)
+            return expert_ffn(x, weights, order.group_sizes, activation="gelu_tanh", **options)
 
         return jax.vjp(layer, x, gates, weights)
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from moe_jax.models.stack import by_layer
+from moe_jax.train import step as train_step
 from moe_jax.train.metrics import routing_metrics
 from tests.train.small import BATCH, LENGTH, Runner, make_batch, make_config
 
@@ -219,3 +220,34 @@ def test_bfloat16_compute_keeps_float32_parameters():
     losses = runner.losses(20)
     assert losses[-1] < losses[0] - 0.2
     assert {a.dtype for a in jax.tree.leaves(runner.state["params"])} == {jnp.dtype("float32")}
+
+
+def test_noise_has_a_seed_of_its_own(monkeypatch):
+    """The routers' key follows `noise_seed`, and `seed` where that is -1; initialisation follows `seed` alone."""
+
+    def keys(**seeds):
+        config = make_config(**seeds)
+        seen = []
+        make_loss = train_step.make_loss
+
+        def spy(model, config):
+            loss = make_loss(model, config)
+
+            def noted(*args):
+                jax.debug.callback(lambda data: seen.append(data.tobytes()), jax.random.key_data(args[6]))
+                return loss(*args)
+
+            return noted
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train_step, "make_loss", spy)
+            runner = Runner(config)
+            start = jax.device_get(runner.state["params"])
+            runner.step(make_batch(0))
+        jax.effects_barrier()
+        return seen[0], start
+
+    (plain, start), (same, _), (other, start_of_other) = keys(seed=3), keys(seed=3, noise_seed=3), keys(seed=3, noise_seed=4)  # fmt: skip
+    assert plain == same and plain != other
+    assert keys(seed=5, noise_seed=4)[0] == other
+    jax.tree.map(np.testing.assert_array_equal, start, start_of_other)

@@ -6,14 +6,14 @@ from typing import Callable, Mapping, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax.dispatch.permute import Order, gather_rows, sort_by_expert, sum_rows, ungather_rows
+from moe_jax.dispatch.permute import Order, gather_rows, sort_by_expert
 from moe_jax.types import TokenChoice
 
 AXIS = "expert"
-# (x [T, D], weights, order of M = T*K rows, gates [M] or None) -> [M, D]: row i is what its expert makes of
-# x[order.order[i] // K], times gates[i]; 0 past the last group.
+# (x [T, D], weights, order of M = T*K rows, gates [M] or None) -> [T, D] in float32 at least: the sum over a token's rows i
+# of what their experts make of it, times gates[i].
 RunExperts = Callable[[jax.Array, Mapping[str, jax.Array], Order, jax.Array | None], jax.Array]
-# The same with this shard's weights: (x, order, gates) -> [M, D]
+# The same with this shard's weights: (x, order, gates) -> [T, D]
 RunRows = Callable[[jax.Array, Order, jax.Array | None], jax.Array]
 
 
@@ -52,9 +52,7 @@ def run_group(x: jax.Array, choice: TokenChoice, run_rows: RunRows, experts: int
         order = sort_by_expert(choice.expert_ids, experts)
         gates = gather_rows(choice.gates.reshape(-1, 1), order)[:, 0]
     with jax.named_scope("experts"):
-        rows = run_rows(x, order, gates)
-    with jax.named_scope("combine"):
-        return sum_rows(rows, order, x.shape[0], accumulator(x.dtype))
+        return run_rows(x, order, gates)
 
 
 def run_received(rows: jax.Array, ids: jax.Array, run_rows: RunRows, experts: int) -> jax.Array:
@@ -62,9 +60,7 @@ def run_received(rows: jax.Array, ids: jax.Array, run_rows: RunRows, experts: in
     with jax.named_scope("sort"):
         order = sort_by_expert(ids[:, None], experts)
     with jax.named_scope("experts"):
-        rows = run_rows(rows, order, None)
-    with jax.named_scope("sort"):
-        return ungather_rows(rows, order)
+        return run_rows(rows, order, None).astype(rows.dtype)
 
 
 def buffer_rows(share: float, worst: int, factor: float) -> int:

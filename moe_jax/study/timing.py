@@ -16,11 +16,16 @@ from tqdm import tqdm
 # A function this many times slower than the fastest runs in fewer rounds, at least MIN_RUNS of them.
 SLOW = 6
 MIN_RUNS = 3
+PLATFORMS = {"cpu": "CPU", "gpu": "NVIDIA GPU", "tpu": "TPU"}
 PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 
 
 def interleaved(
-    functions: Mapping[str, Callable[[], object]], rounds: int, label: str = "", progress: bool = True
+    functions: Mapping[str, Callable[[], object]],
+    rounds: int,
+    label: str = "",
+    progress: bool = True,
+    minimum: int = MIN_RUNS,
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Runs all functions in turn, so that a slow moment of the machine falls on all of them.
 
@@ -28,6 +33,7 @@ def interleaved(
       functions: by name, without arguments; JAX arrays that they return are waited for.
       rounds: turns. The order is reversed in every other one.
       label, progress: of the progress bar on stderr, which only a terminal gets.
+      minimum: runs of each function at least, however slow it is.
 
     Returns:
       Milliseconds of every run, after one to compile and one to warm up; for functions that cannot run here,
@@ -46,7 +52,7 @@ def interleaved(
     times: dict[str, list[float]] = {name: [] for name in warm}
     # One run in every `stride` rounds.
     fastest = min(warm.values(), default=0.0)
-    most = max(rounds // MIN_RUNS, 1)
+    most = max(rounds // minimum, 1)
     stride = {name: min(max(int(ms / (SLOW * fastest)), 1), most) for name, ms in warm.items()}
     for i in range(rounds):
         for name in list(warm) if i % 2 == 0 else reversed(warm):
@@ -74,13 +80,30 @@ def environment(packages: tuple[str, ...] = PACKAGES) -> dict:
     return {
         "platform": jax.default_backend(),
         "device": jax.devices()[0].device_kind,
+        **place(packages),
+        "revision": _revision(),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "load_before": load(),
+    }
+
+
+def conditions(environment: dict) -> str:
+    """One sentence of an `environment`: on what, with which versions, when."""
+    e = environment
+    where = e["machine"] if e["platform"] == "cpu" else f"{e['device']} ({e['machine']})"
+    versions = ", ".join(f"{name} {version}" for name, version in e["versions"].items())
+    load = f", load average before {e['load_before']}" if e.get("load_before") is not None else ""
+    name = PLATFORMS.get(e["platform"], e["platform"])
+    return f"{name}: {where}, {e['cores']} cores, {e['date']}, Python {e['python']}, {versions}{load}"
+
+
+def place(packages: tuple[str, ...] = PACKAGES) -> dict:
+    """The part of `environment` that needs no device: machine, cores, versions."""
+    return {
         "machine": _machine(),
         "cores": os.process_cpu_count() if hasattr(os, "process_cpu_count") else len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in packages if _version(name)},
-        "revision": _revision(),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "load_before": load(),
     }
 
 

@@ -1,0 +1,72 @@
+"""A study: named arms, each a few settings away from one config, trained from the same seeds.
+
+A file of configs/studies/ returns one from `get_config()`; `python -m moe_jax.study` runs it.
+"""
+
+import dataclasses
+from typing import Any
+
+from moe_jax.config import Config, ConfigError, from_dict, to_dict
+
+Settings = dict[str, bool | int | float | str]
+
+
+@dataclasses.dataclass
+class Arm:
+    """One variant of a study.
+
+    name: a label, also of its folder. settings: dotted config path -> value, over the study's base; taken as
+      the command line takes `--config.a.b=VALUE`. twin_of: an A/A arm: the name of the arm whose settings it
+      repeats, with other noise in its routers; it has no settings of its own.
+    """
+
+    name: str
+    settings: Settings = dataclasses.field(default_factory=dict)
+    twin_of: str = ""
+
+
+@dataclasses.dataclass
+class Study:
+    """A paired comparison, fixed before its first run.
+
+    base: what all arms share; each seed takes the place of `base.seed`. arms, baseline: the variants, and the name of
+      the one that the differences are against. seeds: the same ones for every arm; later runs may add arms and seeds.
+      full: settings over `base` with --scale=full. target_loss: validation loss, in nats per token, whose time is
+      compared; 0: the highest last loss among the baseline's runs, which it reaches with every seed. epochs_limit:
+      passes over a source's training text; a study of repetition raises it. title: of the tables.
+    """
+
+    base: Config
+    arms: tuple[Arm, ...]
+    baseline: str
+    seeds: tuple[int, ...] = (0, 1, 2)
+    full: Settings = dataclasses.field(default_factory=dict)
+    target_loss: float = 0.0
+    epochs_limit: float = 4.0
+    title: str = ""
+
+    def arm(self, name: str) -> Arm:
+        """The arm of that name."""
+        return next(arm for arm in self.arms if arm.name == name)
+
+
+def study_to_dict(study: Study) -> dict[str, Any]:
+    """A study as nested dicts and lists, ready for JSON."""
+    own = {entry.name: getattr(study, entry.name) for entry in dataclasses.fields(study)}
+    arms = [dataclasses.asdict(arm) for arm in study.arms]
+    return own | {"base": to_dict(study.base), "arms": arms, "seeds": list(study.seeds)}
+
+
+def study_from_dict(tree: dict[str, Any]) -> Study:
+    """The study that `study_to_dict` wrote; config fields that are missing take their defaults.
+
+    Raises:
+      ConfigError: `tree` is something else.
+    """
+    try:
+        own = {entry.name: tree[entry.name] for entry in dataclasses.fields(Study) if entry.name in tree}
+        arms = tuple(Arm(**arm) for arm in tree["arms"])
+        return Study(**own | {"base": from_dict(tree["base"]), "arms": arms, "seeds": tuple(tree["seeds"])})
+    except (KeyError, TypeError) as error:
+        limit = f"not a study ({type(error).__name__} {error})"
+        raise ConfigError("description of the study", None, limit, "restore the file") from None

@@ -1,0 +1,164 @@
+"""What the arms of a study cost: sizes and FLOPs, and step times alone and in turns in one process.
+
+Every arm's whole training state lies in memory at once.
+"""
+
+import sys
+import time
+from typing import Any
+
+import jax
+from absl import logging
+
+from moe_jax.config import Config, ConfigError, to_dict
+from moe_jax.data import TextData, open_data
+from moe_jax.models import MODELS
+from moe_jax.models.flops import active_parameters, router_flops_per_token, training_flops_per_token
+from moe_jax.parallel.mesh import mesh_from_config, start_devices
+from moe_jax.parallel.rules import local_rows, put_batch
+from moe_jax.study.plan import fingerprint
+from moe_jax.study.timing import environment, interleaved, median
+from moe_jax.train.checkpoint import Checkpoints, state_bytes
+from moe_jax.train.evaluation import batch_count
+from moe_jax.train.loop import start_tokenizer
+from moe_jax.train.state import abstract_state, place_state
+from moe_jax.train.step import compile_train_step
+
+BATCHES = 4  # different ones that the timed steps take in turn
+ALONE = 5  # steps of an arm in a row
+
+
+class Stepper:
+    """Optimizer steps of one arm on real batches, which lie on the devices; each call is one and returns its loss.
+
+    Args:
+      config: of the run.
+      data: its text.
+      workdir: of a finished run, to go on from its checkpoint; empty: from initialisation.
+    """
+
+    def __init__(self, config: Config, data: TextData, workdir: str = ""):
+        mesh, size = mesh_from_config(config.mesh), config.data.batch_size
+        model = MODELS[config.model.name](config.model, data.tokenizer.vocab_size)
+        with jax.set_mesh(mesh):
+            if workdir:
+                with Checkpoints(workdir, read_only=True) as checkpoints:
+                    self.state = checkpoints.restore(abstract_state(model, config, mesh)).state
+            else:
+                self.state = place_state(model, config, mesh)
+            first, rows = int(self.state["step"]), local_rows(mesh, size)
+            self.batches = [
+                put_batch(data.train_batch(config.seed, size, first + i, rows), mesh, size)
+                for i in range(BATCHES)
+            ]
+            began = time.perf_counter()
+            self.step = compile_train_step(model, config, mesh, self.state, self.batches[0])
+            self.compile_seconds, self.mesh, self.count = time.perf_counter() - began, mesh, 0
+
+    def __call__(self) -> jax.Array:
+        with jax.set_mesh(self.mesh):
+            self.state, metrics = self.step(self.state, self.batches[self.count % BATCHES])
+        self.count += 1
+        return metrics["loss"]
+
+
+def open_texts(configs: dict[str, Config]) -> dict[str, TextData]:
+    """The text of every config by name, opened once where it is the same."""
+    opened, texts = {}, {}
+    for name, config in configs.items():
+        key = fingerprint(to_dict(config.data), to_dict(config.init))
+        if key not in opened:
+            opened[key] = open_data(config.data, tokenizer=start_tokenizer(config, None))
+        texts[name] = opened[key]
+    return texts
+
+
+def epochs(config: Config, data: TextData) -> float:
+    """Passes over the text of the source that is repeated most."""
+    rows = config.train.steps * config.data.batch_size
+    weights = {source.name: source.weight for source in config.data.sources if source.weight}
+    total = sum(weights.values())
+    return max(rows * weight / total / data.report[name]["train"]["rows"] for name, weight in weights.items())
+
+
+def evaluation_batches(config: Config, data: TextData) -> int:
+    """Batches that a run evaluates: of each evaluation while it trains, and all of them at its end."""
+    t, size = config.train, config.data.batch_size
+    sets = data.evaluation("validation").values()
+    inside = -(-t.steps // t.eval_every) if t.eval_every else 1
+    return sum(inside * batch_count(one, size, t.eval_batches) + batch_count(one, size) for one in sets)
+
+
+def facts(config: Config, data: TextData) -> dict[str, Any]:
+    """Sizes of one arm: tokens, epochs, FLOPs a token (training: three times the forward pass), parameters, state bytes."""
+    vocabulary = data.tokenizer.vocab_size
+    model = MODELS[config.model.name](config.model, vocabulary)
+    state = abstract_state(model, config, mesh_from_config(config.mesh))
+    tokens = config.data.batch_size * config.data.sequence_length
+    return {
+        "steps": config.train.steps,
+        "tokens_per_step": tokens,
+        "tokens": config.train.steps * tokens,
+        "epochs": epochs(config, data),
+        "evaluation_batches": evaluation_batches(config, data),
+        "training_flops_per_token": training_flops_per_token(
+            config.model, vocabulary, config.data.sequence_length
+        ),
+        "router_flops_per_token": 3 * router_flops_per_token(config.model),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state["params"])),
+        "active_parameters": active_parameters(config.model, state["params"]),
+        "state_bytes": state_bytes(state),
+    }
+
+
+def measure(
+    configs: dict[str, Config], epochs_limit: float, rounds: int, workdirs: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Facts and step times of every arm.
+
+    Args:
+      configs: of one run of each arm, by the arm's name.
+      epochs_limit: passes over the text that no arm may exceed.
+      rounds: turns of the interleaved times.
+      workdirs: of finished runs by arm, whose last state is timed; None: a fresh one.
+
+    Returns:
+      `environment`, `rounds`, and `arms`: for each the facts, `ms` (median of the interleaved steps), `runs_ms` (all),
+      `alone_ms` (median of steps in a row) and `compile_seconds`; where an arm cannot run, `error` instead.
+
+    Raises:
+      ConfigError: too many epochs, a mesh that the devices do not fill, or text that cannot be read.
+    """
+    start_devices(next(iter(configs.values())).mesh)
+    texts = open_texts(configs)
+    arms = {name: facts(config, texts[name]) for name, config in configs.items()}
+    for name, arm in arms.items():
+        if arm["epochs"] > epochs_limit:
+            limit = (
+                f"{arm['epochs']:.1f} passes over the training text, more than epochs_limit={epochs_limit:g}"
+            )
+            fix = "train fewer steps, on more text, or raise the study's epochs_limit if repetition is the subject"
+            raise ConfigError(f"arm {name} config.train.steps", arm["steps"], limit, fix)
+    conditions = environment()
+    steppers = {}
+    for name, config in configs.items():
+        print(f"timing: compiling {name}", file=sys.stderr, flush=True)
+        try:
+            steppers[name] = Stepper(config, texts[name], (workdirs or {}).get(name, ""))
+            arms[name]["compile_seconds"] = steppers[name].compile_seconds
+        except jax.errors.JaxRuntimeError as error:  # out of memory
+            arms[name]["error"] = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            logging.warning("%s cannot be timed: %s", name, arms[name]["error"])
+    for name, stepper in steppers.items():
+        times, errors = interleaved({name: stepper}, ALONE, f"{name} alone", minimum=ALONE)
+        if errors:
+            arms[name]["error"] = errors[name]
+        else:
+            arms[name]["alone_ms"] = median(times[name])
+    timed = {name: stepper for name, stepper in steppers.items() if "error" not in arms[name]}
+    times, errors = interleaved(timed, rounds, "in turns", minimum=rounds)
+    for name, runs in times.items():
+        arms[name] |= {"ms": median(runs), "runs_ms": runs}
+    for name, error in errors.items():
+        arms[name]["error"] = error
+    return {"environment": conditions, "rounds": rounds, "arms": arms}

@@ -1,0 +1,273 @@
+"""Sparse upcycling: a routed model that starts from the parameters of a dense run (arXiv:2212.05055).
+
+Blocks are matched by depth, inserts by name. Every expert of a routed block is the feed-forward layer of the dense block at its
+depth; routers are fresh; the rest is copied. With an `expert_width` of ffn_width / G an expert is one of G shards of that layer
+(arXiv:2410.07524): expert copy * G + s holds the hidden units of shard s, and the router's columns of one copy start equal, a
+"virtual group". Equal scores go to the lower index, so the K best are then K / G whole copies, and every shard is in them.
+
+A copy's G gates are equal. Where all K sum to a number c, those of its copies sum to c / G, which is what the whole layer would be
+multiplied by: w_out times G / c and b_out by 1 / c give the dense layer. `gate_sum` knows c: for the router hash; for top_k where
+it renormalises (K above 1, or renormalise=always), takes the softmax of the chosen (top_k_first) or the softmax of all E = K; for
+gshard while it keeps both experts. Without drops and virtual experts the step-0 function is then that of the dense run up to
+rounding. Elsewhere it is not, c counts as 1, and `departures` says why.
+
+Shared experts start with an output of 0, which changes nothing and learns.
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+
+from moe_jax.config import Config, ConfigError, ModelConfig, MoEConfig, from_dict
+from moe_jax.models import MODELS
+from moe_jax.train.checkpoint import load_meta, load_params
+from moe_jax.train.state import abstract_placed_variables
+from moe_jax.validation import expert_shards, has_routed_blocks, parse_inserts, parse_pattern
+
+Flat = dict[str, Any]  # 'a/b/c' -> leaf
+
+
+class Origin(NamedTuple):
+    """Where a leaf of the routed model comes from.
+
+    how: "copied", "experts" or "fresh". sources: (path in the dense tree, group there or None), one for each group of the leaf.
+    stacked: whether the leaf has an axis of groups.
+    """
+
+    how: str
+    sources: tuple[tuple[str, int | None], ...] = ()
+    stacked: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class UpcycleReport:
+    """What `upcycle` did: parameters by origin, G, and why the step-0 function is not the dense run's, if it is not."""
+
+    workdir: str
+    step: int
+    copied: int
+    experts: int
+    fresh: int
+    shards: int
+    averaged: bool
+    warnings: tuple[str, ...]
+
+    def __str__(self):
+        kind = f"experts of 1/{self.shards} of a dense layer" if self.shards > 1 else "experts"
+        text = (
+            f"upcycled from {self.workdir} step {self.step}: {self.copied:,} parameters copied, {self.experts:,} replicated "
+            f"into {kind}, {self.fresh:,} fresh (routers and what has no dense counterpart); the optimizer starts fresh"
+        )
+        if self.averaged:
+            text += "; the parameters' average in it is not used"
+        return text if self.warnings else text + "; at step 0 the model computes what the dense one does"
+
+
+def check_dense_run(config: Config) -> Config:
+    """The config of the run `init.upcycle_from`.
+
+    Raises:
+      ConfigError: it has no checkpoint, has routed blocks, or its parameters do not fit the model of `config`.
+    """
+    workdir, new = config.init.upcycle_from, config.model
+    old = from_dict(load_meta(workdir)["config"])
+    if has_routed_blocks(old.model):
+        limit = f"its model.pattern={old.model.pattern} and inserts={old.model.inserts!r} have routed blocks"
+        raise ConfigError("init.upcycle_from", workdir, limit, "name a dense run, or use init.checkpoint")
+    ours, theirs = _fitting(new), _fitting(old.model)
+    changes = {name: value for name, value in ours.items() if theirs.get(name, value) != value}
+    if changes:
+        listed = ", ".join(f"model.{name}={theirs[name]}" for name in changes)
+        name = next(iter(changes))
+        limit = f"the dense run {workdir} has {listed}"
+        raise ConfigError(f"model.{name}", changes[name], limit, "make them equal, or name another init.upcycle_from")
+    return old
+
+
+def _fitting(model: ModelConfig) -> dict[str, Any]:
+    """Field -> value, defaults resolved, of all that must be equal."""
+    kv_heads, head_width = model.kv_heads or model.heads, model.head_width or model.width // model.heads
+    names = "layers width ffn_width heads norm positions activation qkv_bias output_bias ffn_bias qk_norm tied_embeddings"
+    found = {name: getattr(model, name) for name in names.split()}
+    if model.positions == "learned":
+        found |= {"max_positions": model.max_positions, "position_offset": model.position_offset}
+    inserts = sorted(parse_inserts(model), key=lambda insert: insert[2])
+    places = ",".join(f"{name}@{place}" for name, _, place in inserts)
+    return found | {"kv_heads": kv_heads, "head_width": head_width, "inserts": places}
+
+
+def gate_sum(moe: MoEConfig) -> tuple[float, str]:
+    """(what the gates of a token sum to, "") or (1.0, why they do not sum to a fixed number)."""
+    o, router = moe.options, moe.router
+    if router == "hash" or (router == "gshard" and (o.second_expert, o.eval_second_expert) == ("all", "all")):
+        return 1.0, ""
+    if router == "top_k":
+        if o.scale == 0:
+            return 1.0, "model.moe.routers.top_k.scale=0: the experts add nothing"
+        shares = o.renormalise == "always" or (o.renormalise == "auto" and moe.top_k > 1) or o.order == "top_k_first"
+        if shares or (o.score == "softmax" and moe.top_k == moe.experts):
+            return o.scale, ""
+    reasons = {
+        "gshard": "where the second expert does not run, the gate of the first stays below 1",
+        "soft_moe": "experts see mixtures of tokens",
+        "base": "the gate is a sigmoid",
+        "remoe": "the gates are those of a ReLU",
+    }
+    return 1.0, f"model.moe.router={router}: " + reasons.get(router, "the gates are raw scores, which do not sum to 1")
+
+
+def departures(old: ModelConfig, new: ModelConfig) -> tuple[str, ...]:
+    """Why the step-0 function is not the dense one, each with its field; empty: it is, up to rounding."""
+    moe, found = new.moe, [gate_sum(new.moe)[1]]
+    if moe.virtual_experts:
+        found.append("zero, copy and constant experts take a share of the gates")
+    if moe.execution == "capacity":
+        found.append("model.moe.execution=capacity: training drops assignments")
+    if moe.eval_capacity:
+        found.append(f"model.moe.eval_capacity={moe.eval_capacity}: evaluation drops assignments")
+    if moe.router == "top_k":
+        shards, group = expert_shards(new), (moe.experts + moe.virtual_experts) // moe.options.groups
+        if group % shards and shards % group:
+            found.append(f"model.moe.routers.top_k.groups={moe.options.groups} cuts through the shards of a dense layer")
+    names = ["norm_epsilon"] + ["rope_theta", "rope_scaling"] * (new.positions == "rope")
+    if new.rope_scaling != "none":
+        names += ["rope_factor", "rope_low_frequency", "rope_high_frequency", "rope_original_length"]
+    for name in names:
+        if getattr(old, name) != getattr(new, name):
+            found.append(f"model.{name}={getattr(new, name)}, in the dense run {getattr(old, name)}")
+    return tuple(reason for reason in found if reason)
+
+
+def origins(routed: Flat, dense: Flat, old: ModelConfig, new: ModelConfig) -> dict[str, Origin]:
+    """Path -> origin of every leaf of the routed model's parameters.
+
+    Args:
+      routed, dense: leaves with a shape, of the two models' parameters.
+      old, new: their configs, which `check_dense_run` found to fit.
+
+    Raises:
+      ValueError: a leaf of the dense tree goes nowhere.
+    """
+    places, found = _places(old), {}
+    blocks: dict[str, list[str]] = {}
+    for block, (prefix, _) in _places(new).items():
+        blocks.setdefault(prefix, []).append(block)
+    for path in routed:
+        parts = path.split("/")
+        length = (3 if parts[1] == "groups" else 2) if parts[0] == "stack" else 0
+        prefix, rest = "/".join(parts[:length]), "/".join(parts[length:])
+        how = "copied"
+        if rest.startswith("moe/experts/"):
+            how, rest = "experts", rest.replace("moe/experts", "ffn")
+        elif rest.startswith("moe/"):
+            found[path] = Origin("fresh")
+            continue
+        at = [places[block] for block in blocks[prefix]] if length else [("", None)]
+        sources = tuple((f"{base}/{rest}".removeprefix("/"), group) for base, group in at)
+        found[path] = Origin(how, sources, stacked=length == 3)
+    used = {source for origin in found.values() for source in origin.sources}
+    there = {
+        (path, group)
+        for path, leaf in dense.items()
+        for group in (range(leaf.shape[0]) if path.startswith("stack/groups/") else (None,))
+    }
+    if used != there:
+        raise ValueError(f"the dense and the routed model differ in {sorted(map(str, used ^ there))[:4]}")
+    return found
+
+
+def _places(model: ModelConfig) -> dict[str, tuple[str, int | None]]:
+    """Block, by its number or name -> (its prefix in `params`, its group or None)."""
+    period = len(parse_pattern(model))
+    places = {str(n): (f"stack/groups/block_{n % period}", n // period) for n in range(model.layers)}
+    return places | {name: (f"stack/{name}", None) for name, _, _ in parse_inserts(model)}
+
+
+def to_experts(name: str, weight: jax.Array, experts: int, shards: int, gates: float = 1.0) -> jax.Array:
+    """A leaf of a dense feed-forward layer -> the same of E experts; expert e has shard e mod G of the hidden units.
+
+    Args:
+      name: w_in or w_gate [D, F], w_out [F, D], b_in or b_gate [F], b_out [D].
+      weight: the leaf.
+      experts: E, a multiple of G.
+      shards: G.
+      gates: what a token's gates sum to; the output is divided by it.
+    """
+    if name == "b_out":
+        parts = jnp.broadcast_to(weight / gates, (shards, *weight.shape))
+    elif name == "w_out":
+        parts = weight.reshape(shards, -1, weight.shape[1]) * (shards / gates)
+    else:
+        parts = jnp.moveaxis(weight.reshape(*weight.shape[:-1], shards, -1), -2, 0)
+    copies = jnp.broadcast_to(parts, (experts // shards, *parts.shape))
+    return copies.reshape(experts, *parts.shape[1:])
+
+
+def virtual_groups(kernel: jax.Array, experts: int, shards: int, axis: int) -> jax.Array:
+    """A router's kernel whose columns of one copy, e // G, are those of the copy's first expert; E columns along `axis`, then others."""
+    columns = jnp.arange(kernel.shape[axis])
+    return jnp.take(kernel, jnp.where(columns < experts, columns // shards * shards, columns), axis=axis)
+
+
+def upcycle_params(dense: Flat, fresh: Flat, plan: dict[str, Origin], model: ModelConfig) -> Flat:
+    """The routed model's parameters.
+
+    Args:
+      dense: the dense run's.
+      fresh: initialised leaves of the routed model, at least those whose origin is "fresh".
+      plan: of `origins`.
+      model: the routed model's config.
+    """
+    experts, shards, gates = model.moe.experts, expert_shards(model), gate_sum(model.moe)[0]
+
+    def make(path: str, origin: Origin) -> jax.Array:
+        name = path.rpartition("/")[2]
+        if origin.how == "fresh":
+            if path.endswith("moe/router/kernel"):
+                return virtual_groups(fresh[path], experts, shards, axis=2 if path.startswith("stack/groups/") else 1)
+            silent = path.endswith(("moe/shared/w_out", "moe/shared/b_out"))
+            return jnp.zeros_like(fresh[path]) if silent else fresh[path]
+        parts = [dense[source] if group is None else dense[source][group] for source, group in origin.sources]
+        if origin.how == "experts":
+            parts = [to_experts(name, part, experts, shards, gates) for part in parts]
+        return jnp.stack(parts) if origin.stacked else parts[0]
+
+    return {path: make(path, origin) for path, origin in plan.items()}
+
+
+def upcycle(config: Config, params: Any, vocab_size: int, mesh) -> tuple[Any, UpcycleReport]:
+    """The parameters to start with, from the newest checkpoint of `config.init.upcycle_from`.
+
+    Args:
+      config: the routed run's.
+      params: its initialised parameters, on the mesh; the result has their shardings.
+      vocab_size: of the dense run's tokenizer.
+      mesh: the current one.
+
+    Raises:
+      ConfigError: as `check_dense_run`.
+      DamagedCheckpointError: no checkpoint can be read.
+    """
+    old, new = check_dense_run(config), config.model
+    # The dense run's own may name kernels that this machine lacks.
+    builder = MODELS[new.name](dataclasses.replace(new, pattern=old.model.pattern, inserts=old.model.inserts), vocab_size)
+    restored = load_params(config.init.upcycle_from, {"params": abstract_placed_variables(builder, mesh)["params"]})
+    dense = flax.traverse_util.flatten_dict(restored.state["params"], sep="/")
+    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    plan = origins(flat, dense, old.model, new)
+    fresh = {path: flat[path] for path, origin in plan.items() if origin.how == "fresh"}
+    shardings = {path: leaf.sharding for path, leaf in flat.items()}
+    made = jax.jit(lambda dense, fresh: upcycle_params(dense, fresh, plan, new), out_shardings=shardings)(dense, fresh)
+    counts = {
+        how: sum(math.prod(flat[path].shape) for path, origin in plan.items() if origin.how == how)
+        for how in ("copied", "experts", "fresh")
+    }
+    report = UpcycleReport(
+        config.init.upcycle_from, restored.step, **counts, shards=expert_shards(new),
+        averaged=old.optimizer.ema_decay > 0, warnings=departures(old.model, new),
+    )  # fmt: skip
+    return flax.traverse_util.unflatten_dict(made, sep="/"), report

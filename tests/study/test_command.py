@@ -1,0 +1,131 @@
+"""The command as a person runs it: real processes, interrupted and resumed."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from moe_jax.study.runs import steps_done
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+FILE = """
+from moe_jax import config as c
+from moe_jax.config_study import Arm, Study
+
+
+def get_config(text=""):
+    config = c.Config()
+    config.data = c.DataConfig(
+        sources=(c.SourceConfig(name="numbers", files="{folder}/numbers.txt", document="paragraph"),),
+        tokenizer="bytes", sequence_length=32, batch_size=16, held_out_percent=10.0, cache_dir="{folder}/cache",
+    )
+    config.model.layers, config.model.width, config.model.ffn_width = 2, 16, 32
+    config.optimizer.warmup_steps = 3
+    t = config.train
+    t.steps, t.log_every, t.eval_every, t.checkpoint_every, t.eval_batches, t.tensorboard = 200, 5, 50, 40, 2, False
+    t.async_checkpoint = False
+    arms = (Arm("routed"), Arm("twin", twin_of="routed"), Arm("dense", {{"model.pattern": text or "dense,dense"}}))
+    return Study(config, arms, "routed", seeds=(0, 1))
+"""
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    rng = np.random.default_rng(0)
+    paragraphs = [" ".join(str(a + i * b) for i in range(12)) for a, b in rng.integers(1, 50, (4000, 2))]
+    (folder / "numbers.txt").write_text("\n\n".join(paragraphs))
+    (folder / "study.py").write_text(FILE.format(folder=folder))
+    return folder / "study.py"
+
+
+def start(*arguments):
+    command = [sys.executable, "-m", "moe_jax.study", "--rounds=3", *map(str, arguments)]
+    # Compiling is most of a small run.
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def study(*arguments, expect=0):
+    process = start(*arguments)
+    out, err = process.communicate(timeout=900)
+    assert process.returncode == expect, err
+    return out, err
+
+
+def numbers(workdir):
+    """What a study says that does not depend on the clock."""
+    result = json.loads((workdir / "study.json").read_text())
+    keys = ("loss", "difference", "bits_per_byte", "sources", "load", "load_worst", "dead_experts", "entropy", "parameters")  # fmt: skip
+    rows = [{key: row[key] for key in keys} for row in result["rows"]]
+    return result["counts"], result["target"], rows, [run["curve"] for run in result["runs"]]
+
+
+def test_interrupted_and_resumed_gives_the_same(file, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    out, err = study(f"--config={file}", f"--workdir={whole}", "--jobs=2")
+    assert "3 arms x 2 seeds 0, 1; differences against routed" in err and "predicted: " in err
+    assert "runs 6/6  dense seed 1: done" in err and out.startswith("# Study")
+    assert "| - | no noise: identical |" in out and {p.name for p in whole.glob("*.png")} == {"loss.png", "differences.png", "load.png"}  # fmt: skip
+
+    parts.mkdir()
+    shutil.copy(whole / "timing_before.json", parts)  # kept: it is of the same arms, on the same machine
+    process = start(f"--config={file}", f"--workdir={parts}")
+    run = parts / "runs" / "twin" / "seed_0"
+    while process.poll() is None and steps_done(run) < 60:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 143 and "run the same command to go on" in err, err
+    log = (run / "log.txt").read_text()
+    assert "saved step" in log and not (run / "validation.json").exists(), log
+    assert numbers(parts)[0] == {"runs": 6, "done": 1, "failed": 0, "missing": 5}
+    assert "before training" not in err
+
+    _, err = study(f"--config={file}", f"--workdir={parts}")
+    assert "before training" not in err
+    assert "runs 2/6  twin seed 0: done" in err and "resumed at step" in (run / "log.txt").read_text()
+    assert numbers(parts) == numbers(whole)
+
+    again, err = study(f"--config={file}", f"--workdir={parts}")  # nothing is left to do
+    assert "timing" not in err and again == study(f"--workdir={parts}", "--summary")[0]
+
+    # Another arm of that name, and another base, are refused; a new seed is not, but the diverged run is counted.
+    for arguments, message in (
+        ([f"--config={file}:dense,routed"], "arm dense settings={'model.pattern': 'dense,routed'}: the study"),
+        ([f"--config={file}", "--config.train.steps=7"], "config.train.steps=7: the study in --workdir began with 200"),
+    ):  # fmt: skip
+        _, err = study(*arguments, f"--workdir={parts}", expect=2)
+        assert err.startswith(f"error: {message}") and err.count("\n") == 1
+
+
+def test_failures(file, tmp_path):
+    """Too many passes are refused before anything runs; a run that diverges is counted, and the code is 1."""
+    small = ["--config.train.steps=20", "--config.train.eval_every=10", f"--workdir={tmp_path}"]
+    _, err = study(
+        f"--config={file}", f"--workdir={tmp_path / 'long'}", "--config.train.steps=20000", expect=2
+    )
+    assert (
+        "error: arm routed config.train.steps=20000: " in err
+        and "more than epochs_limit=4; train fewer" in err
+    )
+    assert not (tmp_path / "long" / "runs").exists()
+    diverging = file.with_name("diverging.py")
+    text = file.read_text().replace('"routed", seeds=(0, 1)', '"routed", seeds=(0,)')
+    diverging.write_text(
+        text.replace('"model.pattern": text', '"optimizer.learning_rate": 1e30, "model.pattern": text')
+    )
+    out, err = study(f"--config={diverging}", *small, expect=1)
+    assert "dense seed 0: exit code 1: error: 10 steps in a row" in err and "1 failed" in err
+    assert "**0 of 3 runs are missing, 1 failed.** dense seed 0: error: 10 steps" in out

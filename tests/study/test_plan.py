@@ -1,0 +1,198 @@
+"""A study's file, its arms as configs, and what may change after the first run."""
+
+import copy
+import dataclasses
+import json
+
+import pytest
+
+from moe_jax import cli
+from moe_jax.config import ConfigError, to_dict
+from moe_jax.config_study import Arm, study_from_dict, study_to_dict
+from moe_jax.study import __main__ as command
+from moe_jax.study.plan import check_unchanged, load_description, prepare, run_config
+from tests.study.small import make_study, write_study
+
+FILE = """
+from moe_jax import config as c
+from moe_jax.config_study import Arm, Study
+
+def get_config(text="64"):
+    config = c.Config()
+    config.model.width = int(text)
+    arms = (Arm("routed"), Arm("dense", {"model.pattern": "dense,dense"}))
+    return Study(config, arms, "routed", full={"train.steps": 2000, "model.layers": 8})
+"""
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"arms": ()}, "study arms=(): not a tuple of Arm"),
+        ({"arms": (Arm("a"), "b")}, "not a tuple of Arm"),
+        ({"seeds": 3}, "study seeds=3: not a tuple of seeds"),
+        ({"seeds": ()}, "study seeds=(): not a tuple of seeds"),
+        ({"seeds": (1, 1)}, "study seeds=(1, 1): not different integers"),
+        ({"seeds": (-1,)}, "not different integers from 0"),
+        ({"seeds": (1.0,)}, "not different integers from 0"),
+        ({"target_loss": -1.0}, "study target_loss=-1.0: not a number 0 or more"),
+        ({"epochs_limit": 0}, "study epochs_limit=0: not a number above 0"),
+        ({"baseline": "nobody"}, "study baseline=nobody: no arm with settings of its own; name one of routed, dense"),
+        ({"baseline": "twin"}, "study baseline=twin: no arm"),
+        ({"arms": (Arm("a/b"),)}, "name of an arm='a/b': not a label; use letters"),
+        ({"arms": (Arm(".."),)}, "name of an arm='..': not a label"),
+        ({"arms": (Arm("routed"), Arm("routed"))}, "arm routed: there twice; rename one"),
+        ({"arms": (Arm("routed"), Arm("t", twin_of="x"))}, "arm t twin_of=x: names no arm"),
+        ({"arms": (Arm("routed"), Arm("t", twin_of="u"), Arm("u", twin_of="routed"))}, "arm t twin_of=u: names no arm"),
+        ({"arms": (Arm("routed"), Arm("t", {"seed": 1}, "routed"))}, "arm t settings={'seed': 1}: an A/A arm"),
+        ({"arms": (Arm("routed", ["a"]),)}, "arm routed settings=['a']: not a dict"),
+        ({"full": {"model.widht": 1}, "scale": "full"}, "study full config.model.widht=1: no such field; did you mean"),
+        ({"scale": "full"}, "--scale=full: the study has no settings for it"),
+    ],
+)  # fmt: skip
+def test_refused(changes, message):
+    scale = changes.pop("scale", "small")
+    with pytest.raises(ConfigError) as error:
+        prepare(make_study(**changes), scale)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"model.widht": 64}, "arm x config.model.widht=64: no such field; did you mean config.model.width?"),
+        ({"model.width": "wide"}, "arm x config.model.width=wide: not an int; write an int of 1 or more"),
+        ({"model.width": 64.0}, "arm x config.model.width=64.0: not an int"),
+        ({"model.scan": "yes"}, "arm x config.model.scan=yes: not a bool"),
+        ({"model.moe.top_k": 9}, "arm x config.model.moe.top_k=9: at most model.moe.experts=8; lower top_k"),
+        ({"model.moe": 9}, "arm x config.model.moe=9: a section, not a field"),
+        ({"model.width": [1]}, "arm x config.model.width=[1]: a list, not a bool, int, float or str"),
+        ({"seed": 1}, "arm x config.seed=1: all arms share it; set it in the study's base"),
+        ({"noise_seed": 1}, "arm x config.noise_seed=1: an A/A arm sets it; make an Arm with twin_of"),
+        ({"data.sources[0].weight": 2.0}, "arm x config.data.sources[0].weight=2.0: all arms share it"),
+        ({"data.vocab_size": 300}, "arm x config.data.vocab_size=300: all arms share it"),
+    ],
+)
+def test_settings_are_those_of_the_command_line(settings, message):
+    study = make_study(arms=(Arm("routed"), Arm("x", settings)))
+    with pytest.raises(ConfigError) as error:
+        prepare(study, "small")
+    assert str(error.value).startswith(message)
+
+
+def test_run_configs():
+    study = prepare(make_study(full={"model.layers": 6}), "full")
+    base = study.base
+    assert base.model.layers == 6 and study.full == {}
+    routed, twin, dense = (run_config(study, arm, 5) for arm in study.arms)
+    assert routed.seed == 5 and routed.noise_seed == -1 and to_dict(routed) == to_dict(base) | {"seed": 5}
+    # The A/A arm has the same settings, and noise of its own for every seed.
+    assert twin.noise_seed not in (-1, 5) and to_dict(twin) == to_dict(routed) | {
+        "noise_seed": twin.noise_seed
+    }
+    assert run_config(study, study.arm("twin"), 3).noise_seed != twin.noise_seed
+    assert dense.model.pattern == "dense,dense" and base.model.pattern == "dense,routed" and base.seed == 0
+
+
+def test_json():
+    study = make_study(full={"model.layers": 6}, target_loss=2.5, title="T")
+    again = study_from_dict(json.loads(json.dumps(study_to_dict(study))))
+    assert again == study
+    for bad in ({}, {"arms": 3}, study_to_dict(study) | {"arms": [{"nam": 1}]}):
+        with pytest.raises(ConfigError, match="not a study"):
+            study_from_dict(bad)
+
+
+def test_what_may_change(tmp_path):
+    begun = make_study()
+    assert load_description(tmp_path) is None
+    write_study(tmp_path, begun)
+    kept, about = load_description(tmp_path)
+    assert kept == begun and about["scale"] == "small"
+    check_unchanged(kept, make_study())
+    check_unchanged(
+        kept, make_study(seeds=(0, 3, 5, 7), arms=(*begun.arms, Arm("wide", {"model.width": 256})))
+    )
+    wider = copy.deepcopy(begun.base)
+    wider.model.width = 256
+    routed, twin, dense = begun.arms
+    other = dataclasses.replace(dense, settings={"model.pattern": "dense"})
+    for changes, message in [
+        ({"base": wider}, r"config.model.width=256: the study in --workdir began with 128; put it back"),
+        ({"arms": (routed, twin, other)}, r"arm dense settings={'model.pattern': 'dense'}: .* began with .*dense,dense"),
+        ({"arms": (routed, dense)}, r"arm twin: the study in --workdir began with it"),
+        ({"seeds": (3,)}, r"study seeds=\(3,\): .* began with seed 5 too"),
+        ({"baseline": "dense"}, r"study baseline=dense: .* began with routed"),
+        ({"target_loss": 2.0}, r"study target_loss=2.0: .* began with 0.0"),
+    ]:  # fmt: skip
+        with pytest.raises(ConfigError, match=message):
+            check_unchanged(kept, make_study(**changes))
+    (tmp_path / "description.json").write_text("{")
+    with pytest.raises(ConfigError, match="description.json: JSONDecodeError"):
+        load_description(tmp_path)
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "study.py").write_text(FILE)
+    (tmp_path / "plain.py").write_text(
+        "from moe_jax import config as c\ndef get_config():\n    return c.Config()\n"
+    )
+    return tmp_path
+
+
+def parse(*arguments):
+    return cli.parse(["study", "--workdir=w", *arguments], flags=command.define_flags, config_from="study")
+
+
+def test_the_command_line(files):
+    study, flags = parse("--config=study.py:32", "--config.train.steps=700", "--config.seed", "4", "--jobs=2")
+    assert (study.base.model.width, study.base.train.steps, study.base.seed) == (
+        32,
+        700,
+        4,
+    ) and flags.jobs == 2
+    assert study.full == {"model.layers": 8}  # the command line wins over the larger scale
+    assert prepare(study, "full").base.train.steps == 700
+    assert parse("--summary")[0] is None
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--config=plain.py"], "get_config() returns a Config; return a moe_jax.config_study.Study"),
+        (["--config=study.py", "--config.model.widht=3"], "config.model.widht=3: no such field"),
+        (["--config.model.width=3"], "--config: not given"),
+        ([], "--config: not given; write --config=FILE, or --summary"),
+        (["--summary"], "--workdir=w: no description.json in it; name the folder of a study"),
+        (["--config=study.py", "--scale=large"], "--scale=large: value should be one of <small|full>"),
+        (["--config=study.py", "--jobs=0"], "--jobs=0: "),
+        (["--config=study.py:30"], "arm routed config.model.heads=4: does not divide model.width=30"),
+        (["--config=study.py", "--workdir=gs://a/b", "--summary"], "--workdir=gs://a/b: not on this machine"),
+    ],
+)
+def test_one_line(files, capsys, arguments, message, monkeypatch):
+    monkeypatch.setattr(cli, "_check_workdir", lambda path, must_exist: None)
+    with pytest.raises(SystemExit) as stop:
+        cli.run(
+            command.main,
+            ["study", "--workdir=w", *arguments],
+            flags=command.define_flags,
+            config_from="study",
+        )
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and message in err and err.count("\n") == 1
+    assert not (files / "w" / "description.json").exists()
+
+
+def test_train_says_what_to_do_with_a_study(files):
+    with pytest.raises(ConfigError, match=r"returns a Study; run it with python -m moe_jax.study"):
+        cli.parse(["train.py", "--config=study.py", "--workdir=w"])
+
+
+def test_help(files, capsys):
+    for argument, text in (("--help", "--scale=VALUE"), ("--config.help", "config.noise_seed = -1 ")):
+        with pytest.raises(SystemExit) as stop:
+            cli.run(command.main, ["study", argument], flags=command.define_flags, config_from="study")
+        assert stop.value.code == 0 and text in capsys.readouterr().out
