@@ -247,7 +247,8 @@ def test_noise_has_a_seed_of_its_own(monkeypatch):
         jax.effects_barrier()
         return seen[0], start
 
-    (plain, start), (same, _), (other, start_of_other) = keys(seed=3), keys(seed=3, noise_seed=3), keys(seed=3, noise_seed=4)  # fmt: skip
+    (plain, start), (same, _) = keys(seed=3), keys(seed=3, noise_seed=3)
+    other, start_of_other = keys(seed=3, noise_seed=4)
     assert plain == same and plain != other
     assert keys(seed=5, noise_seed=4)[0] == other
     jax.tree.map(np.testing.assert_array_equal, start, start_of_other)
