@@ -124,9 +124,10 @@ def test_failures(file, tmp_path):
     assert not (tmp_path / "long" / "runs").exists()
     diverging = file.with_name("diverging.py")
     text = file.read_text().replace('"routed", seeds=(0, 1)', '"routed", seeds=(0,)')
+    text = text.replace('Arm("twin", twin_of="routed"), ', "")
     diverging.write_text(
         text.replace('"model.pattern": text', '"optimizer.learning_rate": 1e30, "model.pattern": text')
     )
     out, err = study(f"--config={diverging}", *small, expect=1)
     assert "dense seed 0: exit code 1: error: 10 steps in a row" in err and "1 failed" in err
-    assert "**0 of 3 runs are missing, 1 failed.** dense seed 0: error: 10 steps" in out
+    assert "**0 of 2 runs are missing, 1 failed.** dense seed 0: error: 10 steps" in out
