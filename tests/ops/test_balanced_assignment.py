@@ -196,7 +196,9 @@ def test_vmap_is_a_loop():
     scores, valid, want = groups()
     got = jax.jit(jax.vmap(balanced_assignment))(scores, valid)
     for i, one in enumerate(want):
-        np.testing.assert_array_equal(got.expert_ids[i], one.expert_ids)
+        # Batched products may round otherwise, and which of several equal tokens moves is then open.
+        if len(np.unique(scores[i], axis=0)) == T:
+            np.testing.assert_array_equal(got.expert_ids[i], one.expert_ids)
         check(scores[i], jax.tree.map(lambda a: a[i], got), 1e-5, valid[i])
 
 
