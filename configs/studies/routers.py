@@ -36,7 +36,7 @@ def get_config() -> Study:
     base.train.max_to_keep = 1
     base.train.tensorboard = False
     arms = (
-        Arm("dense", {"model.pattern": "dense"}),
+        Arm("dense", {"model.pattern": "dense,dense"}),
         Arm("switch", SWITCH),
         Arm("switch_again", twin_of="switch"),
         Arm("switch_unbalanced", SWITCH | {"model.moe.routers.switch.balance_loss": 0.0}),

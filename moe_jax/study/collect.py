@@ -24,8 +24,8 @@ def collect(workdir) -> dict[str, Any]:
     """Everything that a study has measured so far.
 
     Returns:
-      study, scale, command; environment (of the times in the rows); timing {before, after}; sources; target {loss, how};
-      band: the A/A band of each measure; rows: one per arm; runs: one per arm and seed, with its curves; counts of runs
+      study, scale, command; environment (of the times in the rows); timing {before, after}; target {loss, how}; band: of
+      the A/A pairs' mean differences; rows: one per arm; runs: one per arm and seed, with its curves; counts of runs
       done, failed and missing. Losses are in nats per token; numbers that are not finite are None.
 
     Raises:

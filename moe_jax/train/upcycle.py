@@ -208,7 +208,7 @@ def to_experts(name: str, weight: jax.Array, experts: int, shards: int, gates: f
 
 
 def virtual_groups(kernel: jax.Array, experts: int, shards: int, axis: int) -> jax.Array:
-    """A router's kernel whose columns of one copy, e // G, are those of the copy's first expert; E columns along `axis`, then others."""
+    """A router's kernel whose columns of one copy, e // G, are its first expert's; E columns along `axis`, then others."""
     columns = jnp.arange(kernel.shape[axis])
     return jnp.take(kernel, jnp.where(columns < experts, columns // shards * shards, columns), axis=axis)
 

@@ -12,7 +12,8 @@ from tests.study.small import make_study
 
 
 def test_initialisation_is_shared_where_shapes_agree():
-    study = make_study(arms=(Arm("routed"), Arm("dense", {"model.pattern": "dense,dense"}), Arm("many", {"model.moe.experts": 16})))  # fmt: skip
+    settings = {"routed": {}, "dense": {"model.pattern": "dense,dense"}, "many": {"model.moe.experts": 16}}
+    study = make_study(arms=tuple(Arm(name, values) for name, values in settings.items()))
 
     def start(arm, seed):
         config = run_config(study, study.arm(arm), seed)

@@ -300,17 +300,14 @@ def test_another_tokenizer_is_refused(plain_dense):
 
 
 def test_the_same_on_eight_devices(tmp_path):
-    overrides = moe(expert_width=HIDDEN // 2, shared_experts=1) | BIASES | {"mesh__expert": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
+    overrides = moe(expert_width=HIDDEN // 2, shared_experts=1) | BIASES
     old, new = configs(init__upcycle_from=str(tmp_path), **overrides)
     vocab_size = ByteTokenizer().vocab_size
     model = Decoder(new.model, vocab_size)
     save_dense(tmp_path, old, random_variables(Decoder(old.model, vocab_size))["params"])
     drawn, made, reports = random_variables(model, seed=1)["params"], [], []
     for devices in (1, 8):
-        if devices == 1:
-            new.mesh.expert = new.mesh.fsdp = new.mesh.tensor = 1
-        else:
-            new.mesh.expert = new.mesh.fsdp = new.mesh.tensor = 2
+        new.mesh.expert = new.mesh.fsdp = new.mesh.tensor = 2 if devices == 8 else 1
         mesh = mesh_from_config(new.mesh, jax.devices()[:devices])
         with jax.set_mesh(mesh):
             shardings = shardings_of(boxed_shapes(model)["params"], mesh)
@@ -336,6 +333,7 @@ def quiet(monkeypatch):
     monkeypatch.setattr(loop, "start_devices", lambda mesh: None)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quiet")
 def test_a_run_from_a_run(tmp_path, capsys):
     """Trained dense, upcycled with a learning rate of 0, evaluated: the same loss; the average starts at the parameters."""
@@ -345,7 +343,7 @@ def test_a_run_from_a_run(tmp_path, capsys):
     dense, sparse = str(tmp_path / "dense"), str(tmp_path / "sparse")
     old, new = configs(
         init__upcycle_from=dense, train__steps=3, train__eval_batches=2, train__tensorboard=False, data__held_out_percent=10.0,
-        data__cache_dir=str(tmp_path / "cache"), model__pattern="dense,routed", optimizer__learning_rate=0.0,
+        data__cache_dir=str(tmp_path / "cache"), model__layers=1, optimizer__learning_rate=0.0,
         optimizer__ema_decay=0.5, mesh__expert=2, **moe(expert_width=HIDDEN // 2),
         data__sources=(SourceConfig(name="numbers", files=str(tmp_path / "numbers.txt"), document="paragraph"),),
     )  # fmt: skip
