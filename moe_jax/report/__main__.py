@@ -23,8 +23,9 @@ from moe_jax.evaluate.__main__ import define_text_flags, evaluation_sets, parse_
 if TYPE_CHECKING:
     from moe_jax.train.restore import LoadedRun
 
-PAGE_BYTES = 2_000_000
-DETAILED_LAYERS = 12
+PAGE_BYTES = 1_900_000
+# With pieces, pairs and passages: few layers of many experts, or all of few.
+DETAILED_COLUMNS, DETAILED_LAYERS = 1024, (3, 12)
 _PASSAGE = 600
 
 
@@ -47,19 +48,26 @@ def main(config: Config, flags: absl_flags.FlagValues) -> None:
     import jax
 
     if jax.process_index() == 0:
-        output = epath.Path(flags.output).expanduser() if flags.output else epath.Path(flags.workdir) / "report.html"
+        output = (
+            epath.Path(flags.output).expanduser()
+            if flags.output
+            else epath.Path(flags.workdir) / "report.html"
+        )
         try:
             output.write_text(page)
         except OSError as error:
-            raise ConfigError("--output", str(output), str(error), "name a file that can be written") from None
+            raise ConfigError(
+                "--output", str(output), str(error), "name a file that can be written"
+            ) from None
         print(output, flush=True)
 
 
 def _page(config: Config, flags: Any, sources: dict[str, str]) -> str:
     from moe_jax.report.analysis import analyse, spread
-    from moe_jax.report.collect import make_recording_step, observe, routed_layers
+    from moe_jax.report.collect import column_names, make_recording_step, observe, routed_layers
+    from moe_jax.report.overview import Material, lead
     from moe_jax.report.page import frame
-    from moe_jax.report.sections import Material, build, lead
+    from moe_jax.report.sections import build
     from moe_jax.train.metrics import read_metrics
     from moe_jax.train.restore import load_run
 
@@ -79,16 +87,16 @@ def _page(config: Config, flags: Any, sources: dict[str, str]) -> str:
         # Of one config the step is compiled already.
         step = step if older.config is config else None
         before = observe(loaded, sets, flags.tokens, 0, label=f"step {loaded.step}", step=step)
-    detailed = spread(list(observed.layers), DETAILED_LAYERS)
+    few, many = DETAILED_LAYERS
+    columns = len(column_names(config.model))
+    detailed = spread(list(observed.layers), min(max(DETAILED_COLUMNS // columns, few), many))
     facts = analyse(observed, before, detailed, pieces=12)
     material = Material(run, rows, observed, facts, detailed, words, why)
-    title = f"Routers of {epath.Path(flags.workdir).name}" if facts else f"Run {epath.Path(flags.workdir).name}"
+    title = (
+        f"Routers of {epath.Path(flags.workdir).name}" if facts else f"Run {epath.Path(flags.workdir).name}"
+    )
     head = lead(material, flags.workdir, "" if sources else flags.split)
-    for scale in (1.0, 0.5, 0.25, 0.1):
-        page = frame(title, head, build(material, scale))
-        if len(page.encode()) <= PAGE_BYTES:
-            break
-    return page
+    return frame(title, head, build(material, PAGE_BYTES))
 
 
 class _Older(NamedTuple):
@@ -115,7 +123,9 @@ def _older(flags: Any, run: "LoadedRun") -> tuple[_Older | None, str]:
             steps = checkpoints.steps()
         step = int(flags.against) if flags.against else steps[0]
         if step not in steps:
-            raise ConfigError("--against", step, f"no checkpoint of this step, only of {steps}", "name one of these")
+            raise ConfigError(
+                "--against", step, f"no checkpoint of this step, only of {steps}", "name one of these"
+            )
         if not flags.against and step >= run.step:
             why = "the run keeps no older checkpoint (config.train.max_to_keep), and --against names none"
             return None, why

@@ -77,7 +77,9 @@ def analyse(
     }
 
 
-def _layer(observed: Observed, choices: Choices, older: Choices | None, detailed: bool, limit: int) -> LayerFacts:
+def _layer(
+    observed: Observed, choices: Choices, older: Choices | None, detailed: bool, limit: int
+) -> LayerFacts:
     chosen, ids = choices.chosen(), observed.ids
     counts, sizes = chosen.sum(axis=0), chosen.sum(axis=1)
     several = len(observed.names) > 1

@@ -92,7 +92,9 @@ def routed_layers(config: ModelConfig) -> list[str]:
     blocks = [f"layer_{i:02d}" for i in range(config.layers) if kinds[i % len(kinds)] == "routed"]
     inserts = [name for name, kind, _ in parse_inserts(config) if kind == "routed"]
     places = {name: (place, 0, i) for i, (name, _, place) in enumerate(parse_inserts(config))}
-    return sorted([*blocks, *inserts], key=lambda name: places.get(name) or (int(name.removeprefix("layer_")), 1, 0))
+    return sorted(
+        [*blocks, *inserts], key=lambda name: places.get(name) or (int(name.removeprefix("layer_")), 1, 0)
+    )
 
 
 def batch_rows(config: Config, mesh, tokens: int) -> int:
@@ -110,16 +112,12 @@ def make_recording_step(model: nn.Module):
 
     @jax.jit
     def step(variables, batch):
-        out = model.apply(
-            variables, batch["tokens"], batch["positions"], batch["segment_ids"], record=True
-        )
+        out = model.apply(variables, batch["tokens"], batch["positions"], batch["segment_ids"], record=True)
         nats = per_token_cross_entropy(
             out.x, out.table, batch["targets"], chunk=config.loss_chunk, dtype=jnp.dtype(config.dtype)
         )
         result = {"nats": nats, "layers": by_layer(out.stats, config)}
-        return jax.tree.map(
-            lambda a: jax.lax.with_sharding_constraint(a, compat.PartitionSpec()), result
-        )
+        return jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a, compat.PartitionSpec()), result)
 
     return step
 
@@ -145,7 +143,9 @@ def observe(
     recorder = _Recorder(run, passage, dense)
     hidden = jax.process_index() != 0
     pause = 0.1 if sys.stderr.isatty() else 10.0  # a log file gets a line now and then
-    bar = tqdm(total=sum(counts.values()), desc=label, unit="batch", disable=hidden, mininterval=pause, delay=1)
+    bar = tqdm(
+        total=sum(counts.values()), desc=label, unit="batch", disable=hidden, mininterval=pause, delay=1
+    )
     with jax.set_mesh(run.mesh), contextlib.closing(bar):
         for name, one in sets.items():
             for i, batch in enumerate(one.batches(rows, limit)):

@@ -35,6 +35,7 @@ summary{cursor:pointer;font-weight:600}
 .passage{font-family:ui-monospace,"DejaVu Sans Mono",Menlo,Consolas,monospace;font-size:13px;line-height:1.75;
 white-space:pre-wrap;overflow-wrap:anywhere;border:1px solid #e3e6ea;border-radius:4px;padding:8px 10px;margin:4px 0 12px}
 .passage span{border-radius:2px;unicode-bidi:isolate;padding:1px 0}
+@media(max-width:760px){body{padding:10px 12px 40px}figure img{max-width:none}}
 .legend{display:flex;flex-wrap:wrap;gap:3px 5px;margin:8px 0}
 .legend button{font:12px ui-monospace,monospace;color:#1c2126;border:1px solid #c9cfd6;border-radius:3px;padding:1px 6px;cursor:pointer}
 .legend button[aria-pressed=true]{outline:2px solid #1c2126}
@@ -103,7 +104,10 @@ def frame(title: str, lead: str, sections: Sequence[tuple[str, str, str]]) -> st
       sections: (anchor, title as plain text, HTML).
     """
     links = "".join(f'<a href="#{anchor}">{text(name)}</a>' for anchor, name, _ in sections)
-    body = "".join(f'<section id="{anchor}"><h2>{text(name)}</h2>\n{inside}</section>\n' for anchor, name, inside in sections)
+    body = "".join(
+        f'<section id="{anchor}"><h2>{text(name)}</h2>\n{inside}</section>\n'
+        for anchor, name, inside in sections
+    )
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'

@@ -55,10 +55,7 @@ def passages_html(
         inside = []
         for source, gates in observed.layers[layer].gates.items():
             ids = observed.passages[source][:tokens]
-            spans = [
-                _span(tokenizer, int(token), gate, columns, used)
-                for token, gate in zip(ids, gates)
-            ]
+            spans = [_span(tokenizer, int(token), gate, columns, used) for token, gate in zip(ids, gates)]
             inside.append(f'<h3>{text(source)}</h3><div class="passage">{"".join(spans)}</div>\n')
         parts.append(f'<div class="of at{i}">{"".join(inside)}</div>\n')
     palette = colours(len(columns))
@@ -69,7 +66,7 @@ def passages_html(
         for e, name in enumerate(columns)
     )
     return (
-        f"<style>{''.join(styles)}</style><style id=\"only\"></style>"
+        f'<style>{"".join(styles)}</style><style id="only"></style>'
         f'<div class="legend">{legend}</div>\n<div class="layers">\n{"".join(inputs)}{"".join(parts)}</div>\n{_SCRIPT}'
     )
 

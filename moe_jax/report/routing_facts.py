@@ -101,8 +101,11 @@ def most_specific(
 
 def co_activation(chosen: np.ndarray) -> np.ndarray:
     """int64 [N, N]: tokens that have both experts; on the diagonal, the expert."""
-    wide = chosen.astype(np.float64)
-    return np.rint(wide.T @ wide).astype(np.int64)
+    pairs = np.zeros((chosen.shape[1],) * 2, np.int64)
+    for start in range(0, len(chosen), 2**20):  # float32 holds such counts exactly
+        wide = chosen[start : start + 2**20].astype(np.float32)
+        pairs += (wide.T @ wide).astype(np.int64)
+    return pairs
 
 
 def independent_pairs(pairs: np.ndarray, rounds: int = 500) -> np.ndarray:

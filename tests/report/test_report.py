@@ -104,7 +104,9 @@ def make_run(folder, config: Config, tokenizer=None, steps=(1, 2)):
             state.setdefault("router_state", {})
             checkpoints.save(step, state | {"step": jnp.int32(step)}, meta)
     token = jnp.ones((1, 1), jnp.int32)
-    shapes = jax.eval_shape(lambda v: by_layer(model.apply(v, token, token, token).stats, config.model), state)
+    shapes = jax.eval_shape(
+        lambda v: by_layer(model.apply(v, token, token, token).stats, config.model), state
+    )
     rng = np.random.default_rng(0)
     with MetricsWriter(folder, tensorboard=False) as writer:
         for step in (1, 2, 3):
@@ -192,7 +194,7 @@ def test_mixed_blocks_and_hostile_names(tmp_path, capsys):
     )  # fmt: skip
     assert routed_layers(config.model) == ["first", "layer_01", "layer_03", "Z"]
     folder = make_run(tmp_path, config, steps=(5,))
-    name = '<script>"&\'_\u202e$x$'
+    name = "<script>\"&'_\u202e$x$"
     files = f"{folder}/text/*.txt"
     page = page_of(folder, f"--source={name}={files}", f"--source=_b={folder}/text/1.txt", capsys=capsys)
     said = "".join(page.text)
@@ -244,7 +246,10 @@ def test_refuses_in_one_line(tmp_path, capsys):
         ([f"--workdir={folder}", "--tokens=0"], "--tokens=0"),
         ([f"--workdir={folder}", "--source=x"], "not NAME=GLOB"),
         ([f"--workdir={folder}", "--tokens=1", f"--output={folder}"], "error: --output"),
-        ([f"--workdir={folder}", "--against=9"], "error: --against=9: no checkpoint of this step, only of [1, 2]"),
+        (
+            [f"--workdir={folder}", "--against=9"],
+            "error: --against=9: no checkpoint of this step, only of [1, 2]",
+        ),
         ([f"--workdir={folder}", f"--against={tmp_path}/nowhere"], "no config.json in it"),
         ([f"--workdir={folder}", f"--against={other}"], "it has other routed layers or experts"),
         ([f"--workdir={folder}", f"--against={words}"], "it has another tokenizer"),
@@ -283,7 +288,13 @@ def test_figures():
 
 def test_series():
     rows = [
-        {"step": 1, "loss": 2.0, "router/layer_01/load": [0.5, None], "router/layer_01/overflow": 3, "router/z_loss": 1.0},
+        {
+            "step": 1,
+            "loss": 2.0,
+            "router/layer_01/load": [0.5, None],
+            "router/layer_01/overflow": 3,
+            "router/z_loss": 1.0,
+        },
         {"step": 2, "eval/a/loss": 1.0},
         {"step": 4, "loss": None, "router/layer_01/load": [1.0, 0.0]},
     ]
@@ -311,7 +322,7 @@ def test_large_models_stay_small_pages(tmp_path, capsys):
     files = [f"--source={name}={folder}/{name}.jsonl" for name in "abc"]
     page = page_of(folder, "--tokens=20000", *files, capsys=capsys)
     said = "".join(page.text)
-    assert "12 of the 14 layers" in said and "The 100 most loaded of 256 experts" in said
+    assert "4 of the 14 layers" in said and "12 of the 14" not in said
 
 
 @pytest.mark.slow

@@ -1,0 +1,156 @@
+"""What the page is made from, and its first section: the run, its losses, its layers."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from moe_jax.config import ModelConfig
+from moe_jax.report.analysis import LayerFacts
+from moe_jax.report.collect import Observed, column_names, routed_layers
+from moe_jax.report.history import Row, evaluations, series
+from moe_jax.report.page import number, paragraph, percent, table, text
+from moe_jax.train.restore import LoadedRun
+
+
+class Material(NamedTuple):
+    """What the page is made from.
+
+    rows: of metrics.jsonl. facts: by layer, in order of depth; {} of a dense model. detailed: the layers with pieces and
+    passages. older: what the choices are compared with, in words; "": nothing, and `no_older` says why.
+    """
+
+    run: LoadedRun
+    rows: list[Row]
+    observed: Observed
+    facts: dict[str, LayerFacts]
+    detailed: list[str]
+    older: str
+    no_older: str
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.run.config.model
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the experts, the virtual ones last."""
+        return column_names(self.model)
+
+
+def lead(m: Material, workdir: str, split: str) -> str:
+    """What the page shows, below its title."""
+    per_source = ", ".join(
+        f"{text(name)} {int((m.observed.sources == i).sum()):,}" for i, name in enumerate(m.observed.names)
+    )
+    rows, length = m.observed.batch
+    return paragraph(
+        f"Run <code>{text(workdir)}</code>, checkpoint of step {m.run.step:,}. Choices were recorded on held-out text"
+        f"{f' (the {split} split)' if split else ''}, in whole batches of {rows} x {length} tokens spread evenly over it. Tokens: "
+        f"{per_source}.",
+        note=True,
+    )
+
+
+def summary(m: Material) -> str:
+    """The tables up front."""
+    out = table(["", ""], [(f"<b>{text(k)}</b>", v) for k, v in _run_facts(m)])
+    out += "<h3>Losses</h3>\n" + _losses(m)
+    if not m.facts:
+        return out + paragraph("This model has no routed layers: there is nothing to say of routers.")
+    out += "<h3>Routed layers on the held-out tokens</h3>\n"
+    head = [
+        "layer",
+        "max/mean load",
+        "entropy",
+        "dead experts",
+        "experts a token",
+        "without expert",
+        "I(expert; piece)",
+        "share, corrected",
+    ]
+    rows = [
+        (
+            text(name), number(f.sums["load_max_over_mean"], 2), f"{number(f.sums['entropy'])} nats",
+            f"{f.sums['dead_experts']} of {m.model.moe.experts}", number(f.set_size, 2), percent(f.alone),
+            bits(f.piece.bits), percent(f.piece.share, 0),
+        )
+        for name, f in m.facts.items()
+    ]  # fmt: skip
+    out += table(head, rows, kinds=".nnnnnnn")
+    out += paragraph(
+        "max/mean load: 1 is balanced, E is everything to one expert. entropy: of the router's distribution over experts, mean over "
+        f"tokens, at most ln {len(m.columns)} = {math.log(len(m.columns)):.3f} nats. I(expert; piece): what a token's piece tells of "
+        'its expert, and the share of what it could tell, corrected for chance; see <a href="#pieces">token pieces</a>.',
+        note=True,
+    )
+    if m.observed.dense:
+        out += paragraph(
+            "This router's matrix is dense: a token is a mixture of all experts' outputs. Below, the expert with the largest "
+            "weight counts as its choice; loads are sums of the weights.",
+            note=True,
+        )
+    return out
+
+
+def bits(value: float) -> str:
+    """Information for a table."""
+    return f"{value:.3f} bits"
+
+
+def _run_facts(m: Material) -> list[tuple[str, str]]:
+    c, moe = m.model, m.model.moe
+    leaves = jax.tree.leaves_with_path(m.run.variables["params"])
+    sizes = [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.size) for path, leaf in leaves]
+    total, experts = sum(n for _, n in sizes), sum(n for path, n in sizes if "/moe/experts/" in path)
+    skipped = series(m.rows, "skipped")
+    blocks = f"{c.layers} blocks, repeating {text(c.pattern)}" + (
+        f"; inserts {text(c.inserts)}" if c.inserts else ""
+    )
+    facts = [
+        ("parameters", f"{total:,}" + (f", of experts {experts:,}" if experts else "")),
+        ("blocks", blocks),
+    ]
+    if routed_layers(c):
+        virtual = f", and {', '.join(m.columns[moe.experts :])}" if moe.virtual_experts else ""
+        execution = moe.execution + (
+            f", factor {moe.capacity_factor:g}" if moe.execution == "capacity" else ""
+        )
+        shared = f"; {moe.shared_experts} shared" if moe.shared_experts else ""
+        facts += [
+            ("router", f"<code>{text(moe.router)}</code>, {text(execution)}"),
+            ("experts", f"E = {moe.experts} of width {moe.expert_width or c.ffn_width}{virtual}{shared}"),
+            ("experts a token", f"K = {moe.top_k}"),
+            ("routed layers", str(len(routed_layers(c)))),
+        ]
+    facts.append(("width, vocabulary", f"D = {c.width}, V = {m.run.tokenizer.vocab_size:,}"))
+    last = max((row["step"] for row in m.rows), default=0)
+    steps = f"{last:,} of {m.run.config.train.steps:,}"
+    if len(skipped.values) and np.isfinite(skipped.values).any():
+        steps += f"; {int(np.nanmax(skipped.values)):,} skipped for a loss or gradient that was not finite"
+    return [*facts, ("steps", steps)]
+
+
+def _losses(m: Material) -> str:
+    rows = []
+    losses = series(m.rows, "loss")
+    if len(losses.steps):
+        rows.append((f"training, step {losses.steps[-1]:,}", number(losses.values[-1]), "", ""))
+    by_byte = evaluations(m.rows, "bits_per_byte")
+    for source, one in evaluations(m.rows, "loss").items():
+        name = f"validation {text(source)}, step {one.steps[-1]:,}"
+        rows.append(
+            (
+                name,
+                number(one.values[-1]),
+                number(by_byte[source].values[-1]) if source in by_byte else "",
+                "",
+            )
+        )
+    for source, score in m.observed.scores.items():
+        name = f"held out {text(source)}, step {m.run.step:,}, these tokens"
+        rows.append(
+            (name, number(score["loss"]), number(score["bits_per_byte"]), number(int(score["tokens"])))
+        )
+    return table(["", "nats a token", "bits a byte", "tokens"], rows, kinds=".nnn")
