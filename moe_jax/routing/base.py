@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from moe_jax import compat
 from moe_jax.config_moe import BaseConfig
 from moe_jax.ops.balanced_assignment import balanced_assignment
-from moe_jax.routing.contract import Router, best, score
+from moe_jax.routing.contract import Router, best, score_by_kernel
 from moe_jax.routing.statistics import choice_statistics
 from moe_jax.types import RouterInputs, TokenChoice
 
@@ -36,9 +36,7 @@ class Base(nn.Module):
         Raises:
           ValueError: `groups` does not divide T.
         """
-        init = nn.with_logical_partitioning(KERNEL_INIT, ("embed", None))
-        kernel = self.param("kernel", init, (x.shape[-1], self.experts), self.param_dtype)
-        logits, routed, finite = score(x, kernel, inputs)
+        logits, routed, finite = score_by_kernel(self, x, inputs, self.experts, init=KERNEL_INIT)
         if inputs.train:
             ids = self._balanced(jax.lax.stop_gradient(logits), routed)[:, None]
         else:

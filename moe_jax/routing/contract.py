@@ -75,6 +75,15 @@ def score(x: jax.Array, kernel: jax.Array, inputs: RouterInputs, jitter: float =
     return Scored(jnp.where(routed[:, None], logits, 0), routed, routed | ~valid)
 
 
+def score_by_kernel(
+    module: nn.Module, x: jax.Array, inputs: RouterInputs, columns: int, *, jitter: float = 0.0, init=KERNEL_INIT
+) -> Scored:
+    """`score` with `module`'s parameter `kernel` [D, N = columns], of the dtype `module.param_dtype`."""
+    init = nn.with_logical_partitioning(init, ("embed", None))
+    kernel = module.param("kernel", init, (x.shape[-1], columns), module.param_dtype)
+    return score(x, kernel, inputs, jitter)
+
+
 def token_choice(columns: jax.Array, gates: jax.Array, routed: jax.Array, experts: int) -> TokenChoice:
     """[T, K] columns of the E + V experts -> `TokenChoice`; tokens that are not routed get no expert."""
     ids = jnp.where(columns >= experts, columns + 1, columns).astype(jnp.int32)

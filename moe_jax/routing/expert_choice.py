@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from moe_jax.config_moe import ExpertChoiceConfig
 from moe_jax.ops.counting import slots_per_expert
-from moe_jax.routing.contract import KERNEL_INIT, Router, score
+from moe_jax.routing.contract import Router, score_by_kernel
 from moe_jax.routing.losses import z_loss
 from moe_jax.routing.statistics import sums, token_statistics
 from moe_jax.types import ExpertChoice, RouterInputs
@@ -29,9 +29,7 @@ class ExpertChoiceRouter(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, inputs: RouterInputs) -> tuple[ExpertChoice, dict, dict]:
         """x [T, D] -> (ExpertChoice, losses `z`, stats). Maths in float32 at least."""
-        init = nn.with_logical_partitioning(KERNEL_INIT, ("embed", None))
-        kernel = self.param("kernel", init, (x.shape[-1], self.experts), self.param_dtype)
-        logits, routed, finite = score(x, kernel, inputs)
+        logits, routed, finite = score_by_kernel(self, x, inputs, self.experts)
         probabilities = jax.nn.softmax(logits, axis=-1)
         tokens = x.shape[0]
         capacity = slots_per_expert(1.0, tokens, self.top_k, self.experts)

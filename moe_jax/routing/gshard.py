@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from moe_jax.config_moe import GShardConfig
 from moe_jax.ops.counting import one_hot_sum
-from moe_jax.routing.contract import KERNEL_INIT, Router, best, score, token_choice
+from moe_jax.routing.contract import Router, best, score_by_kernel, token_choice
 from moe_jax.routing.losses import balance_loss, z_loss
 from moe_jax.routing.statistics import choice_statistics
 from moe_jax.types import RouterInputs, TokenChoice
@@ -46,9 +46,7 @@ class GShard(nn.Module):
     def __call__(self, x: jax.Array, inputs: RouterInputs) -> tuple[TokenChoice, dict, dict]:
         """x [T, D] -> (TokenChoice with K = 2, losses `balance`, of the first choices, and `z`, stats)."""
         o, columns = self.options, self.experts + self.virtual
-        init = nn.with_logical_partitioning(KERNEL_INIT, ("embed", None))
-        kernel = self.param("kernel", init, (x.shape[-1], columns), self.param_dtype)
-        logits, routed, finite = score(x, kernel, inputs)
+        logits, routed, finite = score_by_kernel(self, x, inputs, columns)
         probabilities = jax.nn.softmax(logits, axis=-1)
         ids = best(probabilities, 2)
         gates = jnp.take_along_axis(probabilities, ids, axis=-1)

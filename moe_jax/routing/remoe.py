@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config_moe import ReMoEConfig
-from moe_jax.routing.contract import KERNEL_INIT, Router, Sizes, best, score
+from moe_jax.routing.contract import Router, Sizes, best, score_by_kernel
 from moe_jax.routing.losses import z_loss
 from moe_jax.routing.statistics import choice_statistics, sums
 from moe_jax.types import RouterInputs, TokenChoice
@@ -41,10 +41,8 @@ class ReMoE(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, inputs: RouterInputs) -> tuple[TokenChoice, dict, dict]:
         """x [T, D] -> (TokenChoice with max_k columns, losses `sparsity`, times its weight, and `z`, stats)."""
-        init = nn.with_logical_partitioning(KERNEL_INIT, ("embed", None))
-        kernel = self.param("kernel", init, (x.shape[-1], self.experts), self.param_dtype)
         weight = self.variable("router_state", "weight", jnp.full, (), self.options.start_weight, jnp.float32)
-        logits, routed, finite = score(x, kernel, inputs)
+        logits, routed, finite = score_by_kernel(self, x, inputs, self.experts)
         gates = jnp.where(routed[:, None], jax.nn.relu(logits), 0)
         ids = best(gates, min(self.options.max_k or self.experts, self.experts))
         chosen = jnp.take_along_axis(gates, ids, axis=-1)

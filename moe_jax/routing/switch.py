@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config_moe import SwitchConfig
-from moe_jax.routing.contract import KERNEL_INIT, Router, best, score, token_choice
+from moe_jax.routing.contract import Router, best, score_by_kernel, token_choice
 from moe_jax.routing.losses import balance_loss, z_loss
 from moe_jax.routing.statistics import choice_statistics, column_counts
 from moe_jax.types import RouterInputs, TokenChoice
@@ -27,9 +27,7 @@ class Switch(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, inputs: RouterInputs) -> tuple[TokenChoice, dict, dict]:
         """x [T, D] -> (TokenChoice with K = 1, losses `balance` and `z`, stats). Maths in float32 at least."""
-        init = nn.with_logical_partitioning(KERNEL_INIT, ("embed", None))
-        kernel = self.param("kernel", init, (x.shape[-1], self.experts + self.virtual), self.param_dtype)
-        logits, routed, finite = score(x, kernel, inputs, self.options.jitter)
+        logits, routed, finite = score_by_kernel(self, x, inputs, self.experts + self.virtual, jitter=self.options.jitter)
         probabilities = jax.nn.softmax(logits, axis=-1)
         ids = best(probabilities, 1)
         gates = jnp.take_along_axis(probabilities, ids, axis=-1)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from moe_jax.config_moe import TopKConfig
 from moe_jax.ops.counting import one_hot_sum
-from moe_jax.routing.contract import KERNEL_INIT, Router, Sizes, best, score, token_choice
+from moe_jax.routing.contract import Router, Sizes, best, score_by_kernel, token_choice
 from moe_jax.routing.losses import balance_loss, sequence_balance_loss, z_loss
 from moe_jax.routing.statistics import choice_statistics, column_counts
 from moe_jax.types import RouterInputs, TokenChoice
@@ -81,15 +81,13 @@ class TopK(nn.Module):
     def __call__(self, x: jax.Array, inputs: RouterInputs) -> tuple[TokenChoice, dict, dict]:
         """x [T, D] -> (TokenChoice, losses `balance`, `sequence` and `z`, stats). Maths in float32 at least."""
         columns = self.experts + self.virtual
-        init = nn.with_logical_partitioning(KERNEL_INIT, ("embed", None))
-        kernel = self.param("kernel", init, (x.shape[-1], columns), self.param_dtype)
         if self.is_initializing():
             self.variable("router_state", "load", jnp.full, (columns,), 1 / columns, jnp.float32)
         bias = None
         if self.options.bias_rate:
             bias = self.variable("router_state", "bias", jnp.zeros, (columns,), jnp.float32).value
 
-        logits, routed, finite = score(x, kernel, inputs, self.options.jitter)
+        logits, routed, finite = score_by_kernel(self, x, inputs, columns, jitter=self.options.jitter)
         ids, gates, probabilities = choose(logits, self.top_k, self.options, bias)
         choice = token_choice(ids, gates, routed, self.experts)
         stats = choice_statistics(choice.expert_ids, probabilities, routed, finite, self.experts)
