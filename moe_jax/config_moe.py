@@ -11,7 +11,7 @@ class Traits(NamedTuple):
 
     causal: whether in evaluation a token's assignment never depends on later tokens. causal_training: the same in
     training. top_k: the K it knows; empty: any. virtual: whether it can choose zero, copy and constant experts. capacity:
-    whether `execution=capacity` can limit it.
+    whether `execution=capacity` can limit it. exchange: whether its tokens travel by `exchange` and run by `backend`.
     """
 
     causal: bool = True
@@ -19,6 +19,7 @@ class Traits(NamedTuple):
     top_k: tuple[int, ...] = ()
     virtual: bool = True
     capacity: bool = True
+    exchange: bool = True
 
 
 # Modules have their options as an attribute, and JAX hashes modules.
@@ -57,7 +58,7 @@ class TopKConfig:
         "Divide the chosen scores by their sum; auto: for K above 1, else the router would get no gradient.",
         choices=("auto", "always", "never"),
     )
-    scale: float = field(1.0, "Multiplies the gates.", low=0)
+    scale: float = field(1.0, "Multiplies the gates.", low=1e-6)
     groups: int = field(
         1, "Equal groups of experts; the choice is limited to the best of them (DeepSeek-V3).", low=1
     )
@@ -130,7 +131,9 @@ class HashConfig:
 class ExpertChoiceConfig:
     """Options of the router `expert_choice`: every expert takes its C best tokens, K a token on average."""
 
-    traits: ClassVar[Traits] = Traits(causal=False, causal_training=False, virtual=False, capacity=False)
+    traits: ClassVar[Traits] = Traits(
+        causal=False, causal_training=False, virtual=False, capacity=False, exchange=False
+    )
     z_loss: float = _z(0.0)
 
 
@@ -140,7 +143,7 @@ class ReMoEConfig:
 
     traits: ClassVar[Traits] = Traits(virtual=False)
     max_k: int = field(0, "Most experts of a token; what is above is dropped and counted; 0: all.", low=0)
-    start_weight: float = field(1e-8, "Weight of the sparsity loss at the start.", low=1e-30)
+    start_weight: float = field(1e-8, "Weight of the sparsity loss at the start.", low=1e-20, high=1e6)
     rate: float = field(1.2, "The weight is multiplied or divided by this after each step.", low=1.000001)
     z_loss: float = _z(0.0)
 
@@ -149,7 +152,9 @@ class ReMoEConfig:
 class SoftMoEConfig:
     """Options of the router `soft_moe`: slots are mixtures of a sequence's tokens."""
 
-    traits: ClassVar[Traits] = Traits(causal=False, causal_training=False, virtual=False, capacity=False)
+    traits: ClassVar[Traits] = Traits(
+        causal=False, causal_training=False, top_k=(1,), virtual=False, capacity=False, exchange=False
+    )
     slots: int = field(1, "Slots C of an expert for each sequence.", low=1)
 
 
@@ -192,7 +197,7 @@ class MoEConfig:
         "dropless", "Run every assignment, or at most C per expert.", choices=("dropless", "capacity")
     )
     capacity_factor: float = field(
-        1.25, "C = ceil(factor * T * K / E) in training with execution=capacity.", low=0.01
+        1.25, "C = ceil(factor * T * K / (E + V)) in training with execution=capacity; V: zero, copy and constant.", low=0.01
     )
     eval_capacity: float = field(0.0, "Capacity factor of evaluation and generation; 0: dropless.", low=0)
     capacity_priority: str = field(

@@ -17,12 +17,13 @@ class Arm:
 
     name: a label, also of its folder. settings: dotted config path -> value, over the study's base; taken as
       the command line takes `--config.a.b=VALUE`. twin_of: an A/A arm: the name of the arm whose settings it
-      repeats, with other noise in its routers; it has no settings of its own.
+      repeats, with other noise in its routers; it has no settings of its own. full: settings over its own with --scale=full.
     """
 
     name: str
     settings: Settings = dataclasses.field(default_factory=dict)
     twin_of: str = ""
+    full: Settings = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass

@@ -16,7 +16,7 @@ from absl import flags as absl_flags
 
 from moe_jax import cli
 from moe_jax.config import Config, ConfigError, SampleConfig
-from moe_jax.validation import validate
+from moe_jax.validation import has_routed_blocks, validate
 
 if TYPE_CHECKING:
     from moe_jax.data.tokenizer import Tokenizer
@@ -97,6 +97,9 @@ def main(config: Config, flags: absl_flags.FlagValues) -> None:
     for name in ("tokens", "temperature", "top_p", "stop"):
         if flags[name].value is not None:
             setattr(config.sample, name, flags[name].value)
+    if not type(config.model.moe.options).traits.causal and has_routed_blocks(config.model):
+        limit = "looks at later tokens, which there are none of while text is generated"
+        raise ConfigError("model.moe.router", config.model.moe.router, limit, "use moe_jax.evaluate")
     validate(config)
     prompts = flags.prompt or [config.sample.prompt] * bool(config.sample.prompt)
     if not prompts:

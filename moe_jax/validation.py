@@ -328,6 +328,14 @@ def _check_router(config: Config) -> None:
         limit = "looks at later tokens, in evaluation of a causal model too"
         fix = "use another router, or model.moe.allow_noncausal=true to accept figures that this makes too good"
         raise ConfigError("model.moe.router", moe.router, limit, fix)
+    defaults = {"exchange": "auto", "backend": "auto", "capacity_priority": "token"}
+    for name, default in defaults.items() if not traits.exchange else ():
+        if getattr(moe, name) != default:
+            limit = f"without effect on {router}, whose slots the compiler moves"
+            raise ConfigError(f"model.moe.{name}", getattr(moe, name), limit, f"use {default}")
+    if not traits.causal and config.sample.prompt:
+        limit = f"{router} looks at later tokens, which there are none of while text is generated"
+        raise ConfigError("sample.prompt", config.sample.prompt, limit, "empty it")
     if not traits.capacity:
         if moe.execution == "capacity":
             limit = f"{router} is balanced without a limit"
@@ -341,6 +349,16 @@ def _check_router(config: Config) -> None:
         )
     if moe.router == "top_k":
         _check_top_k(moe)
+    if moe.router == "remoe":
+        low, high = moe.top_k, moe.experts
+        if moe.routers.remoe.max_k and not low <= moe.routers.remoe.max_k <= high:
+            limit = f"not from model.moe.top_k={low} to model.moe.experts={high}"
+            raise ConfigError("model.moe.routers.remoe.max_k", moe.routers.remoe.max_k, limit, "use 0 for all")
+    if moe.router == "base":
+        tokens = config.data.batch_size // config.train.microbatches * config.data.sequence_length
+        if tokens % moe.routers.base.groups:
+            limit = f"does not divide the {tokens} tokens of a microbatch"
+            raise ConfigError("model.moe.routers.base.groups", moe.routers.base.groups, limit, "use a divisor")
 
 
 def _check_top_k(moe: MoEConfig) -> None:

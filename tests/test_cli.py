@@ -101,6 +101,103 @@ BAD_OVERRIDES = [
         "config.model.moe.top_k=9: at most model.moe.experts=8",
         "lower top_k or raise",
     ),
+    # Combinations: the router.
+    (
+        ["--config.model.moe.zero_experts=1", "--config.model.moe.top_k=10"],
+        "config.model.moe.top_k=10: at most model.moe.experts=8 and 1 zero, copy and constant experts",
+        "lower top_k",
+    ),
+    (
+        ["--config.model.moe.router=switch"],
+        "config.model.moe.top_k=2: model.moe.router=switch knows 1 only",
+        "use 1",
+    ),
+    (
+        ["--config.model.moe.router=remoe", "--config.model.moe.copy_experts=1"],
+        "config.model.moe.copy_experts=1: model.moe.router=remoe",
+        "use 0",
+    ),
+    (
+        ["--config.model.moe.router=expert_choice"],
+        "config.model.moe.router=expert_choice: looks at later tokens",
+        "model.moe.allow_noncausal=true",
+    ),
+    (
+        ["--config.model.moe.router=base", "--config.model.moe.top_k=1", "--config.model.moe.execution=capacity"],
+        "config.model.moe.execution=capacity: model.moe.router=base is balanced",
+        "use dropless",
+    ),
+    (
+        ["--config.model.moe.router=base", "--config.model.moe.top_k=1", "--config.model.moe.eval_capacity=2"],
+        "config.model.moe.eval_capacity=2.0: model.moe.router=base",
+        "use 0",
+    ),
+    (
+        ["--config.model.moe.shared_gate=true"],
+        "config.model.moe.shared_gate=True: model.moe.shared_experts=0",
+        "switch the gate off",
+    ),
+    (
+        ["--config.model.moe.top_k=1", "--config.model.moe.routers.top_k.renormalise=always"],
+        "config.model.moe.routers.top_k.renormalise=always: with model.moe.top_k=1",
+        "use auto",
+    ),
+    (
+        ["--config.model.moe.top_k=1", "--config.model.moe.routers.top_k.order=top_k_first"],
+        "config.model.moe.routers.top_k.order=top_k_first: with model.moe.top_k=1",
+        "use score_first",
+    ),
+    (
+        ["--config.model.moe.routers.top_k.order=top_k_first", "--config.model.moe.routers.top_k.score=sigmoid"],
+        "config.model.moe.routers.top_k.order=top_k_first: the softmax",
+        "use score_first",
+    ),
+    (
+        ["--config.model.moe.routers.top_k.groups=3"],
+        "config.model.moe.routers.top_k.groups=3: does not divide the 8 experts",
+        "use a divisor",
+    ),
+    (
+        ["--config.model.moe.routers.top_k.kept_groups=2"],
+        "config.model.moe.routers.top_k.kept_groups=2: more than",
+        "lower it",
+    ),
+    (
+        ["--config.model.moe.routers.top_k.groups=8"],
+        "config.model.moe.routers.top_k.kept_groups=1: fewer than model.moe.top_k=2 experts in 1 of 8 groups",
+        "raise it",
+    ),
+    (
+        ["--config.model.moe.routers.top_k.zero_sum_bias=true"],
+        "config.model.moe.routers.top_k.zero_sum_bias=True",
+        "switch this off",
+    ),
+    (
+        ["--config.model.moe.router=base", "--config.model.moe.top_k=1", "--config.model.moe.routers.base.groups=7"],
+        "config.model.moe.routers.base.groups=7: does not divide the 4096 tokens of a microbatch",
+        "use a divisor",
+    ),
+    (
+        ["--config.model.moe.router=remoe", "--config.model.moe.routers.remoe.max_k=1"],
+        "config.model.moe.routers.remoe.max_k=1: not from model.moe.top_k=2 to model.moe.experts=8",
+        "use 0 for all",
+    ),
+    (
+        [
+            "--config.model.moe.router=expert_choice", "--config.model.moe.allow_noncausal=true", "--config.sample.prompt=",
+            "--config.model.moe.exchange=ragged",
+        ],
+        "config.model.moe.exchange=ragged: without effect on model.moe.router=expert_choice",
+        "use auto",
+    ),
+    (
+        [
+            "--config.model.moe.router=expert_choice", "--config.model.moe.allow_noncausal=true", "--config.sample.prompt=def",
+        ],
+        "config.sample.prompt=def: model.moe.router=expert_choice looks at later tokens",
+        "empty it",
+    ),
+    # Combinations: the blocks.
     (["--config.model.layers=3"], "config.model.layers=3", "use 2"),
     (["--config.model.pattern=dense,sparse"], "config.model.pattern=dense,sparse", "use dense and routed"),
     (["--config.model.pattern="], "config.model.pattern=''", "use dense and routed"),

@@ -10,6 +10,7 @@ from moe_jax import config as c
 from moe_jax.config_study import Arm, Study
 
 FINE = {"model.moe.experts": 16, "model.moe.top_k": 2, "model.moe.expert_width": 256}
+FINE_FULL = {"model.moe.expert_width": 1024}
 SWITCH = {"model.moe.router": "switch", "model.moe.routers.switch.jitter": 0.01}
 # Weights of a loss would need another size with sigmoid scores; the bias needs none.
 SIGMOID = {
@@ -41,15 +42,16 @@ def get_config() -> Study:
         Arm("switch", SWITCH),
         Arm("switch_again", twin_of="switch"),
         Arm("switch_unbalanced", SWITCH | {"model.moe.routers.switch.balance_loss": 0.0}),
-        Arm("top_2", FINE),
-        Arm("sigmoid_bias", FINE | SIGMOID),
+        Arm("top_2", FINE, full=FINE_FULL),
+        Arm("sigmoid_bias", FINE | SIGMOID, full=FINE_FULL),
         Arm("base", {"model.moe.router": "base"}),
         Arm("hash", {"model.moe.router": "hash"}),
-        Arm("remoe", FINE | {"model.moe.router": "remoe"}),
+        Arm("remoe", FINE | {"model.moe.router": "remoe"}, full=FINE_FULL),
     )
+    # Four times through the text is the most that a study allows: more of it, and more steps, with data.sources[0].files.
     full = {
-        "data.vocab_size": 32768, "data.sequence_length": 1024, "data.batch_size": 128, "model.layers": 12,
-        "model.width": 768, "model.heads": 12, "model.ffn_width": 2048, "model.dtype": "bfloat16", "model.init_std": 0.036,
-        "optimizer.learning_rate": 6e-4, "optimizer.warmup_steps": 500, "train.steps": 10000,
+        "data.vocab_size": 4096, "data.sequence_length": 512, "data.batch_size": 32, "model.layers": 8, "model.width": 512,
+        "model.heads": 8, "model.ffn_width": 2048, "model.dtype": "bfloat16", "model.init_std": 0.044, "model.scan": True,
+        "optimizer.learning_rate": 1e-3, "train.steps": 600, "train.eval_every": 60,
     }  # fmt: skip
     return Study(base, arms, baseline="dense", seeds=(0, 1, 2), full=full, title="Routers at equal parameters")

@@ -32,7 +32,7 @@ class MoE(nn.Module):
         columns are E + their number.
       shared_width: hidden width of a dense network beside the experts that sees every token; 0: none.
       shared_gate: multiplies its output by sigmoid(x . shared_gate).
-      capacity_factor: at most C = ceil(factor * T * K / E) assignments per expert in training; 0: dropless.
+      capacity_factor: at most C = ceil(factor * T * K / (E + V)) assignments per expert in training; 0: dropless.
       eval_capacity: the same in evaluation; 0: dropless.
       capacity_priority: "token", "choice" or "gate", see `limit_assignments`; only "token" is causal. On one
         device the C slots of each expert run as equal groups.
@@ -73,7 +73,8 @@ class MoE(nn.Module):
         argument.
 
         Raises:
-          ValueError: top_k above the number of experts; a mesh of Explicit axes.
+          ValueError: top_k above the number of experts; a mesh of Explicit axes; virtual experts where the router's
+            assignment is no TokenChoice.
         """
         virtual = self.zero_experts + self.copy_experts + self.constant_experts
         if self.top_k > self.experts + virtual:
@@ -91,9 +92,11 @@ class MoE(nn.Module):
             router = TopK(self.experts, self.top_k, virtual, name="router")
         with jax.named_scope("route"):
             choice, losses, stats = router(tokens, inputs)
+            if virtual and not isinstance(choice, TokenChoice):
+                raise ValueError(f"{virtual} zero, copy and constant experts: only a TokenChoice can have them")
             if inputs.record:
                 stats = {**stats, "matrix": matrix(choice, tokens.shape[0], self.experts, virtual)}
-            choice, slots, dropped = self._limit(choice, tokens.shape[0], inputs.train)
+            choice, slots, dropped = self._limit(choice, tokens.shape[0], virtual, inputs.train)
             stats = {**stats, "dropped": dropped.astype(jnp.float32)}
         run = Experts(
             self.experts, self.width, self.activation, self.use_bias, self.backend,
@@ -111,12 +114,12 @@ class MoE(nn.Module):
             y = y + self._shared(tokens)
         return y.reshape(x.shape), Aux(losses, {**stats, **sent})
 
-    def _limit(self, choice, tokens, train):
+    def _limit(self, choice, tokens, virtual, train):
         """(choice, slots or None, assignments dropped)."""
         factor = self.capacity_factor if train else self.eval_capacity
         if not factor or not isinstance(choice, TokenChoice):
             return choice, None, jnp.zeros((), jnp.float32)
-        capacity = slots_per_expert(factor, tokens, self.top_k, self.experts)
+        capacity = slots_per_expert(factor, tokens, self.top_k, self.experts + virtual)
         return limit_assignments(choice, self.experts, capacity, self.capacity_priority)
 
     def _shared(self, x):

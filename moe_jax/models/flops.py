@@ -18,7 +18,7 @@ def forward_flops_per_token(config: ModelConfig, vocab_size: int, sequence_lengt
     kv_heads = c.kv_heads or c.heads
     attention = 2 * d * head * (2 * c.heads + 2 * kv_heads) + 2 * sequence_length * head * c.heads
     matrices = 3 if is_gated(c.activation) else 2
-    experts = c.moe.top_k + c.moe.shared_experts
+    experts = experts_per_token(c, sequence_length) + c.moe.shared_experts
     ffn = {
         "dense": 2 * matrices * d * c.ffn_width,
         "routed": 2 * matrices * d * (c.moe.expert_width or c.ffn_width) * experts,
@@ -27,10 +27,17 @@ def forward_flops_per_token(config: ModelConfig, vocab_size: int, sequence_lengt
     return blocks + router_flops_per_token(c) + 2.0 * d * vocab_size
 
 
-def router_flops_per_token(config: ModelConfig) -> float:
-    """The routers' share of the forward pass: a product with the columns of experts or slots in every routed layer."""
+def experts_per_token(config: ModelConfig, sequence_length: int) -> float:
+    """How many experts' work a token brings: K, or where a sequence fills slots, their number over its length."""
     moe = config.moe
-    columns = {"hash": 0, "soft_moe": moe.experts * moe.routers.soft_moe.slots}
+    return moe.experts * moe.routers.soft_moe.slots / sequence_length if moe.router == "soft_moe" else moe.top_k
+
+
+def router_flops_per_token(config: ModelConfig) -> float:
+    """The routers' share of the forward pass: a product with the columns of experts in every routed layer; with slots also the
+    two that mix tokens into them and back."""
+    moe = config.moe
+    columns = {"hash": 0, "soft_moe": 3 * moe.experts * moe.routers.soft_moe.slots}
     columns = columns.get(moe.router, moe.experts + moe.virtual_experts)
     return 2.0 * config.width * columns * _blocks(config).count("routed")
 

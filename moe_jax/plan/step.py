@@ -10,7 +10,7 @@ import jax
 from moe_jax import compat
 from moe_jax.config import Config, ConfigError
 from moe_jax.models import MODELS
-from moe_jax.models.flops import forward_flops_per_token, training_flops_per_token
+from moe_jax.models.flops import experts_per_token, forward_flops_per_token, training_flops_per_token
 from moe_jax.parallel.mesh import AXES, mesh_from_config
 from moe_jax.plan import hlo
 from moe_jax.plan.collectives import Collective, collectives
@@ -147,7 +147,7 @@ def analyse(config: Config, topology: Topology, compiled: Any, seconds: float) -
     data, tokens = config.data, config.data.batch_size * config.data.sequence_length
     shape = {name: mesh.shape[name] for name in AXES}
     rows = tokens // config.train.microbatches // compat.axis_size(mesh, *compat.BATCH_AXES)
-    rows *= config.model.moe.top_k if has_routed_blocks(config.model) else 1
+    rows *= experts_per_token(config.model, data.sequence_length) if has_routed_blocks(config.model) else 1
     found = [
         k._replace(flops=k.flops * per_chip, useful=k.useful * per_chip)
         for k in kernels(program, balanced_rows=rows)
@@ -186,7 +186,8 @@ def recomputed_flops_per_token(config: Config, vocab: int) -> float:
     c = config.model
     if not c.remat:
         return 0.0
-    last = {"dense": c.ffn_width, "routed": c.moe.top_k * (c.moe.expert_width or c.ffn_width)}
+    experts = experts_per_token(c, config.data.sequence_length)
+    last = {"dense": c.ffn_width, "routed": experts * (c.moe.expert_width or c.ffn_width)}
     kinds = parse_pattern(c) * (c.layers // len(parse_pattern(c))) + tuple(
         kind for _, kind, _ in parse_inserts(c)
     )

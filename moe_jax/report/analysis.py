@@ -105,7 +105,7 @@ def _layer(
     named = routing_metrics({"": choices.sums})
     return LayerFacts(
         shares=counts / max(counts.sum(), 1),
-        loads=loads / max(loads.sum(), 1),
+        loads=loads / max(np.sum(choices.sums["counts"]), 1),
         set_size=float(sizes.mean()) if len(sizes) else 0.0,
         alone=float((sizes == 0).mean()) if len(sizes) else 0.0,
         sums={name.removeprefix("router//"): v for name, v in named.items() if name.startswith("router//")},

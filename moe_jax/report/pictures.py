@@ -141,7 +141,7 @@ def load_over_time(loads: dict[str, Series]) -> Figure:
 
 @_styled
 def load_by_layer(shares: np.ndarray, layers: Sequence[str], columns: Sequence[str], experts: int) -> Figure:
-    """A heat map, layers x columns, of the shares of a layer's choices [L, N], in multiples of 1/E."""
+    """A heat map, layers x columns, of the shares of a layer's choices of real experts [L, N], in multiples of 1/E."""
     height = min(0.9 + 0.27 * len(layers), 9)
     figure = Figure(figsize=(WIDTH, height + 0.5), layout="constrained")
     axis = figure.subplots()

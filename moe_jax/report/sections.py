@@ -16,10 +16,14 @@ from moe_jax.report.pictures import Panel
 _PIECE_ROWS, _PIECES, _PASSAGE_TOKENS = 1200, 6000, 5000
 
 
+def _validation(rows, key: str):
+    return {f"validation {name}": one for name, one in evaluations(rows, key).items()}
+
+
 def training(m: Material) -> str:
     """Curves of the whole run."""
     losses = {"training": series(m.rows, "loss")} if any("loss" in row for row in m.rows) else {}
-    panels = [Panel("Loss", "nats a token", losses | evaluations(m.rows, "loss"))]
+    panels = [Panel("Loss", "nats a token", losses | _validation(m.rows, "loss"))]
     wanted = (
         ("Bits per byte, validation", "bits a byte", evaluations(m.rows, "bits_per_byte"), False),
         ("Learning rate", "", {"": series(m.rows, "learning_rate")}, False),
@@ -83,7 +87,7 @@ def held_out_load(m: Material) -> str:
     return picture(
         png,
         "Heat map of the load of every layer and expert",
-        "Share of a layer's choices that each expert gets, in multiples of 1/E.",
+        "Share of the choices of real experts that each gets, in multiples of 1/E; virtual ones against the same.",
     )
 
 

@@ -20,8 +20,8 @@ class Base(nn.Module):
     """The router `base`: parameter `kernel` [D, E], the experts' embeddings.
 
     In training tokens are assigned over the whole microbatch, or over `groups` equal parts of it by themselves. Every device
-    then holds the affinities of a whole part: 4 T E bytes for one part, sent once; with as many parts as shards of the batch
-    nothing is sent. In evaluation each token takes its best expert. The gate is the sigmoid of the affinity, the only way that
+    holds the affinities of a whole part: 4 T E bytes for one part, sent once. With as many parts as shards of the batch none
+    are sent, but all parts go from round to round together, by a bit each. In evaluation each token takes its best expert. The gate is the sigmoid of the affinity, the only way that
     a gradient reaches the router.
     """
 
@@ -51,7 +51,7 @@ class Base(nn.Module):
         if tokens % groups:
             raise ValueError(f"base.groups={groups} does not divide the {tokens} tokens of a microbatch")
         logits, routed = logits.reshape(groups, -1, self.experts), routed.reshape(groups, -1)
-        # A loop whose rounds each need a collective would wait for the network: every device has what it needs before.
+        # Else each round of the assignment would send affinities: every device has its part's before the first.
         logits = compat.constrain(logits, compat.BATCH_AXES, (), ())
         routed = compat.constrain(routed, compat.BATCH_AXES, ())
         return jax.vmap(lambda *part: balanced_assignment(*part).expert_ids)(logits, routed).reshape(-1)

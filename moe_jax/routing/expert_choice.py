@@ -17,7 +17,7 @@ from moe_jax.types import ExpertChoice, RouterInputs
 class ExpertChoiceRouter(nn.Module):
     """The router `expert_choice`: parameter `kernel` [D, E].
 
-    C = ceil(T K / E) tokens of the whole microbatch, the same in evaluation: whether a token is taken depends on all others,
+    C = ceil(T K / E) tokens of the whole microbatch, T the valid ones, the same in evaluation: whether a token is taken depends on all others,
     later ones too. Tokens that nobody takes are counted as `unrouted`.
     """
 
@@ -35,7 +35,8 @@ class ExpertChoiceRouter(nn.Module):
         capacity = slots_per_expert(1.0, tokens, self.top_k, self.experts)
         ranked = jnp.where(routed[:, None], jax.lax.stop_gradient(probabilities), -1).T
         best, ids = jax.lax.top_k(ranked, capacity)
-        taken = best >= 0
+        wanted = jnp.ceil(jnp.sum(routed) * self.top_k / self.experts)  # the slots are static, padding takes none
+        taken = (best >= 0) & (jnp.arange(capacity) < wanted)
         gates = jnp.where(taken, jnp.take_along_axis(probabilities.T, ids, axis=1), 0)
         ids = jnp.where(taken, ids, tokens).astype(jnp.int32)
         experts = jnp.zeros(tokens, jnp.int32).at[ids.reshape(-1)].add(1, mode="drop")

@@ -13,6 +13,10 @@ from moe_jax.routing.statistics import choice_statistics, sums
 from moe_jax.types import RouterInputs, TokenChoice
 
 
+# The controller's range: from 0 no factor leads back, and infinity times 0 is not a number.
+WEIGHTS = (1e-20, 1e6)
+
+
 def sparsity_loss(gates: jax.Array, counts: jax.Array, top_k: int, valid: jax.Array) -> jax.Array:
     """Mean over valid tokens of sum_e f_e R_e with f_e = E / (K T) * counts_e, without a gradient (equation 9).
 
@@ -68,7 +72,8 @@ def update(state: dict, stats: dict, total: dict, sizes: Sizes, options: ReMoECo
     """The weight, times `rate` where more than K experts per token ran on average over the model, else divided (equation 8)."""
     wanted = sizes.top_k * total["tokens"]
     active = jnp.sum(total["counts"]) + total["overflow"]
-    return {"weight": state["weight"] * options.rate ** jnp.sign(active - wanted)}
+    weight = state["weight"] * options.rate ** jnp.sign(active - wanted)
+    return {"weight": jnp.clip(weight, *WEIGHTS)}
 
 
 ROUTER = Router(

@@ -44,7 +44,7 @@ def sums(stats: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 def column_counts(stats: dict[str, jax.Array]) -> jax.Array:
     """[E+V] assignments of the experts and the virtual experts."""
-    return jnp.concatenate([stats["counts"], stats.get("virtual_counts", jnp.zeros(0))])
+    return jnp.concatenate([stats["counts"], stats.get("virtual_counts", jnp.zeros(0, jnp.float32))])
 
 
 def matrix(assignment: Assignment, tokens: int, experts: int, virtual: int) -> jax.Array:

@@ -17,7 +17,8 @@ LOAD_DECAY = 0.99
 SCORES = {
     "softmax": lambda logits: jax.nn.softmax(logits, axis=-1),
     "sigmoid": jax.nn.sigmoid,
-    "sqrt_softplus": lambda logits: jnp.sqrt(jax.nn.softplus(logits)),
+    # The root of what underflows to 0 would have an infinite gradient.
+    "sqrt_softplus": lambda logits: jnp.sqrt(jnp.maximum(jax.nn.softplus(logits), jnp.finfo(logits.dtype).tiny)),
 }
 
 
@@ -54,7 +55,8 @@ def choose(
 
 
 def _shares(a: jax.Array) -> jax.Array:
-    return a / jnp.maximum(jnp.sum(a, axis=-1, keepdims=True), jnp.finfo(a.dtype).tiny)
+    # The gradient divides by the square, which must not underflow.
+    return a / jnp.maximum(jnp.sum(a, axis=-1, keepdims=True), jnp.finfo(a.dtype).tiny ** 0.5)
 
 
 def _limit_groups(scores: jax.Array, groups: int, kept: int) -> jax.Array:

@@ -59,7 +59,8 @@ def main(study: Study | None, flags: absl_flags.FlagValues) -> int:
         if problem := take(flags.workdir, stack):
             raise problem
         if begun := load_description(flags.workdir):
-            check_unchanged(begun[0], study)
+            if (pathlib.Path(flags.workdir) / "runs").exists():  # else nothing has begun: it was refused
+                check_unchanged(begun[0], study)
         save_description(flags.workdir, study, {"scale": flags.scale, "command": _command()})
         code = run(study, flags)
     return code

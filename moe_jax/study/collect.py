@@ -215,7 +215,7 @@ def _costs(study: Study, arm: Arm, timing: dict) -> dict[str, Any]:
 def _add_times(rows: list[dict], study: Study, runs: Runs, target: float | None) -> None:
     """Puts `time` into every row: training seconds to the target with interval, how many seeds reach it, and rank.
 
-    Ranked are the arms that reach it with every finished seed; an A/A arm is not.
+    Ranked are the arms that reach it with every seed, failed ones too; an A/A arm is not.
     """
     for row in rows:
         done = [run for (name, _), run in runs.items() if name == row["arm"] and run["state"] == "done"]
@@ -223,7 +223,7 @@ def _add_times(rows: list[dict], study: Study, runs: Runs, target: float | None)
             first_reached(*zip(*run["curve"]), target) for run in done if run["curve"] and target is not None
         ]
         reached = [step for step in steps if step is not None]
-        row["time"] = {"reached": len(reached), "of": len(done), "rank": None, "steps": t_interval(reached)}
+        row["time"] = {"reached": len(reached), "of": row["runs"] + row["failed"], "rank": None, "steps": t_interval(reached)}
         row["time"]["seconds"] = t_interval([s * row["ms"] / 1e3 for s in reached]) if row["ms"] else None
     ranked = [
         row for row in rows

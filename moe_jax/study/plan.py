@@ -14,11 +14,11 @@ from moe_jax.data.hashing import digest, hash64
 from moe_jax.validation import validate
 
 DESCRIPTION = "description.json"
-_NAME = re.compile(r"[\w][\w.+-]*", re.ASCII)
+_NAME = re.compile(r"[A-Za-z0-9][\w.+-]*", re.ASCII)
 # What all arms of a pair share, or what fixes the text that is compared.
 _SHARED = (
     "seed", "noise_seed", "data.sources", "data.tokenizer", "data.vocab_size", "data.held_out_percent",
-    "data.cache_dir", "mesh.cpu_devices",
+    "data.sequence_length", "data.document_attention", "data.cache_dir", "train.eval_batches", "mesh.cpu_devices",
 )  # fmt: skip
 
 
@@ -33,7 +33,11 @@ def prepare(study: Study, scale: str) -> Study:
         if not study.full:
             raise ConfigError("--scale", "full", "the study has no settings for it", "use --scale=small")
         study = dataclasses.replace(study, base=_apply(study.base, study.full, "study full"))
-    study = dataclasses.replace(study, full={}, arms=tuple(study.arms), seeds=tuple(study.seeds))
+        study = dataclasses.replace(
+            study, arms=[dataclasses.replace(arm, settings=arm.settings | arm.full) for arm in study.arms]
+        )
+    arms = tuple(dataclasses.replace(arm, full={}) for arm in study.arms)
+    study = dataclasses.replace(study, full={}, arms=arms, seeds=tuple(study.seeds))
     _check_names(study)
     for arm in study.arms:
         run_config(study, arm, study.seeds[0])

@@ -18,6 +18,7 @@ from moe_jax.data import TextData, Tokenizer, open_data
 from moe_jax.models import MODELS
 from moe_jax.parallel.mesh import mesh_from_config, start_devices
 from moe_jax.parallel.rules import local_rows, put_batch
+from moe_jax.routing import ROUTERS
 from moe_jax.train.checkpoint import (
     Checkpoints,
     DamagedCheckpointError,
@@ -174,6 +175,9 @@ class Trainer:
         if self.config.init.checkpoint:
             include = tuple(prefix for prefix in self.config.init.include.split(",") if prefix)
             part = {name: state[name] for name in ("params", "router_state")}
+            if reason := self._other_routers():
+                say(f"the routers' state starts fresh: {reason}")
+                del part["router_state"]
             filled, report = fill_from(self.config.init.checkpoint, part, include)
             say(str(report))
             state |= filled
@@ -185,6 +189,17 @@ class Trainer:
         if "ema" in state and (self.config.init.checkpoint or self.config.init.upcycle_from):
             state["ema"] = jax.jit(lambda params: jax.tree.map(jnp.copy, params))(state["params"])
         return state
+
+    def _other_routers(self) -> str:
+        """Why the routers' state of `init.checkpoint` is not for this model: ids in a table mean other tokens or experts."""
+        theirs = from_dict(load_meta(self.config.init.checkpoint)["config"]).model.moe
+        ours = self.config.model.moe
+        if start_tokenizer(self.config, None) is None and ROUTERS[ours.router].start:
+            return "its tokens are those of another tokenizer"
+        for name in ("router", "experts", "virtual_experts"):
+            if getattr(ours, name) != getattr(theirs, name):
+                return f"model.moe.{name} is {getattr(ours, name)}, and {getattr(theirs, name)} in init.checkpoint"
+        return ""
 
     def _restore(self):
         restored = self.checkpoints.restore(abstract_state(self.model, self.config, self.mesh))

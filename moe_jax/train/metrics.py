@@ -186,7 +186,8 @@ def routing_metrics(stats: dict[str, dict[str, Any]]) -> dict[str, Any]:
     Returns:
       For each layer, under router/<layer>/: `load_max_over_mean` (1: balanced, E: one expert has all),
       `entropy` (nats per token), `dropped` (share of the assignments), `dead_experts` (experts without a
-      token), `load` (list of E shares) and the other sums. Under router/: the first three as means over
+      token), `load` (list of E shares), `virtual_share` (of all assignments, those of zero, copy and constant experts, where there
+      are any) and the other sums. Under router/: shares, entropy and load_max_over_mean as means over
       layers, dead_experts and the other sums as totals. A layer without assignments counts as balanced, with
       all experts dead. Empty without layers.
     """
@@ -197,7 +198,7 @@ def routing_metrics(stats: dict[str, dict[str, Any]]) -> dict[str, Any]:
         for name, value in _layer_metrics(sums).items():
             row[f"router/{layer}/{name}"] = value
             columns.setdefault(name, []).append(value)
-    means = ("load_max_over_mean", "entropy", "dropped")
+    means = ("load_max_over_mean", "entropy", "dropped", "virtual_share")
     totals = {
         f"router/{name}": sum(values) / len(values) if name in means else sum(values)
         for name, values in columns.items()
@@ -211,7 +212,9 @@ def _layer_metrics(sums: dict[str, Any]) -> dict[str, Any]:
     total = float(counts.sum())
     tokens = max(float(sums["tokens"]), 1.0)
     known = ("counts", "dropped", "entropy_sum", "tokens")
+    virtual = float(np.sum(sums.get("virtual_counts", 0.0)))
     return {
+        **({"virtual_share": virtual / max(total + virtual, 1.0)} if "virtual_counts" in sums else {}),
         "load_max_over_mean": float(counts.max()) * len(counts) / total if total else 1.0,
         "entropy": float(sums["entropy_sum"]) / tokens,
         "dropped": float(sums["dropped"]) / max(total, 1.0),

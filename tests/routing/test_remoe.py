@@ -59,3 +59,14 @@ def test_controller(active, factor):
     total = {"counts": jnp.full(E, active * 20 / E), "overflow": jnp.float32(0), "tokens": jnp.float32(20)}
     new = update({"weight": jnp.float32(3e-8)}, stats, total, Sizes(E, 2), ReMoEConfig())
     np.testing.assert_allclose(new["weight"], 3e-8 * factor, rtol=1e-6)
+
+
+def test_the_controller_stays_in_range():
+    """It comes back from either end."""
+    total = {"counts": jnp.full(E, 30.0), "overflow": jnp.float32(0), "tokens": jnp.float32(10)}
+    up = lambda weight: update({"weight": jnp.float32(weight)}, total, total, Sizes(E, 2), ReMoEConfig())["weight"]
+    few = total | {"counts": jnp.zeros(E)}
+    down = lambda weight: update({"weight": jnp.float32(weight)}, few, few, Sizes(E, 2), ReMoEConfig())["weight"]
+    low, high = down(1e-20), up(1e6)
+    assert 0 < low <= 1e-20 * 1.001 and up(low) > low
+    assert np.isfinite(high) and down(high) < high

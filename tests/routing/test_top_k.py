@@ -52,6 +52,17 @@ def test_extreme_logits_stay_finite():
     assert np.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrt_softplus"])
+@pytest.mark.parametrize("logits", [[-200.0, 1.0, 2.0, 0.0], [-200.0] * 4, [300.0, -300.0, 0.0, 1.0]])
+def test_scores_that_underflow_have_finite_gradients(score, logits):
+    def total(z):
+        _, gates, probabilities = choose(z, 2, TopKConfig(score=score))
+        return jnp.sum(gates) + jnp.sum(probabilities**2)
+
+    value, gradient = jax.value_and_grad(total)(jnp.asarray([logits]))
+    assert np.isfinite(value) and np.isfinite(gradient).all()
+
+
 def test_logits_are_of_full_precision():
     """Without `precision` a TPU multiplies float32 in bfloat16."""
     apply = lambda x: TopK(E, 2).apply({"params": {"kernel": jnp.ones((D, E))}}, x, RouterInputs())
