@@ -51,15 +51,15 @@ class FeedForward(nn.Module):
         Raises:
           ValueError: `activation` is unknown.
         """
-        width, gated = x.shape[-1], activations.is_gated(self.activation)
-        x = x.astype(self.dtype)
+        shape, width, gated = x.shape, x.shape[-1], activations.is_gated(self.activation)
+        # With one axis of tokens XLA's products and their gradients take half the time on a CPU.
+        x = x.reshape(-1, width).astype(self.dtype)
 
         def project(branch: str) -> jax.Array:
-            h = jnp.einsum(
-                "...D,DF->...F", x, self._parameter(f"w_{branch}", (width, self.hidden), ("embed", "mlp"))
-            )
+            h = x @ self._parameter(f"w_{branch}", (width, self.hidden), ("embed", "mlp"))
             return h + self._parameter(f"b_{branch}", (self.hidden,), ("mlp",)) if self.use_bias else h
 
         h = activations.activate(self.activation, project("in"), project("gate") if gated else None)
-        y = jnp.einsum("...F,FD->...D", h, self._parameter("w_out", (self.hidden, width), ("mlp", "embed")))
-        return y + self._parameter("b_out", (width,), ("embed",)) if self.use_bias else y
+        y = h @ self._parameter("w_out", (self.hidden, width), ("mlp", "embed"))
+        y = y + self._parameter("b_out", (width,), ("embed",)) if self.use_bias else y
+        return y.reshape(shape)
