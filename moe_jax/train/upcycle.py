@@ -106,8 +106,6 @@ def gate_sum(moe: MoEConfig) -> tuple[float, str]:
     if router == "hash" or (router == "gshard" and (o.second_expert, o.eval_second_expert) == ("all", "all")):
         return 1.0, ""
     if router == "top_k":
-        if o.scale == 0:
-            return 1.0, "model.moe.routers.top_k.scale=0: the experts add nothing"
         shares = o.renormalise == "always" or (o.renormalise == "auto" and moe.top_k > 1) or o.order == "top_k_first"
         if shares or (o.score == "softmax" and moe.top_k == moe.experts):
             return o.scale, ""

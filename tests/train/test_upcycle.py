@@ -152,12 +152,11 @@ def test_the_best_are_whole_copies_even_where_copies_tie(shards, top_k):
 DEPARTS = {
     "one expert": (moe(top_k=1), "router=top_k: the gates are raw scores"),
     "no shares": (top_k(renormalise="never"), "router=top_k: the gates are raw scores"),
-    "no gates": (top_k(scale=0.0), "scale=0"),
     "switch": (moe(router="switch", top_k=1), "router=switch: the gates are raw scores"),
     "base": (moe(router="base", top_k=1), "router=base: the gate is a sigmoid"),
     "remoe": (moe(router="remoe"), "router=remoe: the gates are those of a ReLU"),
     "expert choice": (moe(router="expert_choice", allow_noncausal=True), "router=expert_choice: the gates are raw"),
-    "soft moe": (moe(router="soft_moe", allow_noncausal=True), "router=soft_moe: experts see mixtures"),
+    "soft moe": (moe(router="soft_moe", top_k=1, allow_noncausal=True), "router=soft_moe: experts see mixtures"),
     "zero experts": (moe(zero_experts=2, constant_experts=1), "zero, copy and constant experts"),
     "drops": (moe(eval_capacity=0.5), r"eval_capacity=0.5: evaluation drops"),
     "groups": (moe(expert_width=HIDDEN // 4, experts=12, top_k=4) | top_k(groups=2), "groups=2 cuts"),
