@@ -1,0 +1,101 @@
+"""The sum of a few retrieved experts of one neuron each, forward and backward, without the rows of all tokens at once.
+
+A table [N, M, D] holds what there is of every expert side by side, so that one read fetches it whole: M = 2, the input row u and
+the output row v; 3, a gate row between them; 1, the output row alone (product-key memory). Token t with its R retrieved ids has
+
+    y_t = sum_r h_tr v_(id_tr),  h_tr = gates_tr * act(u_(id_tr) . x_t)
+
+(PEER, arXiv:2407.04153, eq. 3 and 4), or h = gates where M = 1. Between the passes live x, ids, gates and pre-activations. The
+table's gradient is one sparse matrix per m times one vector per token, and stays in these factors (`RowGradient`) until it is
+added up.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax import compat
+from moe_jax.ops.activations import is_gated
+from moe_jax.ops.retrieval import blocks
+from moe_jax.ops.row_gradient import RowGradient, RowSink, dense_rows
+
+
+class Passes(NamedTuple):
+    """The two passes: `forward` and `backward` with the signatures of `blocks`, without `reduce`."""
+
+    forward: Callable
+    backward: Callable
+
+
+BACKENDS = {"blocks": Passes(blocks.forward, blocks.backward)}
+
+
+def rows_of_expert(activation: str | None) -> int:
+    """M, how many rows of D values an expert has; `activation` None: the output row alone."""
+    return 1 if activation is None else 2 + is_gated(activation)
+
+
+def retrieve(
+    x: jax.Array,
+    ids: jax.Array,
+    gates: jax.Array,
+    table: jax.Array,
+    sink: RowSink | None = None,
+    *,
+    activation: str | None = "gelu",
+    passes: Passes = BACKENDS["blocks"],
+) -> jax.Array:
+    """The gated sum of each token's experts.
+
+    Args:
+      x: [T, D].
+      ids: int32 [T, R], below N. Those of several heads stand side by side and may repeat.
+      gates: [T, R]; 0 takes an expert out.
+      table: [N, M, D].
+      sink: zeros, see `row_sink`. If given, the table gets no gradient, and the gradient of the sink is the table's in factors.
+      activation: see `moe_jax.ops.activations`; None: the table has values [N, 1, D], and x is not looked at.
+      passes: how they run.
+
+    Returns:
+      [T, D] in the dtype of x; sums are in float32 at least.
+
+    Raises:
+      ValueError: the table's shape does not fit.
+    """
+    rows = rows_of_expert(activation)
+    if table.shape[1:] != (rows, x.shape[-1]):
+        raise ValueError(f"table {table.shape}: activation={activation!r} needs [N, {rows}, {x.shape[-1]}]")
+    gates = gates.astype(jnp.promote_types(x.dtype, jnp.float32))
+    axes = compat.varying_axes(x, ids, gates, table)
+    args = jax.tree.map(lambda a: compat.vary(a, axes), (x, ids, gates, table, sink))
+    return _retrieve(*args, activation, passes)
+
+
+def row_sink(tokens: int, retrieved: int, rows: int, width: int, dtype=jnp.float32) -> RowSink:
+    """Zeros in the shape of the factors of a table's gradient: weights [T, R, M], vectors [T, M, D]."""
+    return RowSink(jnp.zeros((tokens, retrieved, rows), dtype), jnp.zeros((tokens, rows, width), dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _retrieve(x, ids, gates, table, sink, activation, passes):
+    return passes.forward(x, ids, gates, table, activation)[0].astype(x.dtype)
+
+
+def _vjp_forward(x, ids, gates, table, sink, activation, passes):
+    y, hidden = passes.forward(x, ids, gates, table, activation)
+    return y.astype(x.dtype), (x, ids, gates, table, hidden, sink)
+
+
+def _vjp_backward(activation, passes, residuals, d_y):
+    x, ids, gates, table, hidden, sink = residuals
+    d_x, d_gates, weights = passes.backward(d_y, x, ids, gates, hidden, table, activation)
+    vectors = jnp.stack([x] * (table.shape[1] - 1) + [d_y.astype(x.dtype)], axis=1).astype(weights.dtype)
+    if sink is None:
+        return d_x, None, d_gates, dense_rows(RowGradient(ids, weights, vectors), table.shape[0]).astype(table.dtype), None
+    return d_x, None, d_gates, None, RowSink(weights.astype(sink.weights.dtype), vectors.astype(sink.vectors.dtype))
+
+
+_retrieve.defvjp(_vjp_forward, _vjp_backward)

@@ -1,0 +1,119 @@
+"""Retrieved rows a few tokens at a time, in plain JAX: a block of rows is fetched once and used while it is in the cache."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax import compat
+from moe_jax.ops.activations import activate
+
+# Of retrieved rows that lie in memory at once.
+BLOCK_BYTES = {"cpu": 2**20}
+OTHER_BLOCK_BYTES = 2**27
+Reduce = Callable[[jax.Array], jax.Array]
+
+
+def forward(
+    x: jax.Array, ids: jax.Array, gates: jax.Array, table: jax.Array, activation: str | None, reduce: Reduce | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """(y [T, D], pre-activations [T, R, M-1]), both in the dtype of the gates; see `retrieve`.
+
+    reduce: of shards that have a part of D each: adds [T, R, M-1] up over them. The rows are then fetched twice.
+    """
+
+    def project(x, ids, rows=None):
+        rows = _fetch(table, ids, x, slice(-1)) if rows is None else rows[:, :, :-1]
+        return _dot(rows, x, gates.dtype)
+
+    def combine(x, ids, h, rows=None):
+        rows = _fetch(table, ids, x, slice(-1, None)) if rows is None else rows[:, :, -1:]
+        return _sum(h[..., None], rows, gates.dtype)
+
+    def both(x, ids, gates):
+        rows = _fetch(table, ids, x)
+        hidden = project(x, ids, rows)
+        return combine(x, ids, hidden_values(activation, hidden, gates), rows), hidden
+
+    if reduce is None:
+        return _over_tokens(both, table, x, ids, gates)
+    hidden = reduce(_over_tokens(project, table, x, ids))
+    return _over_tokens(combine, table, x, ids, hidden_values(activation, hidden, gates)), hidden
+
+
+def backward(
+    d_y: jax.Array, x: jax.Array, ids: jax.Array, gates: jax.Array, hidden: jax.Array, table: jax.Array,
+    activation: str | None, reduce: Reduce | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """(d_x [T, D], d_gates [T, R], the weights [T, R, M] of the table's gradient); see `retrieve`.
+
+    The vectors that belong to the weights are x, M-1 times, and d_y. reduce: as in `forward`, of [T, R, 1].
+    """
+
+    def project(d_y, ids, rows=None):
+        rows = _fetch(table, ids, d_y, slice(-1, None)) if rows is None else rows[:, :, -1:]
+        return _dot(rows, d_y, gates.dtype)
+
+    def combine(x, ids, d_hidden, rows=None):
+        rows = _fetch(table, ids, x, slice(-1)) if rows is None else rows[:, :, :-1]
+        return _sum(d_hidden, rows, gates.dtype).astype(x.dtype)
+
+    def inner(hidden, gates, d_h):
+        h, vjp = jax.vjp(lambda hidden, gates: hidden_values(activation, hidden, gates), hidden, gates)
+        d_hidden, d_gates = vjp(d_h[..., 0])
+        return d_hidden, d_gates, jnp.concatenate([d_hidden, h[..., None]], axis=-1)
+
+    def both(d_y, x, ids, gates, hidden):
+        rows = _fetch(table, ids, d_y)
+        d_hidden, d_gates, weights = inner(hidden, gates, project(d_y, ids, rows))
+        return combine(x, ids, d_hidden, rows), d_gates, weights
+
+    d_y = d_y.astype(x.dtype)
+    if reduce is None:
+        return _over_tokens(both, table, d_y, x, ids, gates, hidden)
+    d_hidden, d_gates, weights = inner(hidden, gates, reduce(_over_tokens(project, table, d_y, ids)))
+    return _over_tokens(combine, table, x, ids, d_hidden), d_gates, weights
+
+
+def hidden_values(activation: str | None, hidden: jax.Array, gates: jax.Array) -> jax.Array:
+    """h [T, R], what each retrieved output row is multiplied by, from the pre-activations [T, R, M-1]."""
+    if activation is None:
+        return gates
+    gate = hidden[..., 1] if hidden.shape[-1] > 1 else None
+    return gates * activate(activation, hidden[..., 0], gate)
+
+
+def _fetch(table, ids, like, which=slice(None)):
+    """[T, R, m, D] rows in the dtype of `like`, those of `which` alone."""
+    get = lambda *index: table.at[index].get(mode="promise_in_bounds").astype(like.dtype)
+    if which == slice(None):
+        return get(ids)
+    # One gather for each: a slice of the table would be a copy of it.
+    return jnp.stack([get(ids, m) for m in range(table.shape[1])[which]], axis=2)
+
+
+def _dot(rows, x, dtype):
+    """[T, R, m, D], [T, D] -> [T, R, m]."""
+    return jnp.einsum("trmd,td->trm", rows, x, preferred_element_type=dtype)
+
+
+def _sum(h, rows, dtype):
+    """[T, R, m], [T, R, m, D] -> [T, D]."""
+    return jnp.einsum("trm,trmd->td", h.astype(rows.dtype), rows, preferred_element_type=dtype)
+
+
+def _over_tokens(block, table, *arrays):
+    """`block` of all arrays [T, ...], so many tokens at a time that the rows of a block are about BLOCK_BYTES."""
+    (_, m, d), tokens, retrieved = table.shape, arrays[0].shape[0], arrays[-1].shape[1]
+    size = BLOCK_BYTES.get(compat.target_platform(), OTHER_BLOCK_BYTES)
+    size = max(1, size // (retrieved * m * d * arrays[0].dtype.itemsize))
+    if size >= tokens:
+        return block(*arrays)
+    blocks = -(-tokens // size)
+
+    def split(array):
+        fill = [(0, blocks * size - tokens)] + [(0, 0)] * (array.ndim - 1)
+        return jnp.pad(array, fill).reshape(blocks, size, *array.shape[1:])
+
+    outputs = jax.lax.map(lambda part: block(*part), tuple(split(array) for array in arrays))
+    return jax.tree.map(lambda a: a.reshape(blocks * size, *a.shape[2:])[:tokens], outputs)
