@@ -5,6 +5,7 @@ import importlib
 _HOMES = {
     "Aux": "moe_jax.types",
     "MoE": "moe_jax.layers.moe",
+    "PEER": "moe_jax.layers.peer",
     "RouterInputs": "moe_jax.types",
     "TokenChoice": "moe_jax.types",
     "grouped_matmul": "moe_jax.ops.grouped_matmul",

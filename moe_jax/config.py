@@ -14,10 +14,11 @@ from typing import Any
 
 from moe_jax.config_field import ConfigError, field, one_line
 from moe_jax.config_moe import MoEConfig
+from moe_jax.config_peer import PeerConfig
 
 __all__ = [
     "Config", "ConfigError", "DataConfig", "InitConfig", "MeshConfig", "MoEConfig", "ModelConfig", "OptimizerConfig",
-    "ParameterGroup", "SampleConfig", "SourceConfig", "TrainConfig", "differences", "field",
+    "ParameterGroup", "PeerConfig", "SampleConfig", "SourceConfig", "TrainConfig", "differences", "field",
     "from_dict", "item_type", "leaf_types", "leaves", "nearest", "one_line", "to_dict", "unknown_field",
 ]  # fmt: skip
 
@@ -76,7 +77,7 @@ class ModelConfig:
     name: str = field("decoder", "Model builder.", choices=("decoder",))
     layers: int = field(4, "Blocks L in the repeating groups; a multiple of the pattern's length.", low=1)
     pattern: str = field(
-        "dense,routed", "Feed-forward kinds of one repeating group, comma-separated: dense, routed."
+        "dense,routed", "Feed-forward kinds of one repeating group, comma-separated: dense, routed, peer, pkm."
     )
     inserts: str = field(
         "", "Extra named blocks, 'name=kind@i' before block i of the groups, comma-separated."
@@ -123,6 +124,7 @@ class ModelConfig:
     attention: str = field("auto", "Attention kernel.", choices=("auto", "xla", "cudnn", "splash"))
     loss_chunk: int = field(1024, "Tokens whose float32 logits are held at once by the cross-entropy.", low=1)
     moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
+    peer: PeerConfig = dataclasses.field(default_factory=PeerConfig)
 
 
 @dataclasses.dataclass
@@ -165,6 +167,11 @@ class OptimizerConfig:
     epsilon: float = field(1e-8, "Added to the root of the second moment.", low=0)
     weight_decay: float = field(
         0.1, "Decoupled weight decay of matrices; vectors and norms have none.", low=0
+    )
+    row_optimizer: str = field(
+        "adam",
+        "For tables with row-wise gradients: adam, or adagrad with one accumulator for a row.",
+        choices=("adam", "adagrad"),
     )
     clip_norm: float = field(1.0, "Limit of the gradient's global norm; 0: none.", low=0)
     ema_decay: float = field(

@@ -74,7 +74,9 @@ class Aux(NamedTuple):
     stats: sums over the valid tokens of this call, so that they may be added over microbatches: `counts` [E]
     of assignments, `dropped` assignments, `entropy_sum` in nats, `tokens`, `nonfinite` tokens; where experts are on
     several shards also `exchange_fallback`, `exchange_overflow` and `exchange_bytes`.
+    row_ids: int32 [T, R], N for "no row", for each pool [N, M, D] whose gradient is wanted by rows, by the parameter's name.
     """
 
     losses: dict[str, jax.Array]
     stats: dict[str, jax.Array]
+    row_ids: dict[str, jax.Array] = {}

@@ -23,7 +23,7 @@ from moe_jax.config import (
     unknown_field,
 )
 
-BLOCK_KINDS = ("dense", "routed")
+BLOCK_KINDS = ("dense", "routed", "peer", "pkm")
 _INSERT = re.compile(r"([A-Za-z_]\w*)=(\w+)@(\d+)", re.ASCII)
 # Keys that stand beside or in place of inserts in the trees of parameters, statistics and metrics.
 _TAKEN = re.compile(r"groups|counts|layer_\d+", re.ASCII)
@@ -183,9 +183,20 @@ def parse_inserts(model: ModelConfig) -> tuple[tuple[str, str, int], ...]:
     return tuple(inserts)
 
 
+def block_kinds(model: ModelConfig) -> list[str]:
+    """The feed-forward kinds of all blocks: of the repeating groups in order, then of the inserts."""
+    kinds = parse_pattern(model)
+    return list(kinds) * (model.layers // len(kinds)) + [kind for _, kind, _ in parse_inserts(model)]
+
+
 def has_routed_blocks(model: ModelConfig) -> bool:
-    """Whether any block of the model has experts."""
+    """Whether any block of the model is a mixture of experts."""
     return "routed" in parse_pattern(model) or any(kind == "routed" for _, kind, _ in parse_inserts(model))
+
+
+def has_retrieval_blocks(model: ModelConfig) -> bool:
+    """Whether any block retrieves one-neuron experts or values."""
+    return any(kind in ("peer", "pkm") for kind in block_kinds(model))
 
 
 def _must_divide(field: str, value: int, total_field: str, total: int) -> None:
@@ -290,6 +301,8 @@ def _check_feed_forward(config: Config) -> None:
     model, moe, mesh = config.model, config.model.moe, config.mesh
     _must_divide("mesh.fsdp", mesh.fsdp, "model.width", model.width)
     _must_divide("mesh.tensor", mesh.tensor, "model.ffn_width", model.ffn_width)
+    if has_retrieval_blocks(model):
+        _check_retrieval(config)
     if has_routed_blocks(model):
         _check_router(config)
         if moe.eval_capacity and moe.capacity_priority != "token":
@@ -307,6 +320,25 @@ def _check_feed_forward(config: Config) -> None:
         _must_divide("mesh.expert", mesh.expert, "model.moe.experts", moe.experts)
         if moe.expert_width:
             _must_divide("mesh.tensor", mesh.tensor, "model.moe.expert_width", moe.expert_width)
+
+
+def _check_retrieval(config: Config) -> None:
+    peer, mesh, path = config.model.peer, config.mesh, "model.peer."
+    side = math.isqrt(peer.experts)
+    if side * side != peer.experts:
+        near = f"use {side**2} or {(side + 1) ** 2}"
+        raise ConfigError(path + "experts", peer.experts, "not a square, which two sets of keys need", near)
+    if peer.top_k > side:
+        limit = f"more than the {side} keys of a half, the root of {path}experts={peer.experts}"
+        raise ConfigError(path + "top_k", peer.top_k, limit, f"use {side} or less, or more experts")
+    if peer.key_width % 2:
+        limit = "odd, but each half of a query meets keys of its own"
+        raise ConfigError(path + "key_width", peer.key_width, limit, f"use {peer.key_width + 1}")
+    field = "model.width" if peer.split == "width" else path + "experts"
+    total = config.model.width if peer.split == "width" else peer.experts
+    _must_divide("mesh.expert", mesh.expert, field, total)
+    if peer.shared_width:
+        _must_divide("mesh.tensor", mesh.tensor, path + "shared_width", peer.shared_width)
 
 
 def _check_router(config: Config) -> None:
@@ -461,6 +493,9 @@ def _check_upcycle(config: Config) -> None:
     if not has_routed_blocks(config.model):
         limit = f"there are no experts in model.pattern={config.model.pattern}"
         raise ConfigError("init.upcycle_from", init.upcycle_from, limit, "add routed blocks, or use init.checkpoint")
+    if has_retrieval_blocks(config.model):
+        limit = "retrieved experts have no counterpart in a dense layer"
+        raise ConfigError("init.upcycle_from", init.upcycle_from, limit, "use dense and routed blocks alone")
     shards = expert_shards(config.model)
     for name in ("experts", "top_k"):
         value = getattr(moe, name)

@@ -1,4 +1,4 @@
-"""One Transformer block: attention, then a dense or a routed feed-forward layer, each after a norm and with a residual."""
+"""One Transformer block: attention, then a feed-forward layer of some kind, each after a norm and with a residual."""
 
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from moe_jax.layers.attention import Attention, KVCache
 from moe_jax.layers.ffn import FeedForward
 from moe_jax.layers.moe import MoE
 from moe_jax.layers.norms import make_norm
+from moe_jax.layers.peer import PEER
 from moe_jax.layers.rotary import Rotary
 from moe_jax.routing import ROUTERS, Sizes
 from moe_jax.types import Aux, RouterInputs
@@ -54,7 +55,8 @@ def router_sizes(config: MoEConfig, vocab_size: int = 0) -> Sizes:
 
 
 class Block(nn.Module):
-    """A pre-norm block; `kind` is "dense" or "routed". Parameters: norm_attention, attention, norm_ffn, ffn or moe.
+    """A pre-norm block; `kind` is "dense", "routed", "peer" or "pkm". Parameters: norm_attention, attention, norm_ffn, and ffn,
+    moe or peer.
 
     `vocab_size` is there for routers with a table of token ids.
     """
@@ -67,7 +69,7 @@ class Block(nn.Module):
     def __call__(
         self, x: jax.Array, inputs: BlockInputs, layer: jax.Array | int = 0, cache: KVCache | None = None
     ) -> tuple[jax.Array, Aux | None, KVCache | None]:
-        """x [B, S, D] -> (x [B, S, D], Aux of a routed block or None, the cache with these tokens or None)."""
+        """x [B, S, D] -> (x [B, S, D], Aux or None of a dense block, the cache with these tokens or None)."""
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         rotary = None
         if c.positions == "rope":
@@ -86,9 +88,19 @@ class Block(nn.Module):
         aux = None
         if self.kind == "dense":
             h = FeedForward(c.ffn_width, c.activation, c.ffn_bias, dtype, name="ffn")(h)
-        else:
+        elif self.kind == "routed":
             h, aux = self._moe()(h, router_inputs(inputs, layer))
+        else:
+            h, aux = self._peer()(h, router_inputs(inputs, layer))
         return x + h, aux, cache
+
+    def _peer(self) -> PEER:
+        p = self.config.peer
+        return PEER(
+            p.experts, p.heads, p.top_k, p.key_width, p.share_keys, p.query_norm,
+            activation=p.activation if self.kind == "peer" else None, replaces=self.config.activation,
+            shared_width=p.shared_width, split=p.split, name="peer",
+        )  # fmt: skip
 
     def _moe(self) -> MoE:
         c, m = self.config, self.config.moe

@@ -10,7 +10,9 @@ from moe_jax.config import ModelConfig
 from moe_jax.layers.block import BlockInputs
 from moe_jax.layers.embeddings import LearnedPositions, TokenEmbedding, row_ids
 from moe_jax.layers.norms import make_norm
-from moe_jax.models.stack import Stack, mean_losses, stats_tree
+from moe_jax.models.stack import Stack, mean_losses, row_ids_tree, stats_tree
+from moe_jax.ops.retrieval import row_sink, rows_of_expert
+from moe_jax.validation import parse_inserts, parse_pattern
 
 
 class Output(NamedTuple):
@@ -18,8 +20,8 @@ class Output(NamedTuple):
 
     x: [B, S, D], normalised; logits are x table^T. table: [V, D], the output projection. losses: the routers' unweighted
     losses, each a mean over routed layers. stats: routing statistics of every routed layer (see `stack.by_layer`). cache: for
-    the next call, or None. row_ids: for every table in the collection `row_sinks`, at the same place, int32 [R]: the table
-    row that each row of the sink's gradient belongs to.
+    the next call, or None. row_ids: for every table in the collection `row_sinks`, at the same place, int32 [T], of a pool
+    [T, R] (stacked over groups): the table's rows that the sink's gradient belongs to.
     """
 
     x: jax.Array
@@ -66,6 +68,8 @@ class Decoder(nn.Module):
         x = make_norm(c.norm, c.norm_epsilon, dtype, name="norm_final")(x)
         table = embed.embedding if c.tied_embeddings else self._output_table()
         ids = {"embed": {"embedding": row_ids(token_ids)}} if c.row_gradients else {}
+        if pools := row_ids_tree(aux):
+            ids["stack"] = pools
         return Output(x, table, mean_losses(aux), stats_tree(aux), cache, ids)
 
     def _output_table(self):
@@ -76,13 +80,28 @@ class Decoder(nn.Module):
 
 
 def row_sinks(config: ModelConfig, tokens: int) -> dict[str, Any]:
-    """Zeros for the collection `row_sinks` of a call over T = `tokens` tokens: one leaf [R, D] per row-wise table.
+    """Zeros for the collection `row_sinks` of a call over T = `tokens` tokens: for every row-wise table a leaf.
 
     Where a leaf is given, the table at its place in `params` gets no gradient; the sink's gradient, with
-    `Output.row_ids`, is the table's gradient by rows.
+    `Output.row_ids`, is the table's gradient by rows: [T, D] of the token embedding, a `RowSink` of a pool.
     """
-    return (
-        {"embed": {"embedding": jnp.zeros((tokens, config.width), jnp.float32)}}
-        if config.row_gradients
-        else {}
-    )
+    sinks: dict[str, Any] = {}
+    if config.row_gradients:
+        sinks["embed"] = {"embedding": jnp.zeros((tokens, config.width), jnp.float32)}
+    if not config.peer.row_gradients:
+        return sinks
+
+    def pool(kind, groups=None):
+        rows = rows_of_expert(config.peer.activation if kind == "peer" else None)
+        sink = row_sink(tokens, config.peer.heads * config.peer.top_k, rows, config.width)
+        if groups is not None:
+            sink = jax.tree.map(lambda a: jnp.zeros((groups, *a.shape), a.dtype), sink)
+        return {"peer": {"experts": sink}}
+
+    kinds, retrieving = parse_pattern(config), ("peer", "pkm")
+    groups = config.layers // len(kinds)
+    blocks = {f"block_{i}": pool(kind, groups) for i, kind in enumerate(kinds) if kind in retrieving}
+    stack = {name: pool(kind) for name, kind, _ in parse_inserts(config) if kind in retrieving}
+    if blocks:
+        stack["groups"] = blocks
+    return sinks | ({"stack": stack} if stack else {})

@@ -7,7 +7,8 @@ import jax
 
 from moe_jax.config import ModelConfig
 from moe_jax.ops.activations import is_gated
-from moe_jax.validation import parse_inserts, parse_pattern
+from moe_jax.ops.retrieval import rows_of_expert
+from moe_jax.validation import block_kinds
 
 
 def forward_flops_per_token(config: ModelConfig, vocab_size: int, sequence_length: int) -> float:
@@ -23,7 +24,10 @@ def forward_flops_per_token(config: ModelConfig, vocab_size: int, sequence_lengt
         "dense": 2 * matrices * d * c.ffn_width,
         "routed": 2 * matrices * d * (c.moe.expert_width or c.ffn_width) * experts,
     }
-    blocks = sum(attention + ffn[kind] for kind in _blocks(c))
+    for kind in ("peer", "pkm"):
+        rows = rows_of_expert(c.peer.activation if kind == "peer" else None)
+        ffn[kind] = 2 * d * (rows * c.peer.heads * c.peer.top_k + matrices * c.peer.shared_width)
+    blocks = sum(attention + ffn[kind] for kind in block_kinds(c))
     return blocks + router_flops_per_token(c) + 2.0 * d * vocab_size
 
 
@@ -35,17 +39,15 @@ def experts_per_token(config: ModelConfig, sequence_length: int) -> float:
 
 def router_flops_per_token(config: ModelConfig) -> float:
     """The routers' share of the forward pass: a product with the columns of experts in every routed layer; with slots also the
-    two that mix tokens into them and back."""
+    two that mix tokens into them and back; in every layer that retrieves the queries and their scores."""
     moe = config.moe
     columns = {"hash": 0, "soft_moe": 3 * moe.experts * moe.routers.soft_moe.slots}
     columns = columns.get(moe.router, moe.experts + moe.virtual_experts)
-    return 2.0 * config.width * columns * _blocks(config).count("routed")
-
-
-def _blocks(config: ModelConfig) -> list[str]:
-    """The feed-forward kinds of all blocks."""
-    kinds = parse_pattern(config)
-    return list(kinds) * (config.layers // len(kinds)) + [kind for _, kind, _ in parse_inserts(config)]
+    kinds, peer = block_kinds(config), config.peer
+    retrieving = kinds.count("peer") + kinds.count("pkm")
+    # The query network, and its halves against sqrt(N) keys each.
+    retrieval = 2.0 * peer.heads * peer.key_width * (config.width + math.isqrt(peer.experts))
+    return 2.0 * config.width * columns * kinds.count("routed") + retrieval * retrieving
 
 
 def training_flops_per_token(config: ModelConfig, vocab_size: int, sequence_length: int) -> float:
@@ -54,7 +56,7 @@ def training_flops_per_token(config: ModelConfig, vocab_size: int, sequence_leng
 
 
 def active_parameters(config: ModelConfig, params: Any) -> int:
-    """Parameters that a token meets: all but (E - K) / E of each routed layer's experts.
+    """Parameters that a token meets: all but (E - K) / E of each routed layer's experts, and (N - H K) / N of a pool's.
 
     Args:
       config: the model's.
@@ -63,6 +65,11 @@ def active_parameters(config: ModelConfig, params: Any) -> int:
     moe, active = config.moe, 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         size = math.prod(leaf.shape)
-        experts = "experts" in jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-        active += size * moe.top_k // moe.experts if experts else size
+        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        if "experts" not in names:
+            active += size
+        elif "peer" in names:
+            active += size * min(config.peer.heads * config.peer.top_k, config.peer.experts) // config.peer.experts
+        else:
+            active += size * moe.top_k // moe.experts
     return active

@@ -17,7 +17,7 @@ from moe_jax.layers.block import Block, BlockInputs
 from moe_jax.types import Aux
 from moe_jax.validation import parse_inserts, parse_pattern
 
-COLLECTIONS = ("params", "router_state")
+COLLECTIONS = ("params", "router_state", "row_sinks")
 
 
 class StackOutput(NamedTuple):
@@ -168,15 +168,22 @@ def init_stack_cache(config: ModelConfig, batch: int, length: int) -> dict[str, 
 
 
 def mean_losses(aux: dict[str, Any]) -> dict[str, jax.Array]:
-    """Each router loss as its mean over the routed layers: {name: float32 scalar}."""
-    layers = [a for a in jax.tree.leaves(aux, is_leaf=lambda a: isinstance(a, Aux))]
-    names = layers[0].losses if layers else {}
-    return {name: jnp.mean(jnp.concatenate([a.losses[name].reshape(-1) for a in layers])) for name in names}
+    """Each router loss as its mean over the layers that have it: {name: float32 scalar}."""
+    layers = [a.losses for a in jax.tree.leaves(aux, is_leaf=lambda a: isinstance(a, Aux))]
+    names = sorted({name for losses in layers for name in losses})
+    values = {name: [losses[name].reshape(-1) for losses in layers if name in losses] for name in names}
+    return {name: jnp.mean(jnp.concatenate(value)) for name, value in values.items()}
 
 
 def stats_tree(aux: dict[str, Any]) -> dict[str, Any]:
     """The statistics of every routed layer, at the places of `aux`."""
     return jax.tree.map(lambda a: a.stats, aux, is_leaf=lambda a: isinstance(a, Aux))
+
+
+def row_ids_tree(aux: dict[str, Any]) -> dict[str, Any]:
+    """The row ids of every pool with a sink, at the places of the pools in `params`: {"groups": {"block_i": {"peer": ...}}, ...}."""
+    ids = {name: row_ids_tree(a) if isinstance(a, dict) else {"peer": a.row_ids} for name, a in aux.items()}
+    return {name: tree for name, tree in ids.items() if tree and tree != {"peer": {}}}
 
 
 def by_layer(tree: dict[str, Any], config: ModelConfig) -> dict[str, Any]:

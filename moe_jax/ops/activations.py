@@ -31,6 +31,8 @@ _POINTWISE: dict[str, Callable[[jax.Array], jax.Array]] = {
 _GATED: dict[str, Callable[[jax.Array], jax.Array]] = {"swiglu": jax.nn.silu}
 
 ACTIVATIONS: tuple[str, ...] = (*_POINTWISE, *_GATED)
+# E[activate(kind, h, g)^2] of independent standard normal h and g.
+SECOND_MOMENT = {"gelu_tanh": 0.42519, "gelu": 0.42522, "relu": 0.5, "swiglu": 0.35578}
 
 
 def is_gated(kind: str) -> bool:

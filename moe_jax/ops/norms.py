@@ -1,4 +1,4 @@
-"""Normalisation over the last axis, with statistics in at least float32."""
+"""Normalisation over the last axis, or over tokens, with statistics in at least float32."""
 
 import jax
 import jax.numpy as jnp
@@ -36,3 +36,34 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) 
     x = x - jnp.mean(x, axis=-1, keepdims=True)
     x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
     return x * scale.astype(x.dtype) + bias.astype(x.dtype)
+
+
+def moments(x: jax.Array, counted: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and variance [D] over those of the tokens x [T, D] that are counted, bool [T]; 0 and 1 if none is.
+
+    Under a mesh of Auto axes over the tokens of all devices. The variance is divided by the number of tokens.
+    """
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    weights = counted.astype(x.dtype)[:, None]
+    count = jnp.sum(weights)
+    mean = jnp.sum(weights * x, axis=0) / jnp.maximum(count, 1)
+    variance = jnp.sum(weights * jnp.square(x - mean), axis=0) / jnp.maximum(count, 1)
+    return mean, jnp.where(count > 0, variance, 1)
+
+
+def batch_norm(
+    x: jax.Array, mean: jax.Array, variance: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
+) -> jax.Array:
+    """`scale * (x - mean) / sqrt(variance + epsilon) + bias` for every feature (arXiv:1502.03167).
+
+    Args:
+      x: [..., D] of any float dtype.
+      mean, variance, scale, bias: [D]; the first two of a batch, or running ones.
+      epsilon: added to the variance.
+
+    Returns:
+      [..., D] of `promote_types(x.dtype, float32)`.
+    """
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean, factor = mean.astype(x.dtype), jax.lax.rsqrt(variance.astype(x.dtype) + epsilon)
+    return (x - mean) * (factor * scale.astype(x.dtype)) + bias.astype(x.dtype)

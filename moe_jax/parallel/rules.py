@@ -19,6 +19,7 @@ RULES = {
     "kv_heads": "tensor",
     "vocab": "tensor",
     "experts": "expert",
+    "retrieved_width": "expert",
 }
 
 

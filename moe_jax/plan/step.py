@@ -20,7 +20,7 @@ from moe_jax.plan.topology import Topology
 from moe_jax.plan.traffic import hbm_bytes, largest_buffers
 from moe_jax.train.state import abstract_state
 from moe_jax.train.step import abstract_batch, compile_train_step
-from moe_jax.validation import has_routed_blocks, parse_inserts, parse_pattern, validate
+from moe_jax.validation import block_kinds, has_routed_blocks, validate
 
 FIXES = "raise train.microbatches, set model.remat=true, or split over more chips with mesh.fsdp"
 
@@ -188,11 +188,9 @@ def recomputed_flops_per_token(config: Config, vocab: int) -> float:
         return 0.0
     experts = experts_per_token(c, config.data.sequence_length)
     last = {"dense": c.ffn_width, "routed": experts * (c.moe.expert_width or c.ffn_width)}
-    kinds = parse_pattern(c) * (c.layers // len(parse_pattern(c))) + tuple(
-        kind for _, kind, _ in parse_inserts(c)
-    )
     blocks = forward_flops_per_token(c, vocab, config.data.sequence_length) - 2 * c.width * vocab
-    return blocks - sum(2 * c.width * last[kind] for kind in kinds)
+    # A layer that retrieves runs its whole forward pass again.
+    return blocks - sum(2 * c.width * last.get(kind, 0) for kind in block_kinds(c))
 
 
 def _too_large(topology: Topology, needed: int, what: str) -> ConfigError:

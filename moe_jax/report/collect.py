@@ -116,7 +116,8 @@ def make_recording_step(model: nn.Module):
         nats = per_token_cross_entropy(
             out.x, out.table, batch["targets"], chunk=config.loss_chunk, dtype=jnp.dtype(config.dtype)
         )
-        result = {"nats": nats, "layers": by_layer(out.stats, config)}
+        layers = {name: sums for name, sums in by_layer(out.stats, config).items() if "matrix" in sums}
+        result = {"nats": nats, "layers": layers}
         return jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a, compat.PartitionSpec()), result)
 
     return step

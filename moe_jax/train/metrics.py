@@ -13,6 +13,7 @@ from absl import logging
 from etils import epath
 
 from moe_jax.config import ConfigError
+from moe_jax.routing.product_keys import usage
 
 FILE_NAME = "metrics.jsonl"
 # An object store cannot append: there the whole file is written again, at most this often.
@@ -187,9 +188,10 @@ def routing_metrics(stats: dict[str, dict[str, Any]]) -> dict[str, Any]:
       For each layer, under router/<layer>/: `load_max_over_mean` (1: balanced, E: one expert has all),
       `entropy` (nats per token), `dropped` (share of the assignments), `dead_experts` (experts without a
       token), `load` (list of E shares), `virtual_share` (of all assignments, those of zero, copy and constant experts, where there
-      are any) and the other sums. Under router/: shares, entropy and load_max_over_mean as means over
-      layers, dead_experts and the other sums as totals. A layer without assignments counts as balanced, with
-      all experts dead. Empty without layers.
+      are any) and the other sums. A layer that retrieves one-neuron experts has no counts: of it come `entropy` of a head's
+      gates and, in evaluation, `usage` and `unevenness` (`routing.product_keys.usage`). Under router/: shares, entropy,
+      load_max_over_mean, usage and unevenness as means over the layers that have them, dead_experts and the other sums as
+      totals. A layer without assignments counts as balanced, with all experts dead. Empty without layers.
     """
     if not stats:
         return {}
@@ -198,7 +200,7 @@ def routing_metrics(stats: dict[str, dict[str, Any]]) -> dict[str, Any]:
         for name, value in _layer_metrics(sums).items():
             row[f"router/{layer}/{name}"] = value
             columns.setdefault(name, []).append(value)
-    means = ("load_max_over_mean", "entropy", "dropped", "virtual_share")
+    means = ("load_max_over_mean", "entropy", "dropped", "virtual_share", "usage", "unevenness")
     totals = {
         f"router/{name}": sum(values) / len(values) if name in means else sum(values)
         for name, values in columns.items()
@@ -208,6 +210,8 @@ def routing_metrics(stats: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _layer_metrics(sums: dict[str, Any]) -> dict[str, Any]:
+    if "counts" not in sums:
+        return _retrieval_metrics(sums)
     counts = np.asarray(sums["counts"], np.float64)
     total = float(counts.sum())
     tokens = max(float(sums["tokens"]), 1.0)
@@ -222,6 +226,14 @@ def _layer_metrics(sums: dict[str, Any]) -> dict[str, Any]:
         "load": (counts / max(total, 1.0)).tolist(),
         **{name: float(value) for name, value in sums.items() if name not in known and np.ndim(value) == 0},
     }
+
+
+def _retrieval_metrics(sums: dict[str, Any]) -> dict[str, float]:
+    row = {
+        "entropy": float(sums["entropy_sum"]) / max(float(sums["tokens"]), 1.0),
+        "nonfinite": float(sums["nonfinite"]),
+    }
+    return row | (usage(np.asarray(sums["mass"])) if "mass" in sums else {})
 
 
 # Dense bfloat16 peaks of one JAX device, from the vendors' data sheets; the first name that occurs in

@@ -1,10 +1,10 @@
-"""AdamW with a schedule, parameter groups by path, and row-wise updates of tables.
+"""AdamW with a schedule and parameter groups by path.
 
 The schedule follows the run's step, not a counter of applied updates: a skipped step still moves it on.
 """
 
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ def leaf_paths(tree: Any) -> Any:
     )
 
 
-def _group(config: OptimizerConfig, path: str):
+def parameter_group(config: OptimizerConfig, path: str):
     return next((group for group in config.groups if re.search(group.path, path)), None)
 
 
@@ -45,11 +45,11 @@ def group_factors(config: OptimizerConfig, params: Any) -> tuple[Any, Any]:
     """
 
     def scale(path):
-        group = _group(config, path)
+        group = parameter_group(config, path)
         return 1.0 if group is None else group.learning_rate_scale
 
     def decay(path):
-        group, name = _group(config, path), path.rsplit("/", 1)[-1]
+        group, name = parameter_group(config, path), path.rsplit("/", 1)[-1]
         if group is not None and group.weight_decay >= 0:
             return group.weight_decay
         return 0.0 if name in ("scale", "bias") or name.startswith("b_") else config.weight_decay
@@ -65,7 +65,7 @@ def check_groups(config: OptimizerConfig, params: Any) -> None:
       ConfigError: naming the group.
     """
     paths = jax.tree.leaves(leaf_paths(params))
-    used = [_group(config, path) for path in paths]
+    used = [parameter_group(config, path) for path in paths]
     for i, group in enumerate(config.groups):
         if not any(group is one for one in used):
             limit, fix = (
@@ -88,66 +88,3 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
         optax.scale_by_adam(config.b1, config.b2, config.epsilon),
         optax.stateless(decay_and_scale),
     )
-
-
-class Rows(NamedTuple):
-    """A gradient of a table [N, D] by rows: ids int32 [R], N or more for "no row"; rows [R, D]. After `merge_rows` ids are unique."""
-
-    ids: jax.Array
-    rows: jax.Array
-
-
-class RowAdamState(NamedTuple):
-    """Adam's moments [N, D] of a table and how often each row was updated, int32 [N]."""
-
-    mu: jax.Array
-    nu: jax.Array
-    count: jax.Array
-
-
-def merge_rows(gradient: Rows, table_rows: int) -> Rows:
-    """Adds up the rows of equal ids: ids become unique and ascending, the freed places lie past N."""
-    order = jnp.argsort(gradient.ids)
-    ids, rows = gradient.ids[order], gradient.rows[order]
-    first = jnp.concatenate([jnp.ones((1,), bool), ids[1:] != ids[:-1]])
-    segment = jnp.cumsum(first) - 1
-    summed = jax.ops.segment_sum(rows, segment, num_segments=ids.shape[0], indices_are_sorted=True)
-    # Unused places get ids past the table, all different, or a scatter's promise of unique indices would be false.
-    unique = (
-        (table_rows + jnp.arange(ids.shape[0], dtype=ids.dtype)).at[segment].min(ids, indices_are_sorted=True)
-    )
-    return Rows(unique, jnp.where((unique < table_rows)[:, None], summed, 0))
-
-
-def init_row_adam(table: jax.Array) -> RowAdamState:
-    """Zero moments for a table [N, D]."""
-    return RowAdamState(jnp.zeros_like(table), jnp.zeros_like(table), jnp.zeros(table.shape[:1], jnp.int32))
-
-
-def update_rows(
-    config: OptimizerConfig, path: str, table: jax.Array, state: RowAdamState, gradient: Rows, rate: jax.Array
-) -> tuple[jax.Array, RowAdamState]:
-    """Adam on the rows that `gradient` (merged) names; all other rows and their moments stay untouched.
-
-    Bias correction counts each row's own updates, so the first update of a row equals Adam's first update. Weight decay of the
-    parameter group applies to the touched rows.
-    """
-    ids, g = gradient
-    count = state.count.at[ids].add(1, mode="drop", unique_indices=True)
-
-    def at(array):
-        return array.at[ids].get(mode="fill", fill_value=0, unique_indices=True)
-
-    def put(array, value):
-        return array.at[ids].set(value.astype(array.dtype), mode="drop", unique_indices=True)
-
-    mu = config.b1 * at(state.mu) + (1 - config.b1) * g
-    nu = config.b2 * at(state.nu) + (1 - config.b2) * g * g
-    n = jnp.maximum(at(count), 1)[:, None]
-    direction = (mu / (1 - config.b1**n)) / (jnp.sqrt(nu / (1 - config.b2**n)) + config.epsilon)
-    group = _group(config, path)
-    # A table's rows are looked up, not multiplied: they have no weight decay unless their group asks for it.
-    decay = max(group.weight_decay, 0.0) if group else 0.0
-    scale = group.learning_rate_scale if group else 1.0
-    new = at(table) - rate * scale * (direction + decay * at(table))
-    return put(table, new), RowAdamState(put(state.mu, mu), put(state.nu, nu), count)

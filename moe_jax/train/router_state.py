@@ -9,20 +9,25 @@ import numpy as np
 
 from moe_jax.config import MoEConfig
 from moe_jax.layers.block import router_sizes
-from moe_jax.routing import ROUTERS
+from moe_jax.routing import ROUTERS, product_keys
 
 
 def update_router_state(router_state: Any, stats: Any, config: MoEConfig) -> Any:
-    """The routers' state after a step, from the statistics summed over it; see `Router.update`."""
+    """The routers' state after a step, from the statistics summed over it; see `Router.update`, and of layers that retrieve
+    `product_keys.update`."""
     router, sizes = ROUTERS[config.router], router_sizes(config)
-    if router.update is None or not router_state:
+    if not router_state:
         return router_state
-    layers = _layers(stats)
-    total = jax.tree.map(lambda *parts: sum(parts), *map(_over_groups, layers))
+    layers = [layer for layer in _layers(stats) if "counts" in layer]
+    total = jax.tree.map(lambda *parts: sum(parts), *map(_over_groups, layers)) if layers else {}
 
     def walk(state, sums):
         if not _of_layer(sums):
             return {name: walk(state[name], sums[name]) if name in sums else state[name] for name in state}
+        if "peer" in state:
+            return {"peer": {"router": product_keys.update(state["peer"]["router"], sums)}}
+        if router.update is None:
+            return state
 
         def one(state, sums):
             return router.update(state, sums, total, sizes, config.options)
@@ -34,7 +39,7 @@ def update_router_state(router_state: Any, stats: Any, config: MoEConfig) -> Any
 
 
 def _of_layer(sums: dict[str, Any]) -> bool:
-    return "counts" in sums
+    return "tokens" in sums
 
 
 def _layers(stats: dict[str, Any]) -> list[dict[str, jax.Array]]:
@@ -60,6 +65,8 @@ def start_router_state(
     shares = token_shares()
 
     def walk(tree, stacked):
+        if "peer" in tree:
+            return tree
         if "moe" not in tree:
             return {name: walk(inner, stacked or name == "groups") for name, inner in tree.items()}
         old = tree["moe"]["router"]

@@ -14,7 +14,8 @@ import optax
 from moe_jax.config import Config
 from moe_jax.models.decoder import row_sinks
 from moe_jax.parallel.rules import replicated, shardings_of
-from moe_jax.train.optimizer import init_row_adam, make_optimizer
+from moe_jax.train.optimizer import make_optimizer
+from moe_jax.train.row_update import init_rows, state_like
 
 State = dict[str, Any]
 
@@ -57,7 +58,7 @@ def init_state(model: nn.Module, config: Config, key: jax.Array) -> State:
         "router_state": variables["router_state"],
         "opt_state": {
             "dense": make_optimizer(config.optimizer).init(dense),
-            "rows": {path: init_row_adam(table) for path, table in tables.items()},
+            "rows": {path: init_rows(config.optimizer, table) for path, table in tables.items()},
         },
         "step": jnp.zeros((), jnp.int32),
         "skipped": jnp.zeros((), jnp.int32),
@@ -86,8 +87,7 @@ def state_shardings(model: nn.Module, config: Config, mesh) -> State:
                 transform_non_params=lambda _: whole,
             ),
             "rows": {
-                path: type(shapes["opt_state"]["rows"][path])(mu=table, nu=table, count=whole)
-                for path, table in tables.items()
+                path: state_like(config.optimizer, table, whole) for path, table in tables.items()
             },
         },
         "step": whole,

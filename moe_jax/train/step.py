@@ -11,10 +11,12 @@ import optax
 from moe_jax.config import Config
 from moe_jax.models.decoder import row_sinks
 from moe_jax.models.losses import cross_entropy
+from moe_jax.ops.row_gradient import RowSink, squared_norm
 from moe_jax.parallel.rules import batch_sharding, replicated
 from moe_jax.routing import ROUTERS
-from moe_jax.train.optimizer import Rows, learning_rate, make_optimizer, merge_rows, update_rows
+from moe_jax.train.optimizer import learning_rate, make_optimizer
 from moe_jax.train.router_state import update_router_state
+from moe_jax.train.row_update import row_count, row_gradient, update_rows
 from moe_jax.train.state import State, join_tables, split_tables, state_shardings, table_paths
 
 Batch = dict[str, jax.Array]
@@ -66,7 +68,7 @@ def accumulate(model: nn.Module, config: Config, state: State, batch: Batch):
     """Gradients of the whole batch.
 
     Returns:
-      (gradients of the dense parameters, {path: merged Rows} of the tables, loss, nats, losses, stats): losses are means
+      (gradients of the dense parameters, {path: RowGradient} of the tables, loss, nats, losses, stats): losses are means
       and stats are sums over the microbatches.
     """
     parts = config.train.microbatches
@@ -105,11 +107,12 @@ def accumulate(model: nn.Module, config: Config, state: State, batch: Batch):
         sums, rows = jax.lax.scan(body, zeros, (micro, jnp.arange(parts)))
     d_dense, loss, nats, losses, stats = sums
     ids, d_sinks = (flax.traverse_util.flatten_dict(tree, sep="/") for tree in rows)
-    merged = {
-        path: merge_rows(Rows(ids[path].reshape(-1), d.reshape(-1, d.shape[-1])), tables[path].shape[0])
+    by_width = "expert" if config.model.peer.split == "width" else ""
+    d_rows = {
+        path: row_gradient(tables[path], ids[path], d, by_width if isinstance(d, RowSink) else "")
         for path, d in d_sinks.items()
     }
-    return d_dense, merged, loss, nats / tokens, jax.tree.map(lambda a: a / parts, losses), stats
+    return d_dense, d_rows, loss, nats / tokens, jax.tree.map(lambda a: a / parts, losses), stats
 
 
 def make_train_step(model: nn.Module, config: Config):
@@ -124,9 +127,9 @@ def make_train_step(model: nn.Module, config: Config):
 
     def train_step(state: State, batch: Batch):
         d_dense, d_rows, total, loss, losses, stats = accumulate(model, config, state, batch)
-        norm = jnp.sqrt(
-            optax.tree.norm(d_dense, squared=True) + sum(jnp.sum(r.rows**2) for r in d_rows.values())
-        )
+        tables = split_tables(state["params"], table_paths(config))[1]
+        squares = sum(squared_norm(rows, row_count(tables[path])) for path, rows in d_rows.items())
+        norm = jnp.sqrt(optax.tree.norm(d_dense, squared=True) + squares)
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
         factor = jnp.minimum(1.0, options.clip_norm / jnp.maximum(norm, 1e-30)) if options.clip_norm else 1.0
         rate = learning_rate(options, config.train, state["step"])
@@ -140,9 +143,8 @@ def make_train_step(model: nn.Module, config: Config):
                 dense = jax.tree.map(lambda p, u: p - rate * u, dense, updates)
                 opt_rows = {}
                 for path, rows in d_rows.items():
-                    rows = Rows(rows.ids, factor * rows.rows)
                     tables[path], opt_rows[path] = update_rows(
-                        options, path, tables[path], old["opt_state"]["rows"][path], rows, rate
+                        options, path, tables[path], old["opt_state"]["rows"][path], rows, rate, factor
                     )
                 new = {
                     "params": join_tables(dense, tables),

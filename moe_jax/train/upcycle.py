@@ -26,7 +26,7 @@ from moe_jax.config import Config, ConfigError, ModelConfig, MoEConfig, from_dic
 from moe_jax.models import MODELS
 from moe_jax.train.checkpoint import load_meta, load_params
 from moe_jax.train.state import abstract_placed_variables
-from moe_jax.validation import expert_shards, has_routed_blocks, parse_inserts, parse_pattern
+from moe_jax.validation import block_kinds, expert_shards, parse_inserts, parse_pattern
 
 Flat = dict[str, Any]  # 'a/b/c' -> leaf
 
@@ -75,8 +75,8 @@ def check_dense_run(config: Config) -> Config:
     """
     workdir, new = config.init.upcycle_from, config.model
     old = from_dict(load_meta(workdir)["config"])
-    if has_routed_blocks(old.model):
-        limit = f"its model.pattern={old.model.pattern} and inserts={old.model.inserts!r} have routed blocks"
+    if set(block_kinds(old.model)) != {"dense"}:
+        limit = f"its model.pattern={old.model.pattern} and inserts={old.model.inserts!r} have blocks with experts"
         raise ConfigError("init.upcycle_from", workdir, limit, "name a dense run, or use init.checkpoint")
     ours, theirs = _fitting(new), _fitting(old.model)
     changes = {name: value for name, value in ours.items() if theirs.get(name, value) != value}

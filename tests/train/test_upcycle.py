@@ -283,7 +283,7 @@ def test_learned_positions_defaults_and_routed_runs(tmp_path):
     with pytest.raises(ConfigError, match="model.width=12: .* has model.width=16, model.max_positions=2048; make"):
         check_dense_run(new)
     new.init.upcycle_from = save_dense(tmp_path / "routed", new)
-    with pytest.raises(ConfigError, match="init.upcycle_from=.*pattern=routed .* have routed blocks; name a dense run"):
+    with pytest.raises(ConfigError, match="init.upcycle_from=.*pattern=routed .* have blocks with experts; name a dense run"):
         check_dense_run(new)
     new.init.upcycle_from = str(tmp_path / "nothing")
     with pytest.raises(ConfigError, match="nothing: no checkpoint"):

@@ -52,8 +52,8 @@ def retrieve(
 
     Args:
       x: [T, D].
-      ids: int32 [T, R], below N. Those of several heads stand side by side and may repeat.
-      gates: [T, R]; 0 takes an expert out.
+      ids: int32 [T, R]. Those of several heads stand side by side and may repeat. N or more: no expert.
+      gates: [T, R].
       table: [N, M, D].
       sink: zeros, see `row_sink`. If given, the table gets no gradient, and the gradient of the sink is the table's in factors.
       activation: see `moe_jax.ops.activations`; None: the table has values [N, 1, D], and x is not looked at.
@@ -68,7 +68,7 @@ def retrieve(
     rows = rows_of_expert(activation)
     if table.shape[1:] != (rows, x.shape[-1]):
         raise ValueError(f"table {table.shape}: activation={activation!r} needs [N, {rows}, {x.shape[-1]}]")
-    gates = gates.astype(jnp.promote_types(x.dtype, jnp.float32))
+    gates = jnp.where(ids < table.shape[0], gates, 0).astype(jnp.promote_types(x.dtype, jnp.float32))
     axes = compat.varying_axes(x, ids, gates, table)
     args = jax.tree.map(lambda a: compat.vary(a, axes), (x, ids, gates, table, sink))
     return _retrieve(*args, activation, passes)

@@ -85,11 +85,12 @@ def hidden_values(activation: str | None, hidden: jax.Array, gates: jax.Array) -
 
 def _fetch(table, ids, like, which=slice(None)):
     """[T, R, m, D] rows in the dtype of `like`, those of `which` alone."""
-    get = lambda *index: table.at[index].get(mode="promise_in_bounds").astype(like.dtype)
+    get = lambda *index: table.at[index].get(mode="clip").astype(like.dtype)
     if which == slice(None):
         return get(ids)
     # One gather for each: a slice of the table would be a copy of it.
-    return jnp.stack([get(ids, m) for m in range(table.shape[1])[which]], axis=2)
+    rows = [get(ids, m) for m in range(table.shape[1])[which]]
+    return jnp.stack(rows, axis=2) if rows else jnp.zeros((*ids.shape, 0, table.shape[2]), like.dtype)
 
 
 def _dot(rows, x, dtype):

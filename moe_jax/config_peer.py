@@ -1,0 +1,31 @@
+"""The options of layers that retrieve experts of one neuron each."""
+
+import dataclasses
+
+from moe_jax.config_field import field
+
+
+@dataclasses.dataclass
+class PeerConfig:
+    """Every feed-forward layer of kind peer (one-neuron experts, arXiv:2407.04153) or pkm (values, arXiv:1907.05242)."""
+
+    experts: int = field(2**20, "Experts N in the pool, a square.", low=1, high=2**30)
+    heads: int = field(8, "Heads H, each with a query of its own.", low=1)
+    top_k: int = field(16, "Experts K that each head retrieves.", low=1)
+    key_width: int = field(256, "Width of a query and of a pair of keys; even.", low=2)
+    share_keys: bool = field(True, "All heads search the same keys; off: each head its own.")
+    query_norm: str = field(
+        "batchnorm",
+        "Of the queries: over the real tokens of a batch, over each query, or none.",
+        choices=("batchnorm", "layernorm", "none"),
+    )
+    activation: str = field(
+        "gelu", "Of the neurons of kind peer.", choices=("gelu", "gelu_tanh", "relu", "swiglu")
+    )
+    shared_width: int = field(0, "Hidden width of a dense network beside them that sees every token; 0: none.", low=0)
+    row_gradients: bool = field(
+        True, "Gradients and updates of the pool by rows: time and memory follow what is retrieved, not N."
+    )
+    split: str = field(
+        "width", "What mesh.expert splits: the pool's width D, even for any usage, or its experts.", choices=("width", "experts")
+    )

@@ -1,0 +1,105 @@
+"""A layer of a million one-neuron experts (PEER), or of as many values (product-key memory)."""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moe_jax import compat
+from moe_jax.dispatch.retrieval import sharded_passes
+from moe_jax.layers.ffn import FeedForward
+from moe_jax.ops.activations import SECOND_MOMENT
+from moe_jax.ops.retrieval import BACKENDS, retrieve, rows_of_expert
+from moe_jax.routing.product_keys import ProductKeys
+from moe_jax.types import Aux, RouterInputs
+
+# Logical axes of the pool [N, M, D] by the dimension that is split.
+POOL_AXES = {"width": (None, None, "retrieved_width"), "experts": ("experts", None, None)}
+
+
+class PEER(nn.Module):
+    """Parameter-efficient expert retrieval (arXiv:2407.04153): H heads pick K of N experts each; the sum of all H*K.
+
+    Parameters: `experts` [N, M, D], every expert's rows side by side: the input row, with a gated activation the gate row,
+    and the output row; those of `ProductKeys` under `router`, and of `FeedForward` under `shared`.
+
+    With zeros in the collection `row_sinks` at this module's place, named `experts` (`ops.retrieval.row_sink`), the pool gets no
+    gradient; the gradient of the zeros, with `Aux.row_ids`, is the pool's by rows.
+
+    Attributes:
+      experts: N, a square.
+      heads, top_k, key_width, share_keys, query_norm: see `ProductKeys`.
+      activation: of the neurons; None: the experts are output rows alone, multiplied by their gates (product-key memory).
+      replaces: activation of the feed-forward layer whose output variance this one starts with.
+      shared_width: hidden width of a dense network beside the experts that sees every token; 0: none.
+      split: what the mesh axis `expert` splits: "width" or "experts", see `moe_jax.dispatch.retrieval`.
+      dtype: compute dtype; None: that of x. The router computes in float32 at least.
+      param_dtype: of the pool.
+    """
+
+    experts: int = 1024**2
+    heads: int = 8
+    top_k: int = 16
+    key_width: int = 256
+    share_keys: bool = True
+    query_norm: str = "batchnorm"
+    activation: str | None = "gelu"
+    replaces: str = "gelu"
+    shared_width: int = 0
+    split: str = "width"
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, inputs: RouterInputs | None = None, *, train: bool = False
+    ) -> tuple[jax.Array, Aux]:
+        """x [..., S, D] -> (y [..., S, D], Aux). Padding gets nothing from the experts.
+
+        `inputs` has an entry for each of the T leading positions of x, flattened; its `train` wins over the argument. With
+        "batchnorm" a call in training uses its own batch's statistics, in evaluation the running ones of the collection
+        `router_state`, which `routing.product_keys.update` moves on.
+
+        Raises:
+          ValueError: see `ProductKeys`.
+        """
+        inputs = RouterInputs(train=train) if inputs is None else inputs
+        tokens, width = x.reshape(-1, x.shape[-1]), x.shape[-1]
+        router = ProductKeys(
+            self.experts, self.heads, self.top_k, self.key_width, self.share_keys, self.query_norm, name="router"
+        )
+        with jax.named_scope("route"):
+            choice, losses, stats = router(tokens, inputs)
+        rows = rows_of_expert(self.activation)
+        init = nn.with_logical_partitioning(self._init, POOL_AXES[self.split])
+        pool = self.param("experts", init, (self.experts, rows, width), self.param_dtype)
+        sink = self.get_variable("row_sinks", "experts") if self.has_variable("row_sinks", "experts") else None
+        tokens = tokens.astype(self.dtype or x.dtype)
+        if self.is_initializing():
+            y = jnp.zeros_like(tokens)
+        else:
+            with jax.named_scope("experts"):
+                y = retrieve(
+                    tokens, *choice, pool, sink, activation=self.activation, passes=self._passes()
+                )
+        if self.shared_width:
+            y = y + FeedForward(self.shared_width, self.replaces, False, tokens.dtype, name="shared")(tokens)
+        return y.reshape(x.shape), Aux(losses, stats, {} if sink is None else {"experts": choice.expert_ids})
+
+    def _init(self, key, shape, dtype):
+        """Pre-activations of variance 1 from inputs of mean square 1, and the output variance of what is replaced.
+
+        A head's gates are near 1/K at the start, so that var(y) = H/K E[act^2] var(v); of a feed-forward layer it is E[act^2].
+        """
+        own = 1.0 if self.activation is None else SECOND_MOMENT[self.activation]
+        out = math.sqrt(SECOND_MOMENT[self.replaces] / own * self.top_k / self.heads)
+        stds = jnp.array([1 / math.sqrt(shape[-1])] * (shape[1] - 1) + [out], dtype)
+        return jax.random.normal(key, shape, dtype) * stds[:, None]
+
+    def _passes(self):
+        mesh = compat.current_mesh()
+        if mesh is None or mesh.size == 1 or compat.inside_shard_map(mesh):
+            return BACKENDS["blocks"]
+        return sharded_passes(mesh, self.split)

@@ -1,0 +1,142 @@
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import PEER, RouterInputs
+from moe_jax.layers.ffn import FeedForward
+from moe_jax.ops.activations import ACTIVATIONS, SECOND_MOMENT, activate
+from moe_jax.ops.retrieval import row_sink
+from moe_jax.ops.row_gradient import RowGradient, dense_rows
+
+N, H, K, DK, D = 49, 3, 4, 6, 10
+
+
+def make(x, dtype=jnp.float32, **options):
+    layer = PEER(**{"experts": N, "heads": H, "top_k": K, "key_width": DK, "param_dtype": dtype} | options)
+    return layer, nn.unbox(jax.jit(layer.init)(jax.random.key(0), x))
+
+
+def brute_force(params, x, activation, share_keys, norm):
+    """Every expert of every token, with the gates of those that no head chose 0. x [T, D]."""
+    router = params["router"]
+    q = x @ router["kernel"]
+    if norm == "batchnorm":
+        q = (q - q.mean(0)) / jnp.sqrt(q.var(0) + 1e-5) * router["scale"] + router["bias"]
+    q = q.reshape(len(x), H, DK)
+    keys = jnp.broadcast_to(router["keys"], (H, *router["keys"].shape)) if share_keys else router["keys"]
+    n = keys.shape[2]
+    pairs = jnp.concatenate([jnp.repeat(keys[:, 0], n, axis=1), jnp.tile(keys[:, 1], (1, n, 1))], axis=-1)
+    scores = jnp.einsum("thd,hnd->thn", q, pairs)
+    kth = jnp.sort(scores, axis=-1)[..., -K, None]
+    gates = jax.nn.softmax(jnp.where(scores >= kth, scores, -jnp.inf), axis=-1).sum(1)
+    table = params["experts"]
+    if activation is not None:
+        gates = gates * activate(activation, *jnp.einsum("td,nmd->mtn", x, table[:, :-1]))
+    return gates @ table[:, -1]
+
+
+@pytest.mark.parametrize(
+    "activation, share_keys, norm",
+    [("gelu", True, "batchnorm"), ("swiglu", False, "batchnorm"), ("relu", False, "none"), (None, True, "none")],
+)
+def test_value_and_every_gradient_equal_brute_force(activation, share_keys, norm):
+    with jax.enable_x64():
+        x = jax.random.normal(jax.random.key(1), (2, 9, D), jnp.float64)
+        layer, variables = make(x, jnp.float64, activation=activation, share_keys=share_keys, query_norm=norm)
+        variables = jax.tree.map(lambda a: a.astype(jnp.float64), variables)
+        d_y = jax.random.normal(jax.random.key(2), (18, D), jnp.float64)
+
+        def run(f):
+            loss = lambda params, x: (jnp.sum(d_y * (y := f(params, x))), y)
+            (_, y), grads = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(variables["params"], x)
+            return y, grads
+
+        ours = run(lambda p, x: layer.apply({**variables, "params": p}, x, train=True)[0].reshape(18, D))
+        expected = run(lambda p, x: brute_force(p, x.reshape(18, D), activation, share_keys, norm))
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected)):
+            assert np.max(np.abs(a - b)) <= 1e-10 * max(np.max(np.abs(b)), 1e-3)
+
+
+def test_one_expert_a_head_is_a_multilayer_perceptron():
+    """Gates are 1, so that the heads' neurons form one network of H neurons."""
+    with jax.enable_x64():
+        x = jax.random.normal(jax.random.key(1), (7, D), jnp.float64)
+        layer, variables = make(x, jnp.float64, top_k=1)
+        sink = row_sink(7, H, 2, D, jnp.float64)
+        y, aux = layer.apply({**variables, "row_sinks": {"experts": sink}}, x)
+        u, v = jnp.moveaxis(variables["params"]["experts"][aux.row_ids["experts"]], 2, 0)
+        for t in range(7):
+            expected = jax.nn.gelu(x[t] @ u[t].T, approximate=False) @ v[t]
+            np.testing.assert_allclose(y[t], expected, rtol=1e-10)
+
+
+def test_the_sink_has_the_pools_gradient():
+    x = jax.random.normal(jax.random.key(1), (20, D))
+    layer, variables = make(x)
+
+    def loss(params, sinks):
+        y, aux = layer.apply({**variables, "params": params} | sinks, x, train=True)
+        return jnp.sum(jnp.sin(y)), aux.row_ids
+
+    dense, ids = jax.grad(loss, has_aux=True)(variables["params"], {})
+    assert ids == {}
+    sinks = {"row_sinks": {"experts": row_sink(20, H * K, 2, D)}}
+    (d_params, d_sinks), ids = jax.grad(loss, (0, 1), has_aux=True)(variables["params"], sinks)
+    rows = dense_rows(RowGradient(ids["experts"], *d_sinks["row_sinks"]["experts"]), N)
+    np.testing.assert_allclose(rows, dense["experts"], rtol=1e-5, atol=1e-6)
+    assert not d_params["experts"].any()
+    chex.assert_trees_all_close(d_params["router"], dense["router"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("activation, replaces", [("gelu", "gelu"), ("gelu", "swiglu"), ("swiglu", "relu"), (None, "gelu")])
+def test_starts_with_the_output_variance_of_what_it_replaces(activation, replaces):
+    x = jax.random.normal(jax.random.key(1), (512, 64))
+    x = x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True))
+    layer = PEER(64**2, heads=8, top_k=8, key_width=32, activation=activation, replaces=replaces)
+    variables = nn.unbox(jax.jit(layer.init)(jax.random.key(0), x))
+    y, _ = layer.apply(variables, x, train=True)
+    dense = FeedForward(256, replaces)
+    other = dense.apply(dense.init(jax.random.key(0), x), x)
+    np.testing.assert_allclose(jnp.var(y), jnp.var(other), rtol=0.25)
+
+
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_second_moments(kind):
+    nodes, weights = np.polynomial.hermite_e.hermegauss(60)
+    weights = weights / weights.sum()
+    g, h = jnp.meshgrid(jnp.asarray(nodes, jnp.float32), jnp.asarray(nodes, jnp.float32))
+    values = activate(kind, h, g) if kind == "swiglu" else activate(kind, h)
+    np.testing.assert_allclose(weights @ (np.asarray(values) ** 2) @ weights, SECOND_MOMENT[kind], rtol=1e-3)
+
+
+def test_padding_and_broken_tokens_leave_the_others_alone():
+    x = jax.random.normal(jax.random.key(1), (12, D))
+    layer, variables = make(x)
+    valid = jnp.arange(12) != 4
+    inputs = RouterInputs(valid=valid, train=True)
+    y, _ = layer.apply(variables, x, inputs)
+    assert not y[4].any()
+    other, _ = layer.apply(variables, x.at[4].set(jnp.nan), inputs)
+    np.testing.assert_array_equal(jnp.delete(y, 4, axis=0), jnp.delete(other, 4, axis=0))
+
+
+def test_the_shared_branch_is_added():
+    x = jax.random.normal(jax.random.key(1), (12, D))
+    layer, variables = make(x, shared_width=16)
+    alone, _ = PEER(N, H, K, DK).apply(
+        {**variables, "params": {k: v for k, v in variables["params"].items() if k != "shared"}}, x
+    )
+    shared = FeedForward(16, "gelu").apply({"params": variables["params"]["shared"]}, x)
+    np.testing.assert_allclose(layer.apply(variables, x)[0], alone + shared, rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_activations_keep_float32_scores():
+    x = jax.random.normal(jax.random.key(1), (12, D)).astype(jnp.bfloat16)
+    layer, variables = make(x)
+    y, aux = layer.apply(variables, x, train=True)
+    assert y.dtype == jnp.bfloat16 and {a.dtype for a in jax.tree.leaves(aux.stats)} == {jnp.dtype("float32")}
+    wide, _ = layer.apply(variables, x.astype(jnp.float32), train=True)
+    np.testing.assert_allclose(y.astype(jnp.float32), wide, atol=0.03 * float(jnp.abs(wide).max()))

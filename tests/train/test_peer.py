@@ -1,0 +1,114 @@
+import chex
+import flax.traverse_util
+import jax
+import numpy as np
+import pytest
+
+from moe_jax.models.stack import by_layer
+from moe_jax.train.metrics import routing_metrics
+from tests.train.small import BATCH, LENGTH, Runner, make_batch, make_config
+
+INSERT = {"model__pattern": "dense", "model__layers": 1, "model__inserts": "middle=peer@1"}
+SMALL = {"experts": 24**2, "heads": 2, "top_k": 4, "key_width": 8}
+POOL = "stack/middle/peer/experts"
+
+
+def make(overrides=INSERT, **peer):
+    options = {f"model__peer__{name}": value for name, value in (SMALL | peer).items()}
+    return make_config(**options | overrides)
+
+
+def leaf(tree, path):
+    return flax.traverse_util.flatten_dict(tree, sep="/")[path]
+
+
+@pytest.mark.parametrize("kind", ["peer", "pkm"])
+def test_it_learns(kind):
+    runner = Runner(make(INSERT | {"model__inserts": f"middle={kind}@1"}))
+    losses = runner.losses(20)
+    assert losses[-1] < losses[0] - 0.2
+    state = runner.state["router_state"]["stack"]["middle"]["peer"]["router"]
+    assert np.abs(state["mean"]).max() > 1e-3 and np.abs(np.asarray(state["variance"]) - 1).max() > 1e-3
+
+
+def test_scan_over_groups_of_pools_equals_unrolled_ones_bit_for_bit():
+    overrides = {"model__pattern": "dense,peer", "model__layers": 4, "train__microbatches": 2}
+    states = []
+    for change in ({}, {"model__scan": False}, {"model__remat": True}):
+        runner = Runner(make(overrides | change))
+        runner.losses(2)
+        states.append(jax.device_get(runner.state))
+    chex.assert_trees_all_equal(*states)
+
+
+@pytest.mark.parametrize(
+    "mesh, parts",
+    [({}, 1), ({"mesh__expert": 4, "mesh__fsdp": 2}, 2), ({"mesh__expert": 2, "mesh__data": 4, "model__peer__split": "experts"}, 1)],
+    ids=["1 device", "width over 4 of 8, 2 parts", "experts over 2 of 8"],
+)
+def test_rows_give_the_first_update_of_dense_gradients(mesh, parts):
+    """Clipping, accumulation and the merge over devices see the same gradient in both forms, and on one device."""
+    results = {}
+    # Without batch statistics, which are those of a microbatch.
+    options = {"train__microbatches": parts, "optimizer__weight_decay": 0.0, "model__peer__query_norm": "layernorm"}
+    for form, where in (("rows", mesh), ("dense", mesh), ("dense on one", {})):
+        runner = Runner(make(INSERT | options | where, row_gradients=form == "rows"), 8 if where else 1)
+        before = np.array(leaf(runner.state["params"], POOL))
+        metrics = runner.step(make_batch(0))
+        results[form] = metrics["gradient_norm"], jax.device_get(runner.state["params"])
+    for form in ("dense", "dense on one"):
+        np.testing.assert_allclose(results["rows"][0], results[form][0], rtol=1e-5)
+        chex.assert_trees_all_close(results["rows"][1], results[form][1], atol=3e-5)
+    after = leaf(results["rows"][1], POOL)
+    touched = (after != before).any(axis=(1, 2))
+    assert 0 < touched.sum() < len(touched)
+
+
+@pytest.mark.parametrize("split", ["width", "experts"])
+def test_eight_devices_are_one(split):
+    runs = []
+    for mesh, devices in (({}, 1), ({"mesh__expert": 4, "mesh__data": 2}, 8)):
+        runner = Runner(make(INSERT | mesh, split=split), devices)
+        runs.append((runner.losses(6), jax.device_get(runner.state["router_state"])))
+        if devices == 8:
+            shard = leaf(runner.state["params"], POOL).addressable_shards[0].data
+            assert shard.size * 4 == leaf(runner.state["params"], POOL).size
+    np.testing.assert_allclose(runs[1][0], runs[0][0], rtol=1e-5)
+    chex.assert_trees_all_close(runs[1][1], runs[0][1], rtol=1e-3, atol=1e-5)
+
+
+def test_the_step_has_no_operation_of_the_pools_size_but_reads_and_writes_of_rows():
+    runner = Runner(make(experts=200**2))
+    text = runner._step.lower(runner.state, make_batch(0)).compile().as_text()
+    sizes = (f"f32[{200**2},2,32]", f"f32[{200**2},1,2,32]", f"f32[1,{200**2},2,32]")
+    operations = set()
+    for line in text.splitlines():
+        name, _, rest = line.strip().partition(" = ")
+        if rest.startswith(sizes):
+            operations.add(rest.split("}", 1)[-1].split("(")[0].strip().split(" ")[-1])
+    passing = {"parameter", "get-tuple-element", "bitcast", "conditional", "while", "tuple", "copy", "dynamic-update-slice", "fusion", "call", "scatter", "select"}
+    assert operations and operations <= passing, operations
+
+
+def test_evaluation_says_how_evenly_the_pool_is_used():
+    runner = Runner(make())
+    batch = make_batch(0)
+    args = batch["tokens"], batch["positions"], batch["segment_ids"]
+    variables = {name: runner.state[name] for name in ("params", "router_state")}
+    out = runner.model.apply(variables, *args)
+    row = routing_metrics(by_layer(out.stats, runner.config.model))
+    assert 0 < row["router/usage"] <= 1 and 0 < row["router/middle/unevenness"] < np.log(SMALL["experts"])
+    training = routing_metrics(by_layer(runner.step(batch)["stats"], runner.config.model))
+    assert "router/usage" not in training and training["router/entropy"] > 0
+
+
+def test_routed_and_retrieving_layers_live_in_one_model():
+    overrides = {"model__pattern": "routed,peer", "model__layers": 2, "model__inserts": "last=pkm@2"}
+    runner = Runner(make(overrides))
+    losses = runner.losses(10)
+    assert losses[-1] < losses[0]
+    stats = by_layer(runner.step(make_batch(0))["stats"], runner.config.model)
+    real = int((make_batch(0)["segment_ids"] > 0).sum())
+    assert real < BATCH * LENGTH and {int(sums["tokens"]) for sums in stats.values()} == {real}
+    row = routing_metrics(stats)
+    assert row["router/load_max_over_mean"] == row["router/layer_00/load_max_over_mean"]
