@@ -1,6 +1,6 @@
 """Writes the golden files of `test_golden.py`: what the routers and layers of other libraries answer.
 
-    pip install torch transformers st-moe-pytorch
+    pip install torch transformers st-moe-pytorch PEER-pytorch
     python tests/oracle/make_golden.py [--only NAME] --output tests/oracle/golden
 
 One `.npz` a case. Matrices stand as in `moe_jax`: kernel [D, E], w_in and w_gate [E, D, F], w_out [E, F, D].
@@ -20,6 +20,7 @@ import platform
 
 import numpy as np
 import torch
+from PEER_pytorch import PEER as TorchPEER
 from st_moe_pytorch import MoE as StMoE
 from torch import nn
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek_v3
@@ -494,6 +495,44 @@ def st_moe_random(rng, dtype):
     return result, meta | {"second_expert": "random"}
 
 
+# Retrieval
+
+
+@case(seed=14, dtype=np.float64)
+def peer_own_keys(rng, dtype):
+    """3 heads with keys of their own take 4 of 49 experts each; `non_competing_scores` is off, as in the paper."""
+    heads, k, n, half = 3, 4, 7, 5
+    arrays = draw_tokens(rng, dtype) | {
+        "kernel": draw(rng, dtype, D, heads * 2 * half),
+        "keys": draw(rng, dtype, heads, 2, n, half, scale=1),
+        "experts": draw(rng, dtype, n * n, 2, D, scale=0.5),
+    }
+    queries = (arrays["x"] @ arrays["kernel"]).reshape(T, heads, 2, half)
+    scores = np.einsum("thpd,hpnd->pthn", queries, arrays["keys"])
+    check_gap((scores[0][..., :, None] + scores[1][..., None, :]).reshape(T * heads, n * n), k)
+    layer = TorchPEER(
+        D, heads=heads, num_experts=n * n, num_experts_per_head=k, dim_key=half, product_key_topk=k,
+        non_competing_scores=False,
+    ).to(torch.float64)  # fmt: skip
+    bindings = {
+        # Its queries lie half by half, ours head by head.
+        "kernel": lambda of: of(layer.to_queries[0].weight).T.reshape(D, 2, heads, half).swapaxes(1, 2).reshape(D, -1),
+        "keys": lambda of: of(layer.keys).swapaxes(1, 2),
+        "experts": lambda of: torch.stack([of(layer.weight_down_embed.weight), of(layer.weight_up_embed.weight)], 1),
+    }
+    with torch.no_grad():
+        query = torch.from_numpy(arrays["kernel"]).reshape(D, heads, 2, half).swapaxes(1, 2).reshape(D, -1).T
+        layer.to_queries[0].weight.copy_(query)
+        layer.keys.copy_(torch.from_numpy(arrays["keys"]).swapaxes(1, 2))
+        layer.weight_down_embed.weight.copy_(torch.from_numpy(arrays["experts"][:, 0]))
+        layer.weight_up_embed.weight.copy_(torch.from_numpy(arrays["experts"][:, 1]))
+    x = leaf(arrays["x"])
+    y = layer(x[None])[0]
+    objective = torch.sum(y * torch.from_numpy(arrays["d_y"]))
+    grads = {f"grad_{name}": grad for name, grad in gradients(objective, bindings, x).items()}
+    return arrays | {"y": read(y)} | grads, {"source": "PEER-pytorch PEER", "heads": heads, "top_k": k}
+
+
 def make(name):
     """The arrays of one case, `meta` among them."""
     function, seed, dtype = CASES[name]
@@ -502,7 +541,7 @@ def make(name):
     for key, array in arrays.items():
         assert key == "ids" or array.dtype == dtype, (key, array.dtype)
         assert np.all(np.isfinite(array)), key
-    packages = ("numpy", "torch", "transformers", "st-moe-pytorch")
+    packages = ("numpy", "torch", "transformers", "st-moe-pytorch", "PEER-pytorch")
     versions = {package: importlib.metadata.version(package) for package in packages}
     meta = {
         "name": name,

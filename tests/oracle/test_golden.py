@@ -19,12 +19,14 @@ import pytest
 from moe_jax.config_moe import GShardConfig, SwitchConfig, TopKConfig
 from moe_jax.dispatch.capacity import limit_assignments
 from moe_jax.layers.moe import MoE
+from moe_jax.layers.peer import PEER
 from moe_jax.routing import ROUTERS
 from moe_jax.routing.contract import Sizes, score
 from moe_jax.types import RouterInputs, TokenChoice
 
 FOLDER = pathlib.Path(__file__).parent
 GOLDEN = FOLDER / "golden"
+PEER_FILE = "peer_own_keys"
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12}
 
 
@@ -191,10 +193,31 @@ def test_golden(name, dtype, monkeypatch):
     assert max(jax.tree.leaves(errors)) < TOLERANCE[dtype], errors
 
 
+@pytest.mark.parametrize("dtype", dtypes(PEER_FILE))
+def test_peer(dtype):
+    """Output and all gradients, with the keys of each head."""
+    golden, meta = load(PEER_FILE, dtype)
+    with jax.enable_x64(dtype == "float64"):
+        arrays = jax.tree.map(jnp.asarray, golden)
+        (heads, _, n, half), experts = arrays["keys"].shape, arrays["experts"]
+        layer = PEER(n * n, heads, meta["top_k"], 2 * half, share_keys=False, query_norm="none")
+
+        def run(params, x):
+            y, _ = layer.apply({"params": params}, x)
+            return jnp.sum(y * arrays["d_y"]), y
+
+        params = {"router": {"kernel": arrays["kernel"], "keys": arrays["keys"]}, "experts": experts}
+        (d_params, d_x), y = jax.jit(jax.grad(run, (0, 1), has_aux=True))(params, arrays["x"])
+        found = {"y": y, "grad_x": d_x, "grad_experts": d_params["experts"]}
+        found |= {f"grad_{name}": d for name, d in d_params["router"].items()}
+        errors = {name: error(np.asarray(a), golden[name]) for name, a in found.items()}
+    assert max(errors.values()) < TOLERANCE[dtype], errors
+
+
 def test_what_is_golden():
     """A setting a file; each says where it is from; small enough to stay in the repository."""
-    assert sorted(path.stem for path in GOLDEN.iterdir()) == sorted(SETTINGS)
-    for name in SETTINGS:
+    assert sorted(path.stem for path in GOLDEN.iterdir()) == sorted([*SETTINGS, PEER_FILE])
+    for name in [*SETTINGS, PEER_FILE]:
         arrays, meta = load(name)
         assert meta["name"] == name and {"numpy", "torch", "transformers"} <= set(meta["versions"])
         assert meta["shapes"] == {key: list(array.shape) for key, array in arrays.items()}
@@ -207,16 +230,17 @@ def test_the_libraries_still_say_so(tmp_path):
     """The script gives the same files again. ORACLE_PYTHON: an interpreter with the libraries, if not this one."""
     python = os.environ.get("ORACLE_PYTHON", sys.executable)
     probe = subprocess.run(
-        [python, "-c", "import torch, transformers, st_moe_pytorch"], capture_output=True, text=True
+        [python, "-c", "import torch, transformers, st_moe_pytorch, PEER_pytorch"], capture_output=True, text=True
     )
     if probe.returncode:
         pytest.skip(f"{python}: {probe.stderr.strip().splitlines()[-1]}")
     subprocess.run([python, FOLDER / "make_golden.py", "--output", tmp_path], check=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in GOLDEN.iterdir())
-    for name in SETTINGS:
+    for name in [*SETTINGS, PEER_FILE]:
         (old, meta), (new, new_meta) = load(name), load(name, folder=tmp_path)
         assert {**new_meta, "versions": meta["versions"]} == meta
-        np.testing.assert_array_equal(new.pop("ids"), old.pop("ids"))
+        if "ids" in old:
+            np.testing.assert_array_equal(new.pop("ids"), old.pop("ids"))
         errors = {key: error(new[key], old[key]) for key in old if np.any(old[key])}
         assert set(errors) | {"bias"} >= set(old)
         assert max(errors.values()) < TOLERANCE[meta["dtype"]], (name, errors)

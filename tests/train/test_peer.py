@@ -68,7 +68,8 @@ def test_rows_give_the_first_update_of_dense_gradients(mesh, parts):
 def test_eight_devices_are_one(split):
     runs = []
     for mesh, devices in (({}, 1), ({"mesh__expert": 4, "mesh__data": 2}, 8)):
-        runner = Runner(make(INSERT | mesh, split=split), devices)
+        # With a small epsilon Adam makes whole steps of what is 0 but for rounding, and other experts are chosen.
+        runner = Runner(make(INSERT | mesh | {"optimizer__epsilon": 1e-3}, split=split), devices)
         runs.append((runner.losses(6), jax.device_get(runner.state["router_state"])))
         if devices == 8:
             shard = leaf(runner.state["params"], POOL).addressable_shards[0].data
