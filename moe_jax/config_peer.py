@@ -23,6 +23,7 @@ class PeerConfig:
         "gelu", "Of the neurons of kind peer.", choices=("gelu", "gelu_tanh", "relu", "swiglu")
     )
     shared_width: int = field(0, "Hidden width of a dense network beside them that sees every token; 0: none.", low=0)
+    share_pool: bool = field(False, "One pool for all blocks of this kind, each with a router of its own.")
     row_gradients: bool = field(
         True, "Gradients and updates of the pool by rows: time and memory follow what is retrieved, not N."
     )

@@ -26,7 +26,7 @@ from moe_jax.config import (
 BLOCK_KINDS = ("dense", "routed", "peer", "pkm")
 _INSERT = re.compile(r"([A-Za-z_]\w*)=(\w+)@(\d+)", re.ASCII)
 # Keys that stand beside or in place of inserts in the trees of parameters, statistics and metrics.
-_TAKEN = re.compile(r"groups|counts|layer_\d+", re.ASCII)
+_TAKEN = re.compile(r"groups|counts|pool|layer_\d+", re.ASCII)
 _SOURCE_NAME = re.compile(r"[\w.-]+", re.ASCII)
 _STEP_RANGE = re.compile(r"(\d+):(\d+)", re.ASCII)
 
@@ -339,6 +339,10 @@ def _check_retrieval(config: Config) -> None:
     _must_divide("mesh.expert", mesh.expert, field, total)
     if peer.shared_width:
         _must_divide("mesh.tensor", mesh.tensor, path + "shared_width", peer.shared_width)
+    kinds = {kind for kind in block_kinds(config.model) if kind in ("peer", "pkm")}
+    if peer.share_pool and len(kinds) > 1:
+        limit = "neurons of peer blocks and values of pkm blocks have other shapes"
+        raise ConfigError(path + "share_pool", True, limit, "use blocks of one of the two kinds")
 
 
 def _check_router(config: Config) -> None:

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
@@ -10,7 +11,7 @@ from moe_jax.config import ModelConfig
 from moe_jax.layers.block import BlockInputs
 from moe_jax.layers.embeddings import LearnedPositions, TokenEmbedding, row_ids
 from moe_jax.layers.norms import make_norm
-from moe_jax.models.stack import Stack, mean_losses, row_ids_tree, stats_tree
+from moe_jax.models.stack import RETRIEVING, Stack, mean_losses, row_ids_tree, stats_tree
 from moe_jax.ops.retrieval import row_sink, rows_of_expert
 from moe_jax.validation import parse_inserts, parse_pattern
 
@@ -98,10 +99,17 @@ def row_sinks(config: ModelConfig, tokens: int) -> dict[str, Any]:
             sink = jax.tree.map(lambda a: jnp.zeros((groups, *a.shape), a.dtype), sink)
         return {"peer": {"experts": sink}}
 
-    kinds, retrieving = parse_pattern(config), ("peer", "pkm")
+    kinds = parse_pattern(config)
     groups = config.layers // len(kinds)
-    blocks = {f"block_{i}": pool(kind, groups) for i, kind in enumerate(kinds) if kind in retrieving}
-    stack = {name: pool(kind) for name, kind, _ in parse_inserts(config) if kind in retrieving}
+    blocks = {f"block_{i}": pool(kind, groups) for i, kind in enumerate(kinds) if kind in RETRIEVING}
+    stack = {name: pool(kind) for name, kind, _ in parse_inserts(config) if kind in RETRIEVING}
     if blocks:
         stack["groups"] = blocks
     return sinks | ({"stack": stack} if stack else {})
+
+
+def sink_tables(config: ModelConfig) -> dict[str, str]:
+    """For the path of every leaf of `row_sinks` that of its table in `params`: the same, or the pool that blocks share."""
+    paths = flax.traverse_util.flatten_dict(row_sinks(config, 1), sep="/")
+    shared = config.peer.share_pool
+    return {path: "stack/pool/experts" if shared and path.endswith("peer/experts") else path for path in paths}

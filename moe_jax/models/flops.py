@@ -63,13 +63,15 @@ def active_parameters(config: ModelConfig, params: Any) -> int:
       params: its parameters, arrays or ShapeDtypeStructs.
     """
     moe, active = config.moe, 0
+    retrieving = sum(kind in ("peer", "pkm") for kind in block_kinds(config))
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         size = math.prod(leaf.shape)
         names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
         if "experts" not in names:
             active += size
-        elif "peer" in names:
-            active += size * min(config.peer.heads * config.peer.top_k, config.peer.experts) // config.peer.experts
+        elif "peer" in names or "pool" in names:
+            uses = retrieving if "pool" in names else 1
+            active += size * min(uses * config.peer.heads * config.peer.top_k, config.peer.experts) // config.peer.experts
         else:
             active += size * moe.top_k // moe.experts
     return active

@@ -15,8 +15,9 @@ from moe_jax.config import ModelConfig
 from moe_jax.layers.attention import init_cache
 from moe_jax.layers.block import Block, BlockInputs
 from moe_jax.types import Aux
-from moe_jax.validation import parse_inserts, parse_pattern
+from moe_jax.validation import block_kinds, parse_inserts, parse_pattern
 
+RETRIEVING = ("peer", "pkm")
 COLLECTIONS = ("params", "router_state", "row_sinks")
 
 
@@ -30,7 +31,9 @@ class StackOutput(NamedTuple):
 
 
 class Stack(nn.Module):
-    """All blocks of a model. Collections `params` and `router_state` hold `groups` {block_i: arrays [G, ...]} and the inserts."""
+    """All blocks of a model. Collections `params` and `router_state` hold `groups` {block_i: arrays [G, ...]} and the inserts;
+    with `peer.share_pool` `params` also `pool` {experts: [N, M, D]}, in place of the pools of the blocks.
+    """
 
     config: ModelConfig
     vocab_size: int = 0
@@ -39,21 +42,25 @@ class Stack(nn.Module):
     def __call__(self, x: jax.Array, inputs: BlockInputs, cache: dict[str, Any] | None = None) -> StackOutput:
         """Runs x [B, S, D] through every block, in order."""
         kinds, inserts = parse_pattern(self.config), parse_inserts(self.config)
-        groups = self.config.layers // len(kinds)
+        groups, pool = self.config.layers // len(kinds), {}
+        if self._shares_pool():
+            kind = next(kind for kind in block_kinds(self.config) if kind in RETRIEVING)
+            pool = self._variables("pool", lambda key: self._init_pool(key, kind, x, inputs))["params"]
         stacked = self._variables("groups", lambda key: self._init_groups(key, kinds, groups, x, inputs))
         auxes, caches, parts, done = {}, {}, [], 0
         # Inserts stand between groups; numbers after the last block keep their noise apart from the groups'.
         for number, (name, kind, before) in sorted(enumerate(inserts), key=lambda insert: insert[1][2]):
-            x, part = self._run_groups(x, inputs, stacked, cache, kinds, done, before // len(kinds))
+            x, part = self._run_groups(x, inputs, stacked, pool, cache, kinds, done, before // len(kinds))
             parts.append(part)
             done = before // len(kinds)
             variables = self._variables(name, lambda key, kind=kind: self._init_block(key, kind, x, inputs))
             layer = self.config.layers + number
+            variables = _with_pool(variables, pool, kind)
             x, aux, new = self._block(kind)(variables, x, inputs, layer, cache and cache[name])
             caches[name] = new
             if aux is not None:
                 auxes[name] = aux
-        x, part = self._run_groups(x, inputs, stacked, cache, kinds, done, groups)
+        x, part = self._run_groups(x, inputs, stacked, pool, cache, kinds, done, groups)
         parts = [p for p in (*parts, part) if p is not None]
         auxes["groups"], caches["groups"] = (
             jax.tree.map(lambda *a: jnp.concatenate(a), *parts) if parts else ({}, None)
@@ -66,8 +73,18 @@ class Stack(nn.Module):
                 self.put_variable(collection, name, tree)
         return {c: nn.unbox(self.get_variable(c, name)) for c in COLLECTIONS if self.has_variable(c, name)}
 
+    def _shares_pool(self):
+        return self.config.peer.share_pool and any(kind in RETRIEVING for kind in block_kinds(self.config))
+
+    def _init_pool(self, key, kind, x, inputs):
+        block = Block(self.config, kind, self.vocab_size, parent=None).init(key, x, inputs)
+        return {"params": {"experts": block["params"]["peer"]["experts"]}}
+
     def _init_block(self, key, kind, x, inputs):
-        return Block(self.config, kind, self.vocab_size, parent=None).init(key, x, inputs)
+        block = Block(self.config, kind, self.vocab_size, parent=None).init(key, x, inputs)
+        if kind in RETRIEVING and self._shares_pool():
+            del block["params"]["peer"]["experts"]
+        return block
 
     def _init_groups(self, key, kinds, groups, x, inputs):
         def one(g):
@@ -93,7 +110,7 @@ class Stack(nn.Module):
 
         return with_barriers(run, recompute=self.config.remat)
 
-    def _run_groups(self, x, inputs, stacked, cache, kinds, first, last):
+    def _run_groups(self, x, inputs, stacked, pool, cache, kinds, first, last):
         """Groups first..last-1; returns x and their (aux, cache), stacked, or None where there are none."""
         if first == last:
             return x, None
@@ -108,6 +125,7 @@ class Stack(nn.Module):
             for i, kind in enumerate(kinds):
                 name = f"block_{i}"
                 mine = {c: tree[name] for c, tree in variables.items() if name in tree}
+                mine = _with_pool(mine, pool, kind)
                 layer = g * len(kinds) + i
                 x, aux, new[name] = self._block(kind)(mine, x, inputs, layer, caches and caches[name])
                 if aux is not None:
@@ -117,6 +135,14 @@ class Stack(nn.Module):
         xs = (variables, caches, jnp.arange(first, last))
         x, outputs = jax.lax.scan(group, x, xs, unroll=1 if self.config.scan else last - first)
         return jax.lax.optimization_barrier(x), outputs
+
+
+def _with_pool(variables, pool, kind):
+    """The variables of a block, with the pool that all share in the place of its own."""
+    if not pool or kind not in RETRIEVING:
+        return variables
+    params = variables["params"]
+    return variables | {"params": params | {"peer": params["peer"] | pool}}
 
 
 def with_barriers(run, recompute: bool):

@@ -48,7 +48,8 @@ def row_gradient(table: jax.Array, ids: jax.Array, d_sink: RowSink | jax.Array, 
 
     Args:
       table: [V, D], [N, M, D] or, stacked over groups, [G, N, M, D].
-      ids: int32, as of `Output.row_ids`, with an axis of microbatches before the others.
+      ids: int32, as of `Output.row_ids`, with an axis of microbatches before the others; of a pool [N, M, D] also with one of
+        groups that share it.
       d_sink: the gradient of its sink, with the same axis.
       width_axis: the mesh axis that splits D, if one does.
     """

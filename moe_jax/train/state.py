@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from moe_jax.config import Config
-from moe_jax.models.decoder import row_sinks
+from moe_jax.models.decoder import sink_tables
 from moe_jax.parallel.rules import replicated, shardings_of
 from moe_jax.train.optimizer import make_optimizer
 from moe_jax.train.row_update import init_rows, state_like
@@ -33,7 +33,7 @@ def init_variables(model: nn.Module, key: jax.Array) -> dict[str, Any]:
 
 def table_paths(config: Config) -> frozenset[str]:
     """Paths in `params` of the tables with row-wise gradients."""
-    return frozenset(flax.traverse_util.flatten_dict(row_sinks(config.model, 1), sep="/"))
+    return frozenset(sink_tables(config.model).values())
 
 
 def split_tables(params: Any, paths: frozenset[str]) -> tuple[Any, dict[str, jax.Array]]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from moe_jax.config import Config
-from moe_jax.models.decoder import row_sinks
+from moe_jax.models.decoder import row_sinks, sink_tables
 from moe_jax.models.losses import cross_entropy
 from moe_jax.ops.row_gradient import RowSink, squared_norm
 from moe_jax.parallel.rules import batch_sharding, replicated
@@ -108,10 +108,11 @@ def accumulate(model: nn.Module, config: Config, state: State, batch: Batch):
     d_dense, loss, nats, losses, stats = sums
     ids, d_sinks = (flax.traverse_util.flatten_dict(tree, sep="/") for tree in rows)
     by_width = "expert" if config.model.peer.split == "width" else ""
-    d_rows = {
-        path: row_gradient(tables[path], ids[path], d, by_width if isinstance(d, RowSink) else "")
-        for path, d in d_sinks.items()
-    }
+    table_of, parts_of = sink_tables(config.model), {}
+    for path, d in d_sinks.items():
+        one = row_gradient(tables[table_of[path]], ids[path], d, by_width if isinstance(d, RowSink) else "")
+        parts_of.setdefault(table_of[path], []).append(one)
+    d_rows = {path: jax.tree.map(lambda *a: jnp.concatenate(a), *several) for path, several in parts_of.items()}
     return d_dense, d_rows, loss, nats / tokens, jax.tree.map(lambda a: a / parts, losses), stats
 
 

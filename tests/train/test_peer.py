@@ -113,3 +113,18 @@ def test_routed_and_retrieving_layers_live_in_one_model():
     assert real < BATCH * LENGTH and {int(sums["tokens"]) for sums in stats.values()} == {real}
     row = routing_metrics(stats)
     assert row["router/load_max_over_mean"] == row["router/layer_00/load_max_over_mean"]
+
+
+def test_one_pool_for_all_layers():
+    """Its gradient is the sum over the layers', in both forms."""
+    overrides = {"model__pattern": "dense,peer", "model__layers": 4, "model__inserts": "last=peer@4", "optimizer__weight_decay": 0.0}
+    results = []
+    for rows in (True, False):
+        runner = Runner(make(overrides, share_pool=True, row_gradients=rows, query_norm="layernorm"))
+        paths = [path for path in flax.traverse_util.flatten_dict(runner.state["params"], sep="/") if path.endswith("/experts")]
+        assert paths == ["stack/pool/experts"]
+        results.append((runner.step(make_batch(0))["gradient_norm"], jax.device_get(runner.state["params"])))
+    np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-5)
+    chex.assert_trees_all_close(results[0][1], results[1][1], atol=3e-5)
+    losses = runner.losses(20)
+    assert losses[-1] < losses[0] - 0.2
