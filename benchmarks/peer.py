@@ -2,7 +2,7 @@
 
     python benchmarks/peer.py [--json FILE] [--cases pool,scaling] [--rounds 5] [--plot FILE.png]
 
-A step is forward, backward and Adam's update. `pool`: a million experts; the ways take turns on one state in one process.
+A step is forward, backward, clipping by the global norm and Adam's update. `pool`: a million experts; the ways take turns on one state in one process.
 `scaling`: steps of layers whose pool grows while a token retrieves as much, and of dense feed-forward layers that grow, with
 the memory that the compiler plans beside parameters and optimizer state. Rows have case, backend, ms, and for `pool` the bytes that
 the arithmetic needs, over the time, beside a plain copy's.
@@ -26,7 +26,7 @@ from moe_jax.config import OptimizerConfig  # noqa: E402
 from moe_jax.layers.ffn import FeedForward  # noqa: E402
 from moe_jax.layers.peer import PEER  # noqa: E402
 from moe_jax.ops.retrieval import row_sink  # noqa: E402
-from moe_jax.ops.row_gradient import RowGradient  # noqa: E402
+from moe_jax.ops.row_gradient import RowGradient, sort_rows, squared_norm  # noqa: E402
 from moe_jax.study import timing  # noqa: E402
 from moe_jax.train.row_update import RowAdamState, init_rows, update_rows  # noqa: E402
 
@@ -110,13 +110,19 @@ def make_step(case: Case, backend: str):
         wanted = (0, 2) if backend == "rows" else (0, 1)
         loss = lambda *args: (lambda y, ids: (jnp.sum(y * d_y), (y, ids)))(*apply(*args))
         (d_dense, d_table), (y, ids) = jax.grad(loss, wanted, has_aux=True)(state["dense"], table, sink, x)
-        updates, adam = ADAM.update(d_dense, state["adam"])
+        if backend == "rows":
+            d_table = sort_rows(RowGradient(ids, *d_table), case.experts)
+            squares = squared_norm(d_table, case.experts)
+        else:
+            squares = jnp.sum(jnp.square(d_table))
+        factor = 1 / jnp.maximum(1, jnp.sqrt(squares + optax.tree.norm(d_dense, squared=True)))
+        updates, adam = ADAM.update(jax.tree.map(lambda g: factor * g, d_dense), state["adam"])
         dense = jax.tree.map(lambda p, u: p - RATE * u, state["dense"], updates)
         if backend == "rows":
-            table, rows = update_rows(OPTIMIZER, "", table, rows, RowGradient(ids, *d_table), jnp.float32(RATE))
+            table, rows = update_rows(OPTIMIZER, "", table, rows, d_table, jnp.float32(RATE), factor)
         else:
             of_table = optax.ScaleByAdamState(jnp.max(rows.count), rows.mu, rows.nu)
-            update, of_table = ADAM.update(d_table, of_table)
+            update, of_table = ADAM.update(factor * d_table, of_table)
             table, rows = table - RATE * update, RowAdamState(of_table.mu, of_table.nu, rows.count + 1)
         return {"dense": dense, "adam": adam, "table": table, "rows": rows}, y
 

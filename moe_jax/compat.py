@@ -26,6 +26,20 @@ def current_mesh():
     return None if mesh is None or mesh.empty else mesh
 
 
+def refuse_explicit_axes(what: str) -> None:
+    """Layers that place their work themselves need Auto axes.
+
+    Raises:
+      ValueError: the current mesh has Explicit ones.
+    """
+    mesh = current_mesh()
+    if mesh is not None and AxisType.Explicit in mesh.axis_types:
+        raise ValueError(
+            f"{what} under a mesh of Explicit axes {mesh.axis_names}: make the mesh with "
+            "axis_types=(jax.sharding.AxisType.Auto,) * n, or wrap the call in jax.sharding.auto_axes"
+        )
+
+
 def target_platform() -> str:
     """Platform that the traced program is for: of the mesh set by `jax.set_mesh`, else JAX's default.
 
@@ -139,5 +153,5 @@ def argsort(x: jax.Array) -> jax.Array:
 
 __all__ = [
     "AxisType", "BATCH_AXES", "Mesh", "PartitionSpec", "argsort", "axis_size", "constrain", "current_mesh",
-    "empty", "inside_shard_map", "make_mesh", "shard_map", "target_platform", "tpu_topology", "vary", "vary_alike", "varying_axes", "zeros",
+    "empty", "inside_shard_map", "make_mesh", "refuse_explicit_axes", "shard_map", "target_platform", "tpu_topology", "vary", "vary_alike", "varying_axes", "zeros",
 ]  # fmt: skip

@@ -23,10 +23,11 @@ from moe_jax.config import (
     unknown_field,
 )
 
-BLOCK_KINDS = ("dense", "routed", "peer", "pkm")
+RETRIEVING = ("peer", "pkm")
+BLOCK_KINDS = ("dense", "routed", *RETRIEVING)
 _INSERT = re.compile(r"([A-Za-z_]\w*)=(\w+)@(\d+)", re.ASCII)
 # Keys that stand beside or in place of inserts in the trees of parameters, statistics and metrics.
-_TAKEN = re.compile(r"groups|counts|pool|layer_\d+", re.ASCII)
+_TAKEN = re.compile(r"groups|counts|tokens|experts|pool|peer|moe|layer_\d+", re.ASCII)
 _SOURCE_NAME = re.compile(r"[\w.-]+", re.ASCII)
 _STEP_RANGE = re.compile(r"(\d+):(\d+)", re.ASCII)
 
@@ -196,7 +197,7 @@ def has_routed_blocks(model: ModelConfig) -> bool:
 
 def has_retrieval_blocks(model: ModelConfig) -> bool:
     """Whether any block retrieves one-neuron experts or values."""
-    return any(kind in ("peer", "pkm") for kind in block_kinds(model))
+    return any(kind in RETRIEVING for kind in block_kinds(model))
 
 
 def _must_divide(field: str, value: int, total_field: str, total: int) -> None:
@@ -339,7 +340,21 @@ def _check_retrieval(config: Config) -> None:
     _must_divide("mesh.expert", mesh.expert, field, total)
     if peer.shared_width:
         _must_divide("mesh.tensor", mesh.tensor, path + "shared_width", peer.shared_width)
-    kinds = {kind for kind in block_kinds(config.model) if kind in ("peer", "pkm")}
+    if peer.top_k == 1:
+        limit = "the softmax over one score is 1, so that the router gets no gradient"
+        raise ConfigError(path + "top_k", 1, limit, "use 2 or more")
+    layers = sum(kind in RETRIEVING for kind in block_kinds(config.model))
+    if layers * peer.experts >= 2**31:
+        limit = f"with {layers} such blocks {layers * peer.experts} ids, which do not fit into int32"
+        raise ConfigError(path + "experts", peer.experts, limit, "use fewer experts or blocks")
+    pairs = config.data.batch_size * config.data.sequence_length * peer.heads * peer.top_k * layers
+    if pairs >= 2**31:
+        limit = f"{pairs} pairs of a token and an expert in a step, which int32 cannot count"
+        raise ConfigError(path + "heads", peer.heads, limit, "use fewer heads, a smaller top_k or a smaller batch")
+    if peer.row_gradients and config.optimizer.ema_decay:
+        limit = f"an average of all of the pool, with {path}row_gradients=true"
+        raise ConfigError("optimizer.ema_decay", config.optimizer.ema_decay, limit, f"use 0, or {path}row_gradients=false")
+    kinds = {kind for kind in block_kinds(config.model) if kind in RETRIEVING}
     if peer.share_pool and len(kinds) > 1:
         limit = "neurons of peer blocks and values of pkm blocks have other shapes"
         raise ConfigError(path + "share_pool", True, limit, "use blocks of one of the two kinds")

@@ -4,7 +4,8 @@
            even whatever is retrieved. All-gather of ids and gates, all-to-all of x and y, all-reduce of the
            pre-activations [T, R, M-1]; backward the same with gradients.
   experts  every device has whole rows of some experts. All-gather of x, ids and gates, reduce-scatter of y and the
-           pre-activations; what a device does follows from what is retrieved.
+           pre-activations. Every device goes through all pairs of its group, those of others with a gate of 0: it saves
+           memory, not work, and is not meant to be fast.
 
 Both run both passes' collectives by hand, so that what lies between the passes is the same as on one device.
 """
@@ -35,10 +36,10 @@ def sharded_passes(mesh, split: str, backend: str = "blocks") -> Passes:
       backend: what each shard runs.
     """
     local = BACKENDS[backend]
-    inside = {"width": _by_width, "experts": _by_experts}[split](local) if AXIS in mesh.shape else local
+    inside = {"width": _by_width, "experts": _by_experts}[split](local) if compat.axis_size(mesh, AXIS) > 1 else local
     names = tuple(name for name in BATCH_AXES if name in mesh.shape)
     shards, tokens = compat.axis_size(mesh, *names), PartitionSpec(names)
-    table_spec = SPLITS[split] if AXIS in mesh.shape else PartitionSpec()
+    table_spec = SPLITS[split] if compat.axis_size(mesh, AXIS) > 1 else PartitionSpec()
 
     def over_shards(run: Callable, outputs: int):
         def call(*args):
@@ -119,6 +120,6 @@ def _by_experts(local: Passes) -> Passes:
         args = _whole(d_y), _whole(x), local_ids, gates, hidden, table, activation
         d_x, d_gates, weights = local.backward(*args)
         _, (d_gates, weights) = mine(table, _whole(ids), d_gates, weights)
-        return scatter(d_x.astype(gates.dtype)).astype(x.dtype), scatter(d_gates), scatter(weights)
+        return scatter(d_x), scatter(d_gates), scatter(weights)
 
     return Passes(forward, backward)

@@ -79,12 +79,7 @@ class MoE(nn.Module):
         virtual = self.zero_experts + self.copy_experts + self.constant_experts
         if self.top_k > self.experts + virtual:
             raise ValueError(f"top_k={self.top_k}: at most experts={self.experts + virtual}")
-        mesh = compat.current_mesh()
-        if mesh is not None and compat.AxisType.Explicit in mesh.axis_types:
-            raise ValueError(
-                f"MoE under a mesh of Explicit axes {mesh.axis_names}: make the mesh with "
-                "axis_types=(jax.sharding.AxisType.Auto,) * n, or wrap the call in jax.sharding.auto_axes"
-            )
+        compat.refuse_explicit_axes("MoE")
         inputs = RouterInputs(train=train) if inputs is None else inputs
         tokens = x.reshape(-1, x.shape[-1])
         router = self.router

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import compat
-from moe_jax.dispatch.retrieval import sharded_passes
+from moe_jax.dispatch.retrieval import AXIS, sharded_passes
 from moe_jax.layers.ffn import FeedForward
 from moe_jax.ops.activations import SECOND_MOMENT
 from moe_jax.ops.retrieval import BACKENDS, retrieve, rows_of_expert
@@ -63,8 +63,9 @@ class PEER(nn.Module):
         `router_state`, which `routing.product_keys.update` moves on.
 
         Raises:
-          ValueError: see `ProductKeys`.
+          ValueError: see `ProductKeys`; a mesh of Explicit axes, or whose shards do not divide what they split.
         """
+        compat.refuse_explicit_axes("PEER")
         inputs = RouterInputs(train=train) if inputs is None else inputs
         tokens, width = x.reshape(-1, x.shape[-1]), x.shape[-1]
         router = ProductKeys(
@@ -82,7 +83,7 @@ class PEER(nn.Module):
         else:
             with jax.named_scope("experts"):
                 y = retrieve(
-                    tokens, *choice, pool, sink, activation=self.activation, passes=self._passes()
+                    tokens, *choice, pool, sink, activation=self.activation, passes=self._passes(width)
                 )
         if self.shared_width:
             y = y + FeedForward(self.shared_width, self.replaces, False, tokens.dtype, name="shared")(tokens)
@@ -98,8 +99,11 @@ class PEER(nn.Module):
         stds = jnp.array([1 / math.sqrt(shape[-1])] * (shape[1] - 1) + [out], dtype)
         return jax.random.normal(key, shape, dtype) * stds[:, None]
 
-    def _passes(self):
+    def _passes(self, width):
         mesh = compat.current_mesh()
         if mesh is None or mesh.size == 1 or compat.inside_shard_map(mesh):
             return BACKENDS["blocks"]
+        shards, total = compat.axis_size(mesh, AXIS), width if self.split == "width" else self.experts
+        if total % shards:
+            raise ValueError(f"PEER with split={self.split!r}: {shards} shards do not divide {total}; use other sizes")
         return sharded_passes(mesh, self.split)

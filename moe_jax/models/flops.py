@@ -8,7 +8,7 @@ import jax
 from moe_jax.config import ModelConfig
 from moe_jax.ops.activations import is_gated
 from moe_jax.ops.retrieval import rows_of_expert
-from moe_jax.validation import block_kinds
+from moe_jax.validation import RETRIEVING, block_kinds
 
 
 def forward_flops_per_token(config: ModelConfig, vocab_size: int, sequence_length: int) -> float:
@@ -24,7 +24,7 @@ def forward_flops_per_token(config: ModelConfig, vocab_size: int, sequence_lengt
         "dense": 2 * matrices * d * c.ffn_width,
         "routed": 2 * matrices * d * (c.moe.expert_width or c.ffn_width) * experts,
     }
-    for kind in ("peer", "pkm"):
+    for kind in RETRIEVING:
         rows = rows_of_expert(c.peer.activation if kind == "peer" else None)
         ffn[kind] = 2 * d * (rows * c.peer.heads * c.peer.top_k + matrices * c.peer.shared_width)
     blocks = sum(attention + ffn[kind] for kind in block_kinds(c))
@@ -44,7 +44,7 @@ def router_flops_per_token(config: ModelConfig) -> float:
     columns = {"hash": 0, "soft_moe": 3 * moe.experts * moe.routers.soft_moe.slots}
     columns = columns.get(moe.router, moe.experts + moe.virtual_experts)
     kinds, peer = block_kinds(config), config.peer
-    retrieving = kinds.count("peer") + kinds.count("pkm")
+    retrieving = sum(kind in RETRIEVING for kind in kinds)
     # The query network, and its halves against sqrt(N) keys each.
     retrieval = 2.0 * peer.heads * peer.key_width * (config.width + math.isqrt(peer.experts))
     return 2.0 * config.width * columns * kinds.count("routed") + retrieval * retrieving
@@ -63,7 +63,7 @@ def active_parameters(config: ModelConfig, params: Any) -> int:
       params: its parameters, arrays or ShapeDtypeStructs.
     """
     moe, active = config.moe, 0
-    retrieving = sum(kind in ("peer", "pkm") for kind in block_kinds(config))
+    retrieving = sum(kind in RETRIEVING for kind in block_kinds(config))
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         size = math.prod(leaf.shape)
         names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")

@@ -1,10 +1,7 @@
 """Exact top-k over the sums of two score vectors, without forming them: product-key search (Lample et al., arXiv:1907.05242)."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 
 def product_top_k(scores_1: jax.Array, scores_2: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
@@ -29,22 +26,9 @@ def product_top_k(scores_1: jax.Array, scores_2: jax.Array, top_k: int) -> tuple
         raise ValueError(f"top_k={top_k}: at most the {n} keys of a half")
     if n * n > 2**31:
         raise ValueError(f"{n} keys in a half: {n * n} ids do not fit into int32; use at most 46340")
-    (best_1, i), (best_2, j) = top_k_of(scores_1, top_k), top_k_of(scores_2, top_k)
-    a, b = _candidates(top_k)
-    sums = best_1[..., a] + best_2[..., b]
+    (best_1, i), (best_2, j) = jax.lax.top_k(scores_1, top_k), jax.lax.top_k(scores_2, top_k)
+    pairs = [(slice(a, a + 1), slice(top_k // (a + 1))) for a in range(top_k)]
+    sums = jnp.concatenate([best_1[..., a] + best_2[..., b] for a, b in pairs], axis=-1)
+    ids = jnp.concatenate([i[..., a] * n + j[..., b] for a, b in pairs], axis=-1)
     scores, winners = jax.lax.top_k(sums, top_k)
-    ids = i[..., a] * n + j[..., b]
     return scores, jnp.take_along_axis(ids, winners, axis=-1)
-
-
-def top_k_of(scores: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
-    """`jax.lax.top_k` of [..., n]: values and int32 indices [..., k], descending."""
-    return jax.lax.top_k(scores, top_k)
-
-
-@functools.cache
-def _candidates(top_k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Places (a, b) of the halves' winners whose sum can be among the k best, by a and then b."""
-    a, b = np.indices((top_k, top_k)).reshape(2, -1)
-    kept = (a + 1) * (b + 1) <= top_k
-    return a[kept], b[kept]

@@ -48,7 +48,7 @@ class ProductKeys(nn.Module):
         """x [T, D] -> (TokenChoice [T, H*K] of N experts, no losses, stats). Maths in float32 at least.
 
         stats: tokens, entropy_sum (nats, a mean over heads), nonfinite; in training with "batchnorm" query_sum and
-        query_square_sum [H*key_width]; in evaluation mass [N], the sum of the gates of each expert.
+        query_square_sum [H*key_width], of the distances to the running mean; in evaluation mass [N], the sum of the gates of each expert.
 
         Raises:
           ValueError: N is no square, key_width is odd, K is above sqrt(N), or the norm is unknown.
@@ -102,10 +102,9 @@ class ProductKeys(nn.Module):
         if not train:
             return batch_norm(queries, mean.value, variance.value, scale, bias, self.norm_epsilon), {}
         of_batch = moments(queries, routed)
-        stats = {
-            "query_sum": jnp.sum(queries, axis=0),  # 0 where a token is not routed
-            "query_square_sum": jnp.sum(jnp.square(queries), axis=0),
-        }
+        # About the running mean, or their difference would lose all digits where that is large.
+        moved = jnp.where(routed[:, None], queries - mean.value.astype(queries.dtype), 0)
+        stats = {"query_sum": jnp.sum(moved, axis=0), "query_square_sum": jnp.sum(jnp.square(moved), axis=0)}
         return batch_norm(queries, *of_batch, scale, bias, self.norm_epsilon), stats
 
 
@@ -122,8 +121,9 @@ def update(state: dict[str, jax.Array], stats: dict[str, jax.Array], momentum: f
     if not state:
         return state
     tokens = stats["tokens"][..., None]
-    mean = stats["query_sum"] / jnp.maximum(tokens, 1)
-    variance = jnp.maximum(stats["query_square_sum"] - tokens * mean * mean, 0) / jnp.maximum(tokens - 1, 1)
+    moved = stats["query_sum"] / jnp.maximum(tokens, 1)
+    mean = state["mean"] + moved
+    variance = jnp.maximum(stats["query_square_sum"] - tokens * moved * moved, 0) / jnp.maximum(tokens - 1, 1)
     mix = lambda old, new: jnp.where(tokens > 0, (1 - momentum) * old + momentum * new, old)
     return {"mean": mix(state["mean"], mean), "variance": mix(state["variance"], variance)}
 

@@ -194,6 +194,8 @@ class Trainer:
         """Why the routers' state of `init.checkpoint` is not for this model: ids in a table mean other tokens or experts."""
         theirs = from_dict(load_meta(self.config.init.checkpoint)["config"]).model.moe
         ours = self.config.model.moe
+        if not has_routed_blocks(self.config.model):
+            return ""
         if start_tokenizer(self.config, None) is None and ROUTERS[ours.router].start:
             return "its tokens are those of another tokenizer"
         for name in ("router", "experts", "virtual_experts"):
@@ -236,7 +238,8 @@ class Trainer:
                 self.evaluation_step, self.variables(), source, self.mesh, self.config.data.batch_size,
                 limit=self.config.train.eval_batches,
             )  # fmt: skip
-            row |= {f"eval/{name}/{key}": scores[key] for key in ("loss", "perplexity", "bits_per_byte")}
+            kept = ("loss", "perplexity", "bits_per_byte", "router/usage", "router/unevenness")
+            row |= {f"eval/{name}/{key}": scores[key] for key in kept if key in scores}
             bar.write(
                 f"step {self.step}: {name} validation loss {scores['loss']:.4f}, {scores['bits_per_byte']:.4f} bits per byte"
             )

@@ -188,9 +188,9 @@ def routing_metrics(stats: dict[str, dict[str, Any]]) -> dict[str, Any]:
       For each layer, under router/<layer>/: `load_max_over_mean` (1: balanced, E: one expert has all),
       `entropy` (nats per token), `dropped` (share of the assignments), `dead_experts` (experts without a
       token), `load` (list of E shares), `virtual_share` (of all assignments, those of zero, copy and constant experts, where there
-      are any) and the other sums. A layer that retrieves one-neuron experts has no counts: of it come `entropy` of a head's
-      gates and, in evaluation, `usage` and `unevenness` (`routing.product_keys.usage`). Under router/: shares, entropy,
-      load_max_over_mean, usage and unevenness as means over the layers that have them, dead_experts and the other sums as
+      are any) and the other sums. A layer that retrieves one-neuron experts has no counts: of it come `gate_entropy` (nats)
+      of a head's gates and, in evaluation, `usage` and `unevenness` (`routing.product_keys.usage`). Under router/: shares, entropy,
+      load_max_over_mean, gate_entropy, usage and unevenness as means over the layers that have them, dead_experts and the other sums as
       totals. A layer without assignments counts as balanced, with all experts dead. Empty without layers.
     """
     if not stats:
@@ -200,7 +200,7 @@ def routing_metrics(stats: dict[str, dict[str, Any]]) -> dict[str, Any]:
         for name, value in _layer_metrics(sums).items():
             row[f"router/{layer}/{name}"] = value
             columns.setdefault(name, []).append(value)
-    means = ("load_max_over_mean", "entropy", "dropped", "virtual_share", "usage", "unevenness")
+    means = ("load_max_over_mean", "entropy", "dropped", "virtual_share", "gate_entropy", "usage", "unevenness")
     totals = {
         f"router/{name}": sum(values) / len(values) if name in means else sum(values)
         for name, values in columns.items()
@@ -230,7 +230,7 @@ def _layer_metrics(sums: dict[str, Any]) -> dict[str, Any]:
 
 def _retrieval_metrics(sums: dict[str, Any]) -> dict[str, float]:
     row = {
-        "entropy": float(sums["entropy_sum"]) / max(float(sums["tokens"]), 1.0),
+        "gate_entropy": float(sums["entropy_sum"]) / max(float(sums["tokens"]), 1.0),
         "nonfinite": float(sums["nonfinite"]),
     }
     return row | (usage(np.asarray(sums["mass"])) if "mass" in sums else {})

@@ -41,7 +41,8 @@ def group_factors(config: OptimizerConfig, params: Any) -> tuple[Any, Any]:
     """Learning-rate scale and weight decay of every parameter, as Python floats in the structure of `params`.
 
     Weight decay is for matrices only. Stacked layers add a leading axis, so a "vector" is known by its name: norms'
-    scales and biases (`scale`, `bias`, `b_*`).
+    scales and biases (`scale`, `bias`, `b_*`). Pools of one-neuron experts have none either: it would erase rows that are
+    seldom retrieved.
     """
 
     def scale(path):
@@ -52,7 +53,8 @@ def group_factors(config: OptimizerConfig, params: Any) -> tuple[Any, Any]:
         group, name = parameter_group(config, path), path.rsplit("/", 1)[-1]
         if group is not None and group.weight_decay >= 0:
             return group.weight_decay
-        return 0.0 if name in ("scale", "bias") or name.startswith("b_") else config.weight_decay
+        pool = re.search(r"(^|/)(peer|pool)/experts$", path)
+        return 0.0 if pool or name in ("scale", "bias") or name.startswith("b_") else config.weight_decay
 
     paths = leaf_paths(params)
     return jax.tree.map(scale, paths), jax.tree.map(decay, paths)

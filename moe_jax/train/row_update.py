@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from moe_jax import compat
 from moe_jax.config import OptimizerConfig
-from moe_jax.ops.row_gradient import RowGradient, RowSink, fold_rows
+from moe_jax.ops.row_gradient import RowGradient, RowSink, SortedRows, fold_rows
 from moe_jax.train.optimizer import parameter_group
 
 
@@ -81,10 +81,10 @@ def flat(table: jax.Array) -> jax.Array:
 
 
 def update_rows(
-    config: OptimizerConfig, path: str, table: jax.Array, state: RowState, gradient: RowGradient, rate: jax.Array,
+    config: OptimizerConfig, path: str, table: jax.Array, state: RowState, rows: SortedRows, rate: jax.Array,
     factor: jax.Array | float = 1.0,
 ) -> tuple[jax.Array, RowState]:  # fmt: skip
-    """The update of the rows that `gradient` names; all others and their state stay untouched.
+    """The update of the rows that have a gradient; all others and their state stay untouched.
 
     Adam corrects the bias by each row's own updates, so that a row's first update is Adam's first update. Adagrad (Duchi et al.
     2011) has one accumulator for a row, the sum of its gradients' mean squares, which saves the moments. Weight decay is that of
@@ -94,7 +94,7 @@ def update_rows(
       config: `row_optimizer`, and Adam's constants.
       path: of the table, for its parameter group.
       table, state: from `init_rows`.
-      gradient: from `row_gradient`.
+      rows: the gradient, from `sort_rows(row_gradient(...), row_count(table))`.
       rate: the step's learning rate.
       factor: multiplies the gradient.
 
@@ -107,18 +107,17 @@ def update_rows(
     scale = group.learning_rate_scale if group else 1.0
     direction = _adagrad if config.row_optimizer == "adagrad" else _adam
 
-    def step(carry, ids, rows):
+    def step(carry, ids, sums):
         table, state = carry
         at = lambda array: array.at[ids].get(mode="fill", fill_value=0, unique_indices=True)
         put = lambda array, value: array.at[ids].set(value.astype(array.dtype), mode="drop", unique_indices=True)
         old = at(table)
-        update, state = direction(config, state, factor * rows, at, put)
+        update, state = direction(config, state, factor * sums, at, put)
         return put(table, old - rate * scale * (update + decay * old)), state
 
-    like = state_like(config, table, jnp.zeros(_rows_shape(table)))
-    shaped = jax.tree.map(lambda a, b: flat(a) if b is table else a.reshape(-1), state, like)
-    new, state = fold_rows(step, (flat(table), shaped), gradient, row_count(table))
-    return new.reshape(table.shape), jax.tree.map(lambda a, b: a.reshape(b.shape), state, like)
+    shaped = jax.tree.map(lambda a: flat(a) if a.shape == table.shape else a.reshape(-1), state)
+    new, shaped = fold_rows(step, (flat(table), shaped), rows, row_count(table))
+    return new.reshape(table.shape), jax.tree.map(lambda a, old: a.reshape(old.shape), shaped, state)
 
 
 def _adam(config, state, g, at, put):

@@ -11,7 +11,7 @@ import optax
 from moe_jax.config import Config
 from moe_jax.models.decoder import row_sinks, sink_tables
 from moe_jax.models.losses import cross_entropy
-from moe_jax.ops.row_gradient import RowSink, squared_norm
+from moe_jax.ops.row_gradient import RowSink, sort_rows, squared_norm
 from moe_jax.parallel.rules import batch_sharding, replicated
 from moe_jax.routing import ROUTERS
 from moe_jax.train.optimizer import learning_rate, make_optimizer
@@ -68,7 +68,7 @@ def accumulate(model: nn.Module, config: Config, state: State, batch: Batch):
     """Gradients of the whole batch.
 
     Returns:
-      (gradients of the dense parameters, {path: RowGradient} of the tables, loss, nats, losses, stats): losses are means
+      (gradients of the dense parameters, {path: SortedRows} of the tables, loss, nats, losses, stats): losses are means
       and stats are sums over the microbatches.
     """
     parts = config.train.microbatches
@@ -112,7 +112,10 @@ def accumulate(model: nn.Module, config: Config, state: State, batch: Batch):
     for path, d in d_sinks.items():
         one = row_gradient(tables[table_of[path]], ids[path], d, by_width if isinstance(d, RowSink) else "")
         parts_of.setdefault(table_of[path], []).append(one)
-    d_rows = {path: jax.tree.map(lambda *a: jnp.concatenate(a), *several) for path, several in parts_of.items()}
+    d_rows = {
+        path: sort_rows(jax.tree.map(lambda *a: jnp.concatenate(a), *several), row_count(tables[path]))
+        for path, several in parts_of.items()
+    }
     return d_dense, d_rows, loss, nats / tokens, jax.tree.map(lambda a: a / parts, losses), stats
 
 

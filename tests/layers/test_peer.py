@@ -120,7 +120,7 @@ def test_padding_and_broken_tokens_leave_the_others_alone():
     y, _ = layer.apply(variables, x, inputs)
     assert not y[4].any()
     other, _ = layer.apply(variables, x.at[4].set(jnp.nan), inputs)
-    np.testing.assert_array_equal(jnp.delete(y, 4, axis=0), jnp.delete(other, 4, axis=0))
+    np.testing.assert_array_equal(y, other)
 
 
 def test_the_shared_branch_is_added():

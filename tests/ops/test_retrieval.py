@@ -83,10 +83,12 @@ def test_ids_that_repeat_add_their_gradients():
 
 
 def test_bfloat16_sums_in_float32():
-    (x, ids, gates, table), _ = make("gelu", jnp.float32)
-    y = retrieve(x.astype(jnp.bfloat16), ids, gates, table)
+    """2048 equal small terms onto a large one: in bfloat16 each would be lost."""
+    table = jnp.concatenate([jnp.full((1, 1, D), 256.0), jnp.full((1, 1, D), 0.5)])
+    ids = jnp.ones((1, 2049), jnp.int32).at[0, 0].set(0)
+    y = retrieve(jnp.ones((1, D), jnp.bfloat16), ids, jnp.ones(ids.shape), table, activation=None)
     assert y.dtype == jnp.bfloat16
-    assert error(y.astype(jnp.float32), brute_force("gelu", x, ids, gates, table)) < 1e-2
+    np.testing.assert_array_equal(y.astype(jnp.float32), 256 + 1024)
 
 
 def test_no_rows_of_all_tokens_are_held():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moe_jax.ops import row_gradient
-from moe_jax.ops.row_gradient import RowGradient, dense_rows, fold_rows, squared_norm
+from moe_jax.ops.row_gradient import RowGradient, dense_rows, fold_rows, sort_rows, squared_norm
 
 N, T, R, M, D = 20, 13, 4, 2, 3
 IDS = {
@@ -39,7 +39,7 @@ def test_equals_a_loop_over_all_pairs(monkeypatch, kind, block):
         gradient = make(kind, jnp.float64)
         expected = reference(gradient)
         # A function of its own: the block's size is no argument, and jit would find the last one's program.
-        table, norm = jax.jit(lambda g: (dense_rows(g, N), squared_norm(g, N)))(gradient)
+        table, norm = jax.jit(lambda g: (dense_rows(g, N), squared_norm(sort_rows(g, N), N)))(gradient)
         np.testing.assert_allclose(table, expected, rtol=0, atol=1e-14)
         np.testing.assert_allclose(norm, (expected**2).sum(), rtol=1e-13)
 
@@ -48,7 +48,7 @@ def test_every_row_comes_once_and_the_other_places_lie_past_the_table(monkeypatc
     monkeypatch.setitem(row_gradient.BLOCK_BYTES, "cpu", 5 * M * D * 4)
     calls = []
     with jax.disable_jit():
-        fold_rows(lambda c, ids, rows: calls.append((np.asarray(ids), np.asarray(rows))) or c, 0, make("mixed"), N)
+        fold_rows(lambda c, ids, rows: calls.append((np.asarray(ids), np.asarray(rows))) or c, 0, sort_rows(make("mixed"), N), N)
     assert len(calls) == T * R // 5 + 1
     for ids, rows in calls:
         assert len(set(ids.tolist())) == len(ids) == 6
@@ -60,5 +60,5 @@ def test_every_row_comes_once_and_the_other_places_lie_past_the_table(monkeypatc
 
 def test_the_tables_size_is_never_in_memory():
     gradient = make("mixed")
-    compiled = jax.jit(lambda g: squared_norm(g, 10**8)).lower(gradient).compile()
+    compiled = jax.jit(lambda g: squared_norm(sort_rows(g, 10**8), 10**8)).lower(gradient).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 100_000

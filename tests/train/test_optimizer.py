@@ -6,16 +6,7 @@ import optax
 import pytest
 
 from moe_jax.config import ConfigError, ParameterGroup
-from moe_jax.train.optimizer import (
-    Rows,
-    check_groups,
-    group_factors,
-    init_row_adam,
-    learning_rate,
-    make_optimizer,
-    merge_rows,
-    update_rows,
-)
+from moe_jax.train.optimizer import check_groups, group_factors, learning_rate, make_optimizer
 from tests.train.small import Runner, make_batch, make_config
 
 
@@ -101,42 +92,3 @@ def test_ema_follows_the_parameters():
         lambda old, new: 0.75 * old + 0.25 * new, before, jax.device_get(runner.state["params"])
     )
     chex.assert_trees_all_close(jax.device_get(runner.state["ema"]), expected, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("ids", [[3, 1, 3, 3, 0], [9, 9, 9, 9, 9], [0, 1, 2, 3, 4], [4, 9, 4, 9, 0]])
-def test_merge_rows_adds_equal_ids(ids):
-    table_rows = 5
-    rows = jax.random.normal(jax.random.key(0), (5, 2))
-    merged = jax.jit(merge_rows, static_argnums=1)(Rows(jnp.asarray(ids), rows), table_rows)
-    dense = np.zeros((table_rows, 2))
-    for i, row in zip(ids, np.asarray(rows)):
-        if i < table_rows:
-            dense[i] += row
-    assert len(set(merged.ids.tolist())) == 5
-    got = np.zeros_like(dense)
-    for i, row in zip(merged.ids.tolist(), np.asarray(merged.rows)):
-        if i < table_rows:
-            got[i] = row
-        else:
-            assert (row == 0).all()
-    np.testing.assert_allclose(got, dense, rtol=1e-6)
-
-
-def test_row_adam_equals_adam_on_touched_rows_and_leaves_the_rest():
-    config = make_config().optimizer
-    table = jax.random.normal(jax.random.key(0), (6, 3))
-    state, reference = init_row_adam(table), optax.scale_by_adam(config.b1, config.b2, config.epsilon)
-    touched = jnp.asarray([1, 4])
-    dense, dense_state = table[touched], reference.init(table[touched])
-    update = jax.jit(lambda t, s, g: update_rows(config, "embed", t, s, g, 0.1))
-    for i in range(3):
-        gradient = jnp.cos(dense * (i + 1))
-        direction, dense_state = reference.update(gradient, dense_state)
-        dense = dense - 0.1 * direction
-        rows = Rows(jnp.asarray([1, 4, 6, 7]), jnp.concatenate([gradient, jnp.zeros((2, 3))]))
-        new, state = update(table, state, rows)
-        untouched = [0, 2, 3, 5]
-        assert np.array_equal(new[jnp.asarray(untouched)], table[jnp.asarray(untouched)])
-        table = new
-    np.testing.assert_allclose(table[touched], dense, rtol=1e-6)
-    assert state.count.tolist() == [0, 3, 0, 0, 3, 0]

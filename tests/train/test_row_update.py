@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from moe_jax.config import ParameterGroup
-from moe_jax.ops.row_gradient import RowGradient, RowSink, dense_rows
+from moe_jax.ops.row_gradient import RowGradient, RowSink, dense_rows, sort_rows
 from moe_jax.train.row_update import init_rows, row_gradient, update_rows
 from tests.train.small import make_config
 
@@ -26,14 +26,14 @@ def test_adam_of_touched_rows():
     state, expected = init_rows(config, table), np.array(table)
     reference = optax.scale_by_adam(config.b1, config.b2, config.epsilon)
     states = {n: reference.init(table[n]) for n in range(N)}
-    update = jax.jit(lambda t, s, g: update_rows(config, "pool", t, s, g, 0.1, 0.7))
+    update = jax.jit(lambda t, s, g, f: update_rows(config, "pool", t, s, sort_rows(g, N), 0.1, f))
     new = table
-    for seed in range(4):
+    for seed, factor in enumerate((0.7, 0.1, 1.0, 0.3)):  # a constant one would not change Adam's direction
         gradient = make(seed)
-        new, state = update(new, state, gradient)
+        new, state = update(new, state, gradient, factor)
         dense = dense_rows(gradient, N)
         for n in np.unique(gradient.ids):
-            direction, states[n] = reference.update(0.7 * dense[n], states[n])
+            direction, states[n] = reference.update(factor * dense[n], states[n])
             expected[n] -= 0.1 * 0.5 * (np.asarray(direction) + 0.2 * expected[n])
     np.testing.assert_allclose(new, expected, rtol=2e-5, atol=1e-6)
     np.testing.assert_array_equal(new[N - 3 :], table[N - 3 :])
@@ -48,7 +48,7 @@ def test_adagrad_has_one_number_for_a_row():
     sums, expected = np.zeros(N), np.zeros((N, M, D))
     for seed in range(3):
         gradient = make(seed)
-        table, state = update_rows(config, "pool", table, state, gradient, 0.1)
+        table, state = update_rows(config, "pool", table, state, sort_rows(gradient, N), 0.1)
         dense = np.asarray(dense_rows(gradient, N))
         sums += (dense**2).mean((1, 2))
         expected -= 0.1 * dense / (np.sqrt(sums)[:, None, None] + 1e-8)
@@ -79,5 +79,5 @@ def test_nothing_of_the_pools_size_is_computed(optimizer):
         jax.ShapeDtypeStruct((T, R), jnp.int32), jax.ShapeDtypeStruct((T, R, M), jnp.float32),
         jax.ShapeDtypeStruct((T, M, 64), jnp.float32),
     )  # fmt: skip
-    update = jax.jit(lambda t, s, g: update_rows(config, "pool", t, s, g, 0.1), donate_argnums=(0, 1))
+    update = jax.jit(lambda t, s, g: update_rows(config, "pool", t, s, sort_rows(g, 10**6), 0.1), donate_argnums=(0, 1))
     assert update.lower(table, state, gradient).compile().memory_analysis().temp_size_in_bytes < 10**6

@@ -68,10 +68,12 @@ def retrieve(
     rows = rows_of_expert(activation)
     if table.shape[1:] != (rows, x.shape[-1]):
         raise ValueError(f"table {table.shape}: activation={activation!r} needs [N, {rows}, {x.shape[-1]}]")
-    gates = jnp.where(ids < table.shape[0], gates, 0).astype(jnp.promote_types(x.dtype, jnp.float32))
+    here = ids < table.shape[0]
+    x = jnp.where(jnp.any(here, axis=-1, keepdims=True), x, 0)  # of what is not looked at a NaN would pass a gate of 0
+    gates = jnp.where(here, gates, 0).astype(jnp.promote_types(x.dtype, jnp.float32))
     axes = compat.varying_axes(x, ids, gates, table)
-    args = jax.tree.map(lambda a: compat.vary(a, axes), (x, ids, gates, table, sink))
-    return _retrieve(*args, activation, passes)
+    args = jax.tree.map(lambda a: compat.vary(a, axes), (x, ids, gates, table))
+    return _retrieve(*args, sink, activation, passes)
 
 
 def row_sink(tokens: int, retrieved: int, rows: int, width: int, dtype=jnp.float32) -> RowSink:
@@ -86,12 +88,14 @@ def _retrieve(x, ids, gates, table, sink, activation, passes):
 
 def _vjp_forward(x, ids, gates, table, sink, activation, passes):
     y, hidden = passes.forward(x, ids, gates, table, activation)
-    return y.astype(x.dtype), (x, ids, gates, table, hidden, sink)
+    of_sink = None if sink is None else jax.tree.map(lambda a: jnp.zeros((), a.dtype), sink)  # its dtypes
+    return y.astype(x.dtype), (x, ids, gates, table, hidden, of_sink)
 
 
 def _vjp_backward(activation, passes, residuals, d_y):
     x, ids, gates, table, hidden, sink = residuals
     d_x, d_gates, weights = passes.backward(d_y, x, ids, gates, hidden, table, activation)
+    d_x = d_x.astype(x.dtype)
     vectors = jnp.stack([x] * (table.shape[1] - 1) + [d_y.astype(x.dtype)], axis=1).astype(weights.dtype)
     if sink is None:
         return d_x, None, d_gates, dense_rows(RowGradient(ids, weights, vectors), table.shape[0]).astype(table.dtype), None

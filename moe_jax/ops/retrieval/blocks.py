@@ -19,7 +19,7 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """(y [T, D], pre-activations [T, R, M-1]), both in the dtype of the gates; see `retrieve`.
 
-    reduce: of shards that have a part of D each: adds [T, R, M-1] up over them. The rows are then fetched twice.
+    reduce: of shards that have a part of D each: adds [T, R, M-1] up over them. An expert's rows are then fetched one by one.
     """
 
     def project(x, ids, rows=None):
@@ -45,7 +45,7 @@ def backward(
     d_y: jax.Array, x: jax.Array, ids: jax.Array, gates: jax.Array, hidden: jax.Array, table: jax.Array,
     activation: str | None, reduce: Reduce | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """(d_x [T, D], d_gates [T, R], the weights [T, R, M] of the table's gradient); see `retrieve`.
+    """(d_x [T, D], d_gates [T, R], the weights [T, R, M] of the table's gradient), in the dtype of the gates; see `retrieve`.
 
     The vectors that belong to the weights are x, M-1 times, and d_y. reduce: as in `forward`, of [T, R, 1].
     """
@@ -56,7 +56,7 @@ def backward(
 
     def combine(x, ids, d_hidden, rows=None):
         rows = _fetch(table, ids, x, slice(-1)) if rows is None else rows[:, :, :-1]
-        return _sum(d_hidden, rows, gates.dtype).astype(x.dtype)
+        return _sum(d_hidden, rows, gates.dtype)
 
     def inner(hidden, gates, d_h):
         h, vjp = jax.vjp(lambda hidden, gates: hidden_values(activation, hidden, gates), hidden, gates)
