@@ -39,7 +39,7 @@ from moe_jax.train.state import abstract_state, place_state
 from moe_jax.train.step import compile_train_step
 from moe_jax.train.upcycle import check_dense_run, upcycle
 from moe_jax.train.workdir import own_workdir
-from moe_jax.validation import validate
+from moe_jax.validation import has_routed_blocks, validate
 
 
 def fit(config: Config, workdir: str) -> int:
