@@ -101,7 +101,9 @@ class ProductKeys(nn.Module):
         variance = self.variable("router_state", "variance", jnp.ones, (width,), jnp.float32)
         if not train:
             return batch_norm(queries, mean.value, variance.value, scale, bias, self.norm_epsilon), {}
-        of_batch = moments(queries, routed)
+        # Barriers: fused with what stands around them, sums over tokens round differently in a loop over blocks and unrolled.
+        queries = jax.lax.optimization_barrier(queries)
+        of_batch = jax.lax.optimization_barrier(moments(queries, routed))
         # About the running mean, or their difference would lose all digits where that is large.
         moved = jnp.where(routed[:, None], queries - mean.value.astype(queries.dtype), 0)
         stats = {"query_sum": jnp.sum(moved, axis=0), "query_square_sum": jnp.sum(jnp.square(moved), axis=0)}
