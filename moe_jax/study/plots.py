@@ -172,4 +172,4 @@ def _title(place, result: dict[str, Any], text: str) -> None:
     """Over a figure, or over the only axes of one."""
     title = result["study"]["title"].replace("$", r"\$")
     put = place.suptitle if hasattr(place, "suptitle") else place.set_title
-    put(f"{title}: {text[0].lower()}{text[1:]}" if title else text, fontsize=12)
+    put(f"{title}\n{text[0].lower()}{text[1:]}" if title else text, fontsize=12)
