@@ -31,7 +31,7 @@ def reference(gradient):
     return table
 
 
-@pytest.mark.parametrize("block", [1, 2, 5, 52, 53, 1000])
+@pytest.mark.parametrize("block", [1, 5, 1000])
 @pytest.mark.parametrize("kind", IDS)
 def test_equals_a_loop_over_all_pairs(monkeypatch, kind, block):
     monkeypatch.setitem(row_gradient.BLOCK_BYTES, "cpu", block * M * D * 8)

@@ -22,7 +22,7 @@ def leaf(tree, path):
     return flax.traverse_util.flatten_dict(tree, sep="/")[path]
 
 
-@pytest.mark.parametrize("kind", ["peer", "pkm"])
+@pytest.mark.parametrize("kind", ["peer", pytest.param("pkm", marks=pytest.mark.slow)])
 def test_it_learns(kind):
     runner = Runner(make(INSERT | {"model__inserts": f"middle={kind}@1"}))
     losses = runner.losses(20)
@@ -33,7 +33,7 @@ def test_it_learns(kind):
 
 def test_scan_over_groups_of_pools_equals_unrolled_ones_and_recomputation():
     """The first gives the same bits; recomputed batch statistics may round differently."""
-    overrides = {"model__pattern": "dense,peer", "model__layers": 4, "optimizer__epsilon": 1e-3}
+    overrides = {"model__pattern": "peer", "model__layers": 2, "optimizer__epsilon": 1e-3}
     states = []
     for change in ({}, {"model__scan": False}, {"model__remat": True}):
         runner = Runner(make(overrides | change))
@@ -45,27 +45,27 @@ def test_scan_over_groups_of_pools_equals_unrolled_ones_and_recomputation():
 
 @pytest.mark.parametrize(
     "mesh, parts",
-    [({}, 1), ({"mesh__expert": 4, "mesh__fsdp": 2}, 2), ({"mesh__expert": 2, "mesh__data": 4, "model__peer__split": "experts"}, 1)],
+    [({}, 1), ({"mesh__expert": 4, "mesh__fsdp": 2}, 2), pytest.param({"mesh__expert": 2, "mesh__data": 4, "model__peer__split": "experts"}, 1, marks=pytest.mark.slow)],
     ids=["1 device", "width over 4 of 8, 2 parts", "experts over 2 of 8"],
 )
 def test_rows_give_the_first_update_of_dense_gradients(mesh, parts):
-    """Clipping, accumulation and the merge over devices see the same gradient in both forms, and on one device."""
+    """Clipping, accumulation and the merge over devices see the gradient that the other form has on one device."""
     results = {}
     # Without batch statistics, which are those of a microbatch.
     options = {"train__microbatches": parts, "optimizer__weight_decay": 0.0, "model__peer__query_norm": "layernorm"}
-    for form, where in (("rows", mesh), ("dense", mesh), ("dense on one", {})):
+    for form, where in (("rows", mesh), ("dense", {})):
         runner = Runner(make(INSERT | options | where, row_gradients=form == "rows"), 8 if where else 1)
         before = np.array(leaf(runner.state["params"], POOL))
         metrics = runner.step(make_batch(0))
         results[form] = metrics["gradient_norm"], jax.device_get(runner.state["params"])
-    for form in ("dense", "dense on one"):
-        np.testing.assert_allclose(results["rows"][0], results[form][0], rtol=1e-5)
-        chex.assert_trees_all_close(results["rows"][1], results[form][1], atol=3e-5)
+    np.testing.assert_allclose(results["rows"][0], results["dense"][0], rtol=1e-5)
+    chex.assert_trees_all_close(results["rows"][1], results["dense"][1], atol=3e-5)
     after = leaf(results["rows"][1], POOL)
     touched = (after != before).any(axis=(1, 2))
     assert 0 < touched.sum() < len(touched)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["width", "experts"])
 def test_eight_devices_are_one(split):
     runs = []
@@ -83,11 +83,13 @@ def test_eight_devices_are_one(split):
 @pytest.mark.parametrize(
     "overrides",
     [
-        {},
-        {"model__peer__share_pool": True, "model__inserts": "middle=peer@1,last=peer@1", "train__microbatches": 2},
         {"optimizer__row_optimizer": "adagrad"},
+        pytest.param(
+            {"model__peer__share_pool": True, "model__inserts": "middle=peer@1,last=peer@1", "train__microbatches": 2},
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["insert", "shared, 2 parts", "adagrad"],
+    ids=["insert", "shared, 2 parts"],
 )
 def test_a_step_takes_no_memory_of_the_pools_size(overrides):
     """Nor does it compute anything of that size: on a CPU the result of every operation lies in memory."""
@@ -126,7 +128,7 @@ def test_routed_and_retrieving_layers_live_in_one_model():
 
 def test_one_pool_for_all_layers():
     """Its gradient is the sum over the layers', in both forms."""
-    overrides = {"model__pattern": "dense,peer", "model__layers": 4, "model__inserts": "last=peer@4", "optimizer__weight_decay": 0.0}
+    overrides = {"model__pattern": "peer", "model__layers": 2, "model__inserts": "last=peer@2", "optimizer__weight_decay": 0.0}
     results = []
     for rows in (True, False):
         runner = Runner(make(overrides, share_pool=True, row_gradients=rows, query_norm="layernorm"))
@@ -135,5 +137,3 @@ def test_one_pool_for_all_layers():
         results.append((runner.step(make_batch(0))["gradient_norm"], jax.device_get(runner.state["params"])))
     np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-5)
     chex.assert_trees_all_close(results[0][1], results[1][1], atol=3e-5)
-    losses = runner.losses(20)
-    assert losses[-1] < losses[0] - 0.2
