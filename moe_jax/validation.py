@@ -192,7 +192,7 @@ def block_kinds(model: ModelConfig) -> list[str]:
 
 def has_routed_blocks(model: ModelConfig) -> bool:
     """Whether any block of the model is a mixture of experts."""
-    return "routed" in parse_pattern(model) or any(kind == "routed" for _, kind, _ in parse_inserts(model))
+    return "routed" in block_kinds(model)
 
 
 def has_retrieval_blocks(model: ModelConfig) -> bool:
@@ -343,7 +343,8 @@ def _check_retrieval(config: Config) -> None:
     if peer.top_k == 1:
         limit = "the softmax over one score is 1, so that the router gets no gradient"
         raise ConfigError(path + "top_k", 1, limit, "use 2 or more")
-    layers = sum(kind in RETRIEVING for kind in block_kinds(config.model))
+    kinds = [kind for kind in block_kinds(config.model) if kind in RETRIEVING]
+    layers = len(kinds)
     if layers * peer.experts >= 2**31:
         limit = f"with {layers} such blocks {layers * peer.experts} ids, which do not fit into int32"
         raise ConfigError(path + "experts", peer.experts, limit, "use fewer experts or blocks")
@@ -354,8 +355,7 @@ def _check_retrieval(config: Config) -> None:
     if peer.row_gradients and config.optimizer.ema_decay:
         limit = f"an average of all of the pool, with {path}row_gradients=true"
         raise ConfigError("optimizer.ema_decay", config.optimizer.ema_decay, limit, f"use 0, or {path}row_gradients=false")
-    kinds = {kind for kind in block_kinds(config.model) if kind in RETRIEVING}
-    if peer.share_pool and len(kinds) > 1:
+    if peer.share_pool and len(set(kinds)) > 1:
         limit = "neurons of peer blocks and values of pkm blocks have other shapes"
         raise ConfigError(path + "share_pool", True, limit, "use blocks of one of the two kinds")
 

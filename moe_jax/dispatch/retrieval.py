@@ -36,10 +36,12 @@ def sharded_passes(mesh, split: str, backend: str = "blocks") -> Passes:
       backend: what each shard runs.
     """
     local = BACKENDS[backend]
-    inside = {"width": _by_width, "experts": _by_experts}[split](local) if compat.axis_size(mesh, AXIS) > 1 else local
+    if compat.axis_size(mesh, AXIS) > 1:
+        inside, table_spec = {"width": _by_width, "experts": _by_experts}[split](local), SPLITS[split]
+    else:
+        inside, table_spec = local, PartitionSpec()
     names = tuple(name for name in BATCH_AXES if name in mesh.shape)
     shards, tokens = compat.axis_size(mesh, *names), PartitionSpec(names)
-    table_spec = SPLITS[split] if compat.axis_size(mesh, AXIS) > 1 else PartitionSpec()
 
     def over_shards(run: Callable, outputs: int):
         def call(*args):

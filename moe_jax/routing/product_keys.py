@@ -10,7 +10,7 @@ import numpy as np
 
 from moe_jax.ops.norms import batch_norm, layer_norm, moments
 from moe_jax.ops.product_keys import product_top_k
-from moe_jax.routing.contract import KERNEL_INIT, score_by_kernel
+from moe_jax.routing.contract import score_by_kernel, token_choice
 from moe_jax.routing.statistics import sums, token_statistics
 from moe_jax.types import RouterInputs, TokenChoice
 
@@ -61,7 +61,7 @@ class ProductKeys(nn.Module):
         if self.query_norm not in NORMS:
             raise ValueError(f"query_norm={self.query_norm!r}: one of {', '.join(NORMS)}")
         width = self.heads * self.key_width
-        scored = score_by_kernel(self, x, inputs, width, init=KERNEL_INIT)
+        scored = score_by_kernel(self, x, inputs, width)
         queries, stats = self._norm(scored.logits, scored.routed, inputs.train)
         queries = queries.reshape(-1, self.heads, 2, half)
         # So that a half's score has the variance 1/3 where queries have 1 (Lample et al., arXiv:1907.05242).
@@ -77,11 +77,10 @@ class ProductKeys(nn.Module):
         routed, flat = scored.routed, (x.shape[0], self.heads * self.top_k)
         entropy = token_statistics(gates.reshape(-1, self.top_k), jnp.repeat(routed, self.heads), scored.finite)
         stats |= entropy | {"tokens": jnp.sum(routed), "entropy_sum": entropy["entropy_sum"] / self.heads}
-        ids = jnp.where(routed[:, None], ids.reshape(flat), self.experts)
-        gates = jnp.where(routed[:, None], gates.reshape(flat), 0)
+        choice = token_choice(ids.reshape(flat), gates.reshape(flat), routed, self.experts)
         if not inputs.train:
-            stats["mass"] = jnp.zeros(self.experts, gates.dtype).at[ids].add(gates, mode="drop")
-        return TokenChoice(ids, gates), {}, sums(stats)
+            stats["mass"] = jnp.zeros(self.experts, gates.dtype).at[choice.expert_ids].add(choice.gates, mode="drop")
+        return choice, {}, sums(stats)
 
     def _norm(self, queries, routed, train):
         """(normalised queries [T, H*key_width], what the running statistics learn from)."""

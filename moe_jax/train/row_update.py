@@ -51,7 +51,7 @@ def row_gradient(table: jax.Array, ids: jax.Array, d_sink: RowSink | jax.Array, 
       ids: int32, as of `Output.row_ids`, with an axis of microbatches before the others; of a pool [N, M, D] also with one of
         groups that share it.
       d_sink: the gradient of its sink, with the same axis.
-      width_axis: the mesh axis that splits D, if one does.
+      width_axis: the mesh axis that splits the D of pools, if one does.
     """
     if isinstance(d_sink, jax.Array):  # a lookup
         vectors = d_sink.reshape(-1, 1, d_sink.shape[-1])

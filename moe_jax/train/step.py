@@ -11,7 +11,7 @@ import optax
 from moe_jax.config import Config
 from moe_jax.models.decoder import row_sinks, sink_tables
 from moe_jax.models.losses import cross_entropy
-from moe_jax.ops.row_gradient import RowSink, sort_rows, squared_norm
+from moe_jax.ops.row_gradient import sort_rows, squared_norm
 from moe_jax.parallel.rules import batch_sharding, replicated
 from moe_jax.routing import ROUTERS
 from moe_jax.train.optimizer import learning_rate, make_optimizer
@@ -110,7 +110,7 @@ def accumulate(model: nn.Module, config: Config, state: State, batch: Batch):
     by_width = "expert" if config.model.peer.split == "width" else ""
     table_of, parts_of = sink_tables(config.model), {}
     for path, d in d_sinks.items():
-        one = row_gradient(tables[table_of[path]], ids[path], d, by_width if isinstance(d, RowSink) else "")
+        one = row_gradient(tables[table_of[path]], ids[path], d, by_width)
         parts_of.setdefault(table_of[path], []).append(one)
     d_rows = {
         path: sort_rows(jax.tree.map(lambda *a: jnp.concatenate(a), *several), row_count(tables[path]))
