@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.ops.norms import batch_norm, layer_norm, moments
-from moe_jax.ops.product_keys import product_top_k
+from moe_jax.ops.product_keys import product_search
 from moe_jax.routing.contract import score_by_kernel, token_choice
 from moe_jax.routing.statistics import sums, token_statistics
 from moe_jax.types import RouterInputs, TokenChoice
@@ -70,9 +70,7 @@ class ProductKeys(nn.Module):
         keys = self.param(
             "keys", nn.with_logical_partitioning(init, (None,) * (len(own) + 3)), (*own, 2, n, half), self.param_dtype
         ).astype(queries.dtype)
-        pattern = "thpd,pnd->pthn" if self.share_keys else "thpd,hpnd->pthn"
-        halves = jnp.einsum(pattern, queries, keys, precision=jax.lax.Precision.HIGHEST)
-        scores, ids = product_top_k(*halves, self.top_k)
+        scores, ids = product_search(queries, keys, self.top_k)
         gates = jax.nn.softmax(scores, axis=-1)
         routed, flat = scored.routed, (x.shape[0], self.heads * self.top_k)
         entropy = token_statistics(gates.reshape(-1, self.top_k), jnp.repeat(routed, self.heads), scored.finite)
