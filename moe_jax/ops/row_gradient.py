@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from moe_jax import compat
 
 # Of summed rows that lie in memory at once.
-BLOCK_BYTES = {"cpu": 2**22}
+BLOCK_BYTES = {"cpu": 2**21}
 OTHER_BLOCK_BYTES = 2**27
 
 
@@ -35,11 +35,13 @@ class RowGradient(NamedTuple):
 class SortedRows(NamedTuple):
     """A `RowGradient` with its pairs (t, r) in the order of their ids, in blocks of C.
 
-    ids int32 [blocks, C]; at least the last one is N, which is no row. places int32 [blocks, C]: the pair t R + r. weights
-    [T R, M], vectors [T, M, D].
+    ids int32 [blocks, C+1]: of the rows whose last share lies in a block, at the row's place in it; the rest past the table and all
+    different. slots int32 [blocks, C]: a pair's place; 0 goes on with the row that the block before left open. places int32
+    [blocks, C]: the pair t R + r. weights [T R, M], vectors [T, M, D].
     """
 
     ids: jax.Array
+    slots: jax.Array
     places: jax.Array
     weights: jax.Array
     vectors: jax.Array
@@ -50,60 +52,58 @@ def sort_rows(gradient: RowGradient, table_rows: int) -> SortedRows:
     ids, weights, vectors = gradient
     pairs, (_, m, d) = ids.size, vectors.shape
     flat = jnp.where(ids < table_rows, ids, table_rows).reshape(-1).astype(jnp.int32)
-    block = min(_block_rows(m * d * vectors.dtype.itemsize), pairs + 1)
-    blocks = pairs // block + 1  # at least one place is left for an id past the table, which ends the last row
-    order, fill = compat.argsort(flat), (0, blocks * block - pairs)
-    return SortedRows(
-        jnp.pad(flat[order], fill, constant_values=table_rows).reshape(blocks, block),
-        jnp.pad(order, fill).reshape(blocks, block),
-        weights.reshape(pairs, m),
-        vectors,
-    )
+    size = min(_block_rows(m * d * vectors.dtype.itemsize), pairs + 1)
+    blocks = pairs // size + 1  # at least one place is left for an id past the table, which ends the last row
+    order, fill = compat.argsort(flat), (0, blocks * size - pairs)
+    flat = jnp.pad(flat[order], fill, constant_values=table_rows)
+    before = jnp.concatenate([jnp.full(1, table_rows, jnp.int32), flat[:-1]])
+    slots = jnp.cumsum((flat != before).reshape(blocks, size), axis=1, dtype=jnp.int32)
+    block, others = jnp.arange(blocks)[:, None], table_rows + jnp.arange(size + 1, dtype=jnp.int32)
+    named = jnp.tile(others, (blocks, 1)).at[block, slots].set(flat.reshape(blocks, size))
+    named = named.at[:, 0].set(before[::size])
+    named = jnp.where((jnp.arange(size + 1) < slots[:, -1:]) & (named < table_rows), named, others)
+    places = jnp.pad(order, fill).reshape(blocks, size)
+    return SortedRows(named, slots, places, weights.reshape(pairs, m), vectors)
 
 
-def fold_rows(step: Callable[[Any, jax.Array, jax.Array], Any], carry: Any, rows: SortedRows, table_rows: int) -> Any:
+def fold_rows(step: Callable[[Any, jax.Array, jax.Array], Any], carry: Any, rows: SortedRows) -> Any:
     """Hands the rows of a gradient, a block at a time and each once, to a function.
 
     Args:
       step: (carry, ids int32 [C+1], rows [C+1, M, D]) -> carry. Over all calls every touched row occurs once, with the whole of
-        its sum; all other ids of a call are different from each other and at least N.
+        its sum; all other ids of a call are different from each other and at least N, their rows without meaning.
       carry: for the first call.
-      rows: from `sort_rows` with the same `table_rows`.
-      table_rows: N.
+      rows: from `sort_rows`.
 
     Returns:
       The last carry.
     """
-    (_, block), m = rows.ids.shape, rows.weights.shape[1]
+    size, m = rows.slots.shape[1], rows.weights.shape[1]
     retrieved = rows.weights.shape[0] // rows.vectors.shape[0]
     dtype = jnp.result_type(rows.weights, rows.vectors)
-    others = table_rows + jnp.arange(block + 1, dtype=jnp.int32)
 
-    def one(carried, block_of):
-        carry, open_id, open_row = carried
-        ids, places = block_of
+    def one(carried, block):
+        carry, open_row = carried
+        ids, slots, places = block
         shares = rows.weights[places][:, :, None] * rows.vectors[places // retrieved]
-        shares = jnp.where((ids < table_rows)[:, None, None], shares, 0)
-        first = ids != jnp.concatenate([open_id[None], ids[:-1]])
-        segment = jnp.cumsum(first, dtype=jnp.int32)  # 0 goes on with the row that the last block left open
-        sums = jax.ops.segment_sum(shares, segment, block + 1, indices_are_sorted=True).at[0].add(open_row)
-        names = others.at[segment].set(ids, indices_are_sorted=True).at[0].set(open_id)
-        last = segment[-1]
-        done = (jnp.arange(block + 1) < last) & (names < table_rows)
-        carry = step(carry, jnp.where(done, names, others), jnp.where(done[:, None, None], sums, 0))
-        return (carry, ids[-1], sums[last]), None
+        sums = jax.ops.segment_sum(shares, slots, size + 1, indices_are_sorted=True).at[0].add(open_row)
+        return (step(carry, ids, sums), sums[slots[-1]]), None
 
-    start = (carry, jnp.int32(table_rows), jnp.zeros((m, rows.vectors.shape[2]), dtype))
+    start = (carry, jnp.zeros((m, rows.vectors.shape[2]), dtype))
     axes = compat.varying_axes(*rows)
     start = jax.tree.map(lambda a: compat.vary(a, axes), start)
-    return jax.lax.scan(one, start, (rows.ids, rows.places))[0][0]
+    return jax.lax.scan(one, start, (rows.ids, rows.slots, rows.places))[0][0]
 
 
 def squared_norm(rows: SortedRows, table_rows: int) -> jax.Array:
     """The sum of squares of the gradient of a table of N = `table_rows` rows; float32 scalar at least."""
     wide = jnp.promote_types(jnp.result_type(rows.weights, rows.vectors), jnp.float32)
-    add = lambda total, _, sums: total + jnp.sum(jnp.square(sums.astype(wide)))
-    return fold_rows(add, jnp.zeros((), wide), rows, table_rows)
+
+    def add(total, ids, sums):
+        squares = jnp.sum(jnp.square(sums.astype(wide)), axis=(1, 2))
+        return total + jnp.sum(jnp.where(ids < table_rows, squares, 0))
+
+    return fold_rows(add, jnp.zeros((), wide), rows)
 
 
 def dense_rows(gradient: RowGradient, table_rows: int) -> jax.Array:
@@ -111,7 +111,7 @@ def dense_rows(gradient: RowGradient, table_rows: int) -> jax.Array:
     dtype = jnp.result_type(gradient.weights, gradient.vectors)
     zeros = jnp.zeros((table_rows, *gradient.vectors.shape[1:]), dtype)
     put = lambda table, ids, rows: table.at[ids].set(rows, mode="drop", unique_indices=True)
-    return fold_rows(put, zeros, sort_rows(gradient, table_rows), table_rows)
+    return fold_rows(put, zeros, sort_rows(gradient, table_rows))
 
 
 def _block_rows(row_bytes: int) -> int:

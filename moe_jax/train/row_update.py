@@ -109,14 +109,14 @@ def update_rows(
 
     def step(carry, ids, sums):
         table, state = carry
-        at = lambda array: array.at[ids].get(mode="fill", fill_value=0, unique_indices=True)
+        at = lambda array: array.at[ids].get(mode="clip")  # what ids past the table get is not written
         put = lambda array, value: array.at[ids].set(value.astype(array.dtype), mode="drop", unique_indices=True)
         old = at(table)
         update, state = direction(config, state, factor * sums, at, put)
-        return put(table, old - rate * scale * (update + decay * old)), state
+        return put(table, old - rate * scale * (update + decay * old if decay else update)), state
 
     shaped = jax.tree.map(lambda a: flat(a) if a.shape == table.shape else a.reshape(-1), state)
-    new, shaped = fold_rows(step, (flat(table), shaped), rows, row_count(table))
+    new, shaped = fold_rows(step, (flat(table), shaped), rows)
     return new.reshape(table.shape), jax.tree.map(lambda a, old: a.reshape(old.shape), shaped, state)
 
 
