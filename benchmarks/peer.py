@@ -201,7 +201,7 @@ def measure_pool(case: Case, rounds: int, progress: bool = True) -> list[dict]:
         return held["block"]
 
     functions["copy"] = run_copy
-    times, errors = timing.interleaved(functions, rounds, case.name, progress)
+    times, errors = timing.interleaved(functions, rounds, case.name, progress, min(rounds, 5), settle=True)
     held.clear()
     gc.collect()
     other = torch_step(case)

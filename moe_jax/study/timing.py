@@ -26,6 +26,7 @@ def interleaved(
     label: str = "",
     progress: bool = True,
     minimum: int = MIN_RUNS,
+    settle: bool = False,
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Runs all functions in turn, so that a slow moment of the machine falls on all of them.
 
@@ -34,6 +35,8 @@ def interleaved(
       rounds: turns. The order is reversed in every other one.
       label, progress: of the progress bar on stderr, which only a terminal gets.
       minimum: runs of each function at least, however slow it is.
+      settle: run it once untimed before every timed run: a function pays for the memory that a very different one before it has
+        left behind, which it would not in a training run, where it follows itself.
 
     Returns:
       Milliseconds of every run, after one to compile and one to warm up; for functions that cannot run here,
@@ -58,6 +61,8 @@ def interleaved(
         for name in list(warm) if i % 2 == 0 else reversed(warm):
             if i % stride[name] == 0:
                 bar.set_postfix_str(str(name), refresh=False)
+                if settle:
+                    _milliseconds(functions[name])
                 times[name].append(_milliseconds(functions[name]))
         bar.update()
     bar.close()
