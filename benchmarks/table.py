@@ -114,7 +114,45 @@ def ceiling(row: dict) -> str:
     return f"One dense product of {size} x {size} in {dtype}: {rate}."
 
 
-RENDERERS = {"moe_layer": moe_layer}
+PEER_WAYS = {
+    "rows": "**gradients by rows**",
+    "dense": "the layer with a dense gradient of the pool",
+    "naive": "two gathers and einsums, differentiated by JAX",
+    "pytorch": "PEER-pytorch with torch's Adam",
+    "copy": "a plain copy",
+}
+
+
+def peer(result: dict) -> str:
+    """The table of `benchmarks/peer.py`'s case pool, and how time and memory grow in `scaling`."""
+    rows = {(row["case"], row["backend"]): row for row in result["rows"]}
+    case = result["cases"]["pool"]
+    shape = "N={experts:,} T={tokens} D={width} H={heads} K={top_k}".format(**case)
+    lines = [[f"a training step of one PEER layer, {shape}, float32", "ms", "naive / this", "GB/s"], ["---"] * 4]
+    naive = rows["pool", "naive"]["ms"]
+    for way, title in PEER_WAYS.items():
+        row = rows["pool", way]
+        if row["ms"] is None:
+            lines.append([title, MISSING, MISSING, MISSING])
+        else:
+            ratio = "" if way == "copy" else f"{naive / row['ms']:.2f}"
+            lines.append([title, number(row["ms"]), ratio, number(row["gb_per_s"])])
+    legend = "GB/s: of the bytes of rows that a step must move."
+    parts = [f"{conditions(result['environment'])}. {legend}", "\n".join(f"| {' | '.join(line)} |" for line in lines)]
+    for kind, size in (("peer", "N"), ("dense", "F")):
+        of_kind = [row for row in result["rows"] if row["backend"] == kind and "state_bytes" in row]
+        if of_kind:
+            first, last = of_kind[0], of_kind[-1]
+            names = [row["parameters"] // (2 * case["width"]) for row in (first, last)]
+            memory = [row["temporary_bytes"] / 1e6 for row in (first, last)]
+            parts.append(
+                f"{'PEER' if kind == 'peer' else 'A dense layer'} from {size}={names[0]:,} to {names[1]:,}: {number(first['ms'])} to "
+                f"{number(last['ms'])} ms, {number(memory[0])} to {number(memory[1])} MB beside parameters and optimizer state."
+            )
+    return "\n\n".join(parts)
+
+
+RENDERERS = {"moe_layer": moe_layer, "peer": peer}
 
 
 def replace_section(text: str, section: str, begin: str = BEGIN, end: str = END) -> str:
