@@ -140,7 +140,7 @@ FAST = ("top_k", "soft_moe")
     "router", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in ROUTER_NAMES]
 )
 def test_every_router(router, tmp_path, capsys):
-    traits = type(getattr(MoEConfig().routers, router)).traits
+    traits = getattr(MoEConfig().routers, router).traits
     top_k = 2 if not traits.top_k or 2 in traits.top_k else 1
     virtual = {"zero_experts": 1, "copy_experts": 1, "constant_experts": 2} if traits.virtual else {}
     config = make_config(
