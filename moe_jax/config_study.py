@@ -91,7 +91,8 @@ class Study:
 def study_to_dict(study: Study) -> dict[str, Any]:
     """A study as nested dicts and lists, ready for JSON."""
     own = {entry.name: getattr(study, entry.name) for entry in dataclasses.fields(study)}
-    arms, curves = ([dataclasses.asdict(one) for one in many] for many in (study.arms, study.curves))
+    arms = [dataclasses.asdict(arm) for arm in study.arms]
+    curves = [dataclasses.asdict(curve) | {"metrics": list(curve.metrics)} for curve in study.curves]
     lists = {"seeds": list(study.seeds), "shown": list(study.shown)}
     return own | {"base": to_dict(study.base), "arms": arms, "curves": curves} | lists
 
