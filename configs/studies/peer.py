@@ -70,8 +70,6 @@ def get_config() -> Study:
         "peer_atoms": retrieving("peer", 39, {"heads": 48, "experts": 78**2}, heads=12, **atoms),
         "peer_h2": retrieving("peer", 128, {"heads": 4}, heads=2),
         "peer_h8": retrieving("peer", 128, {"heads": 16}, heads=8),
-        "peer_n1_no_norm": retrieving("peer", 32, query_norm="none"),
-        "peer_n4_no_norm": retrieving("peer", 64, query_norm="none"),
     }
     arms = []
     for name, (small, full) in main.items():
@@ -87,7 +85,7 @@ def get_config() -> Study:
     curves = (
         Curve("pool", "Larger pools", "experts N", {
             "BatchNorm of queries": {name: pool for name in ("peer_n1", "peer_n4", "peer", "peer_n64")},
-            "no norm": {name: pool for name in ("peer_n1_no_norm", "peer_n4_no_norm", "peer_no_norm", "peer_n64_no_norm")},
+            "no norm": {name: pool for name in ("peer_no_norm", "peer_n64_no_norm")},
         }, ("loss", "unevenness", "usage")),
         Curve("granularity", "Finer experts, equal parameters, total and active", "hidden neurons of an expert", {
             "": {name: "model.moe.expert_width" for name in ("moe_8x1", "moe_32x4", "moe_64x8")} | {"peer_atoms": 1},
