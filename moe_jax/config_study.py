@@ -18,9 +18,9 @@ class Arm:
     name: a label, also of its folder. settings: dotted config path -> value, over the study's base; taken as
       the command line takes `--config.a.b=VALUE`. twin_of: an A/A arm: the name of the arm whose settings it
       repeats, with other noise in its routers; it has no settings of its own. full: settings over its own with --scale=full.
-      scores: the name of an arm that this one does not train again: its runs are scored once more, with the settings, over those
-      of that arm, that change an evaluation alone. baseline: the arm that its differences are against, such as one of
-      as many steps; its own name: it is one; empty: the study's.
+      scores: the name of an arm that this one does not train again: its runs are scored once more, with its settings and
+      those of this one over them, which change the evaluation alone. baseline: the arm that its differences are against, such
+      as one of as many steps; its own name: it is one; empty: the study's.
     """
 
     name: str
@@ -38,9 +38,9 @@ METRICS = ("loss", "usage", "unevenness")
 class Curve:
     """Arms of a study in order of a quantity: a table and a picture.
 
-    name: of the picture's file. title, x: of the picture and of its axis. lines: label -> {arm: its x, a number or the dotted
-      path of the config that has it}, the first one the line that the others are compared with where they share an x. metrics: of METRICS; usage and unevenness are of arms with
-      layers that retrieve one-neuron experts. log: of x.
+    name: of the picture's file. title, x: of the picture and of its axis. lines: label -> {arm: its x, a number or the
+      dotted path of the config that has it}, the first one the line that the others are compared with where they share
+      an x. metrics: of METRICS; usage and unevenness are of arms with layers that retrieve one-neuron experts. log: of x.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Study:
         return next(arm for arm in self.arms if arm.name == name)
 
     def baseline_of(self, arm: Arm) -> str:
-        """The name of the arm that an arm's differences are against; an A/A arm has that of the other, and so has one that scores."""
+        """The name of the arm that an arm's differences are against. An A/A arm, and one that scores, has the other's."""
         other = arm.twin_of or arm.scores
         return arm.baseline or (other and self.arm(other).baseline) or self.baseline
 

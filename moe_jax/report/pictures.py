@@ -127,7 +127,7 @@ def mass_by_rank(shares: dict[str, np.ndarray]) -> Figure:
     figure = Figure(figsize=(WIDTH * 0.66, 3.4), layout="constrained")
     axis = figure.subplots()
     shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, max(len(shares), 2)))
-    lowest = min(1.0, *(relative[relative > 0].min(initial=1.0) for relative in (share * len(share) for share in shares.values())))
+    lowest = min(len(share) * share[share > 0].min(initial=1 / len(share)) for share in shares.values())
     for i, (layer, share) in enumerate(shares.items()):
         relative = np.sort(share[share > 0])[::-1] * len(share)
         ranks = np.unique(np.geomspace(1, max(len(relative), 1), 400).round().astype(int))

@@ -17,7 +17,9 @@ TOP = 0.01  # of the experts, whose share of the gates the table has
 def retrieval(m: Material) -> str:
     """Use of the pools on the held-out tokens, and in the evaluations during training."""
     peer = m.model.peer
-    head = ["layer", "experts N", "used", "if all were even", "unevenness", "as many as even", "of the top 1 %", "entropy of gates"]
+    head = [
+        "layer", "experts N", "used", "if all were even", "unevenness", "as many as even", "of the top 1 %", "entropy of gates",
+    ]  # fmt: skip
     rows, shares = [], {}
     for name, sums in m.observed.retrieved.items():
         mass, tokens = sums["mass"], max(float(sums["tokens"]), 1.0)
@@ -53,7 +55,6 @@ def _over_time(m: Material, layers: list[str]) -> str:
     panels = [panel for panel in panels if any(len(one.steps) for one in panel.lines.values())]
     if not panels:
         return paragraph("The metrics have no rows of these layers.")
-    note = "Mean over the layers in the evaluations, which see some batches of the validation text." if len(layers) > 1 else (
-        "The evaluations during training see some batches of the validation text."
-    )  # fmt: skip
+    note = "The evaluations during training see some batches of the validation text."
+    note += " Their figures are means over the layers." if len(layers) > 1 else ""
     return picture(pictures.curves(panels), "Use of the experts and entropy of their gates over the steps", note)

@@ -26,8 +26,8 @@ def collect(workdir) -> dict[str, Any]:
 
     Returns:
       study, scale, command; environment (of the times in the rows); timing {before, after}; target {loss, how}; band: of
-      the A/A pairs' mean differences; rows: one per arm; curves: see `collect_curve`; runs: one per arm and seed, with its curves; counts of runs
-      done, failed and missing. Losses are in nats per token; numbers that are not finite are None.
+      the A/A pairs' mean differences; rows: one per arm; curves: see `collect_curve`; runs: one per arm and seed, with its
+      curves; counts of runs done, failed and missing. Losses are in nats per token; numbers that are not finite are None.
 
     Raises:
       ConfigError: no study there, a file that cannot be read, or runs that were scored on different text.
@@ -164,7 +164,8 @@ def make_row(
     """The row of one arm, without its time to the target."""
     done = [run for (name, _), run in runs.items() if name == arm.name and run["state"] == "done"]
     states = collections.Counter(run["state"] for (name, _), run in runs.items() if name == arm.name)
-    row = {"arm": arm.name, "twin_of": arm.twin_of, "scores": arm.scores, "baseline": study.baseline_of(arm), "runs": len(done)}
+    row = {"arm": arm.name, "twin_of": arm.twin_of, "scores": arm.scores, "baseline": study.baseline_of(arm)}
+    row["runs"] = len(done)
     row |= {state: states[state] for state in ("failed", "missing")}
     for key in (
         "loss",

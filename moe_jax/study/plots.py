@@ -51,7 +51,10 @@ def style(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def bands(result: dict[str, Any], key: str) -> dict[str, np.ndarray]:
-    """{arm: [points, 4]} of step, mean, lowest and highest over the seeds that are done, at the steps they share; of arms to show."""
+    """{arm: [points, 4]} of step, mean, lowest and highest over the seeds that are done, at the steps they share.
+
+    Of the arms that the study shows.
+    """
     found, shown = {}, result["study"]["shown"]
     for row in result["rows"]:
         if shown and row["arm"] not in shown:
@@ -145,8 +148,8 @@ def differences(result: dict[str, Any]):
     ]
     axis.set_yticks(range(len(rows)), labels, fontsize=9)
     axis.set_ylim(-0.6, len(rows) - 0.4)
-    several = any(row["baseline"] != baseline for row in rows)
-    axis.set_xlabel(f"final validation loss minus {'that named' if several else baseline + chr(39) + 's'} (nats per token); left is better")
+    others = ", or that named" if any(row["baseline"] != baseline for row in rows) else ""
+    axis.set_xlabel(f"final validation loss minus {baseline}'s{others} (nats per token); left is better")
     axis.grid(axis="x", color="0.9")
     axis.set_axisbelow(True)
     if band is not None:

@@ -41,10 +41,11 @@ def tables(result: dict[str, Any]) -> str:
 def header(result: dict[str, Any]) -> str:
     """On what, when, and the command that gives every number again."""
     study = result["study"]
-    row = next((row for row in result["rows"] if row["tokens"]), None)
     tokens = sorted({row["tokens"] for row in result["rows"] if row["tokens"]})
-    size = f" {' or '.join(f'{n:,}' for n in tokens)} tokens a run" if row else ""
-    size += f", {max(row['epochs'] for row in result['rows'] if row['tokens']):.2f} epochs{' at most' * (len(tokens) > 1)}." if row else ""
+    size = ""
+    if tokens:
+        epochs = max(row["epochs"] for row in result["rows"] if row["epochs"])
+        size = f" {' or '.join(f'{n:,}' for n in tokens)} tokens a run, {epochs:.2f} epochs{' at most' * (len(tokens) > 1)}."
     where = f" {conditions(result['environment'])}." if result["environment"] else ""
     seeds = ", ".join(map(str, study["seeds"]))
     return (
@@ -138,14 +139,15 @@ def scaled(value: dict[str, Any] | None, factor: float) -> dict[str, Any] | None
 def notes(result: dict[str, Any], study: dict[str, Any]) -> str:
     """What the columns mean."""
     band, rows = result["band"], result["rows"]
-    other = ", or to the arm that is named" if any(row.get("baseline", study["baseline"]) != study["baseline"] for row in rows) else ""
+    baselines = {row.get("baseline", study["baseline"]) for row in rows}
+    other = ", or to the arm that is named" if len(baselines) > 1 else ""
     texts = [
         "Loss: nats per token on the whole validation text, mean over seeds. Difference: to "
         f"{study['baseline']}{other}, paired by seed, with Student's interval; not corrected for the number of arms."
     ]
     for row in rows:
         if row.get("scores"):
-            texts.append(f"{row['arm']}: the runs of {row['scores']}, scored once more with other settings of the evaluation.")
+            texts.append(f"{row['arm']}: the runs of {row['scores']}, scored once more with another evaluation.")
     twins = [row for row in rows if row["twin_of"]]
     if band is not None:
         texts.append(
@@ -175,8 +177,8 @@ def notes(result: dict[str, Any], study: dict[str, Any]) -> str:
     )
     if any(row.get("usage") for row in rows):
         texts.append(
-            "Usage: the share of one-neuron experts that any token of the whole validation text retrieves; unevenness: the divergence "
-            "of their shares of the gates from even ones. Their routers' FLOPs: queries, and scores of half keys."
+            "Usage: the share of one-neuron experts that any token of the whole validation text retrieves; unevenness: the "
+            "divergence of their shares of the gates from even ones. Their routers' FLOPs: queries, and scores of half keys."
         )
     return " ".join(texts)
 
