@@ -131,10 +131,18 @@ class HashConfig:
 class ExpertChoiceConfig:
     """Options of the router `expert_choice`: every expert takes its C best tokens, K a token on average."""
 
-    traits: ClassVar[Traits] = Traits(
-        causal=False, causal_training=False, virtual=False, capacity=False, exchange=False
+    evaluation: str = field(
+        "experts",
+        "Who chooses in evaluation: experts, as in training; tokens: each its K best experts by the same scores, which is causal.",
+        choices=("experts", "tokens"),
     )
     z_loss: float = _z(0.0)
+
+    @property
+    def traits(self) -> Traits:
+        """What it can do depends on who chooses."""
+        causal = self.evaluation == "tokens"
+        return Traits(causal=causal, causal_training=False, virtual=False, capacity=False, exchange=False)
 
 
 @_options

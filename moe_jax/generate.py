@@ -97,7 +97,7 @@ def main(config: Config, flags: absl_flags.FlagValues) -> None:
     for name in ("tokens", "temperature", "top_p", "stop"):
         if flags[name].value is not None:
             setattr(config.sample, name, flags[name].value)
-    if not type(config.model.moe.options).traits.causal and has_routed_blocks(config.model):
+    if not config.model.moe.options.traits.causal and has_routed_blocks(config.model):
         limit = "looks at later tokens, which there are none of while text is generated"
         raise ConfigError("model.moe.router", config.model.moe.router, limit, "use moe_jax.evaluate")
     validate(config)

@@ -302,6 +302,8 @@ def _check_feed_forward(config: Config) -> None:
     model, moe, mesh = config.model, config.model.moe, config.mesh
     _must_divide("mesh.fsdp", mesh.fsdp, "model.width", model.width)
     _must_divide("mesh.tensor", mesh.tensor, "model.ffn_width", model.ffn_width)
+    if model.insert_width:
+        _must_divide("mesh.tensor", mesh.tensor, "model.insert_width", model.insert_width)
     if has_retrieval_blocks(model):
         _check_retrieval(config)
     if has_routed_blocks(model):
@@ -361,7 +363,7 @@ def _check_retrieval(config: Config) -> None:
 
 
 def _check_router(config: Config) -> None:
-    moe, traits = config.model.moe, type(config.model.moe.options).traits
+    moe, traits = config.model.moe, config.model.moe.options.traits
     router = f"model.moe.router={moe.router}"
     if moe.top_k > moe.experts + moe.virtual_experts:
         limit = f"at most model.moe.experts={moe.experts}"

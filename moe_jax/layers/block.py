@@ -58,12 +58,13 @@ class Block(nn.Module):
     """A pre-norm block; `kind` is "dense", "routed", "peer" or "pkm". Parameters: norm_attention, attention, norm_ffn, and ffn,
     moe or peer.
 
-    `vocab_size` is there for routers with a table of token ids.
+    `vocab_size` is there for routers with a table of token ids. `width`: of a dense feed-forward layer; 0: `config.ffn_width`.
     """
 
     config: ModelConfig
     kind: str
     vocab_size: int = 0
+    width: int = 0
 
     @nn.compact
     def __call__(
@@ -87,7 +88,7 @@ class Block(nn.Module):
         h = make_norm(c.norm, c.norm_epsilon, dtype, name="norm_ffn")(x)
         aux = None
         if self.kind == "dense":
-            h = FeedForward(c.ffn_width, c.activation, c.ffn_bias, dtype, name="ffn")(h)
+            h = FeedForward(self.width or c.ffn_width, c.activation, c.ffn_bias, dtype, name="ffn")(h)
         elif self.kind == "routed":
             h, aux = self._moe()(h, router_inputs(inputs, layer))
         else:

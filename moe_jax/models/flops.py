@@ -8,7 +8,7 @@ import jax
 from moe_jax.config import ModelConfig
 from moe_jax.ops.activations import is_gated
 from moe_jax.ops.retrieval import rows_of_expert
-from moe_jax.validation import RETRIEVING, block_kinds
+from moe_jax.validation import RETRIEVING, block_kinds, parse_inserts
 
 
 def forward_flops_per_token(config: ModelConfig, vocab_size: int, sequence_length: int) -> float:
@@ -28,7 +28,14 @@ def forward_flops_per_token(config: ModelConfig, vocab_size: int, sequence_lengt
         rows = rows_of_expert(c.peer.activation if kind == "peer" else None)
         ffn[kind] = 2 * d * (rows * c.peer.heads * c.peer.top_k + matrices * c.peer.shared_width)
     blocks = sum(attention + ffn[kind] for kind in block_kinds(c))
+    blocks += 2 * matrices * d * extra_insert_width(c)
     return blocks + router_flops_per_token(c) + 2.0 * d * vocab_size
+
+
+def extra_insert_width(config: ModelConfig) -> int:
+    """What `insert_width` adds to the hidden widths of all dense blocks; negative where it is below `ffn_width`."""
+    inserts = sum(kind == "dense" for _, kind, _ in parse_inserts(config))
+    return inserts * (config.insert_width - config.ffn_width) if config.insert_width else 0
 
 
 def experts_per_token(config: ModelConfig, sequence_length: int) -> float:

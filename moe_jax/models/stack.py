@@ -52,10 +52,11 @@ class Stack(nn.Module):
             x, part = self._run_groups(x, inputs, stacked, pool, cache, kinds, done, before // len(kinds))
             parts.append(part)
             done = before // len(kinds)
-            variables = self._variables(name, lambda key, kind=kind: self._init_block(key, kind, x, inputs))
+            width = self.config.insert_width
+            variables = self._variables(name, lambda key, kind=kind: self._init_block(key, kind, x, inputs, width))
             layer = self.config.layers + number
             variables = _with_pool(variables, pool, kind)
-            x, aux, new = self._block(kind)(variables, x, inputs, layer, cache and cache[name])
+            x, aux, new = self._block(kind, width)(variables, x, inputs, layer, cache and cache[name])
             caches[name] = new
             if aux is not None:
                 auxes[name] = aux
@@ -79,8 +80,8 @@ class Stack(nn.Module):
         block = Block(self.config, kind, self.vocab_size, parent=None).init(key, x, inputs)
         return {"params": {"experts": block["params"]["peer"]["experts"]}}
 
-    def _init_block(self, key, kind, x, inputs):
-        block = Block(self.config, kind, self.vocab_size, parent=None).init(key, x, inputs)
+    def _init_block(self, key, kind, x, inputs, width=0):
+        block = Block(self.config, kind, self.vocab_size, width, parent=None).init(key, x, inputs)
         if kind in RETRIEVING and self._shares_pool():
             del block["params"]["peer"]["experts"]
         return block
@@ -103,9 +104,10 @@ class Stack(nn.Module):
             lambda b: b.add_axis(0, {nn.PARTITION_NAME: "layers"}) if boxed(b) else b, stacked, is_leaf=boxed
         )
 
-    def _block(self, kind):
+    def _block(self, kind, width=0):
         def run(variables, x, inputs, layer, cache):
-            return Block(self.config, kind, self.vocab_size, parent=None).apply(variables, x, inputs, layer, cache)
+            block = Block(self.config, kind, self.vocab_size, width, parent=None)
+            return block.apply(variables, x, inputs, layer, cache)
 
         return with_barriers(run, recompute=self.config.remat)
 

@@ -10,7 +10,7 @@ import jax
 from moe_jax import compat
 from moe_jax.config import Config, ConfigError
 from moe_jax.models import MODELS
-from moe_jax.models.flops import experts_per_token, forward_flops_per_token, training_flops_per_token
+from moe_jax.models.flops import experts_per_token, extra_insert_width, forward_flops_per_token, training_flops_per_token
 from moe_jax.parallel.mesh import AXES, mesh_from_config
 from moe_jax.plan import hlo
 from moe_jax.plan.collectives import Collective, collectives
@@ -190,7 +190,7 @@ def recomputed_flops_per_token(config: Config, vocab: int) -> float:
     last = {"dense": c.ffn_width, "routed": experts * (c.moe.expert_width or c.ffn_width)}
     blocks = forward_flops_per_token(c, vocab, config.data.sequence_length) - 2 * c.width * vocab
     # A layer that retrieves runs its whole forward pass again.
-    return blocks - sum(2 * c.width * last.get(kind, 0) for kind in block_kinds(c))
+    return blocks - 2 * c.width * (sum(last.get(kind, 0) for kind in block_kinds(c)) + extra_insert_width(c))
 
 
 def _too_large(topology: Topology, needed: int, what: str) -> ConfigError:

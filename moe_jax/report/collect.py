@@ -21,7 +21,7 @@ from moe_jax.parallel.rules import local_rows, put_batch
 from moe_jax.routing import ROUTERS
 from moe_jax.train.restore import LoadedRun
 from moe_jax.types import RouterInputs, SlotMix
-from moe_jax.validation import has_routed_blocks, parse_inserts, parse_pattern
+from moe_jax.validation import RETRIEVING, has_routed_blocks, parse_inserts, parse_pattern
 
 # Of the matrices of one batch, all layers together.
 _BATCH_BYTES = 2**28
@@ -51,7 +51,7 @@ class Observed(NamedTuple):
     ids, sources: int32 [T], each token and the index of its source in `names`. passages: {source: int32 [P]}, ids. scores:
     {source: {tokens, loss in nats per token, bits_per_byte}}. layers: by name, in order of depth. batch: rows x length that
     went through the model at once. dense: whether the routers' matrices are dense, so that the largest entry stands for the
-    choice.
+    choice. retrieved: of the layers that retrieve one-neuron experts, the statistics summed, float64, with `mass` [N].
     """
 
     names: tuple[str, ...]
@@ -62,6 +62,7 @@ class Observed(NamedTuple):
     layers: dict[str, Choices]
     batch: tuple[int, int]
     dense: bool
+    retrieved: dict[str, dict[str, np.ndarray]]
 
 
 def column_names(config: ModelConfig) -> list[str]:
@@ -88,9 +89,14 @@ def is_dense(config: ModelConfig, vocab_size: int) -> bool:
 
 def routed_layers(config: ModelConfig) -> list[str]:
     """The layers with experts as `stack.by_layer` names them, in the order in which a token meets them."""
+    return layers_of(config, "routed")
+
+
+def layers_of(config: ModelConfig, *wanted: str) -> list[str]:
+    """The same of layers of these kinds."""
     kinds = parse_pattern(config)
-    blocks = [f"layer_{i:02d}" for i in range(config.layers) if kinds[i % len(kinds)] == "routed"]
-    inserts = [name for name, kind, _ in parse_inserts(config) if kind == "routed"]
+    blocks = [f"layer_{i:02d}" for i in range(config.layers) if kinds[i % len(kinds)] in wanted]
+    inserts = [name for name, kind, _ in parse_inserts(config) if kind in wanted]
     places = {name: (place, 0, i) for i, (name, _, place) in enumerate(parse_inserts(config))}
     return sorted(
         [*blocks, *inserts], key=lambda name: places.get(name) or (int(name.removeprefix("layer_")), 1, 0)
@@ -107,7 +113,7 @@ def batch_rows(config: Config, mesh, tokens: int) -> int:
 
 
 def make_recording_step(model: nn.Module):
-    """A jitted function (variables, batch) -> {"nats": [B, S], "layers": statistics by layer with `matrix`}."""
+    """A jitted function (variables, batch) -> {"nats": [B, S], "layers": statistics by layer with `matrix` or `mass`}."""
     config = model.config
 
     @jax.jit
@@ -116,7 +122,7 @@ def make_recording_step(model: nn.Module):
         nats = per_token_cross_entropy(
             out.x, out.table, batch["targets"], chunk=config.loss_chunk, dtype=jnp.dtype(config.dtype)
         )
-        layers = {name: sums for name, sums in by_layer(out.stats, config).items() if "matrix" in sums}
+        layers = {name: sums for name, sums in by_layer(out.stats, config).items() if "matrix" in sums or "mass" in sums}
         result = {"nats": nats, "layers": layers}
         return jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a, compat.PartitionSpec()), result)
 
@@ -164,6 +170,7 @@ class _Recorder:
         self.run, self.passage, self.dense = run, passage, dense
         self.ids, self.sources, self.passages, self.totals = [], [], {}, {}
         self.layers: dict[str, dict[str, Any]] = {}
+        self.retrieved: dict[str, dict[str, np.ndarray]] = {}
 
     def add(self, name: str, batch: dict, result: dict, keep: bool) -> None:
         """`batch` and the step's `result`, on the host; keep: take the source's passage from it."""
@@ -179,6 +186,10 @@ class _Recorder:
             self.passages[name] = self.ids[-1][: self.passage]
         for layer, stats in result["layers"].items():
             stats = dict(stats)
+            if "matrix" not in stats:
+                stats = jax.tree.map(lambda a: np.asarray(a, np.float64), stats)
+                self.retrieved[layer] = _added(self.retrieved.get(layer), stats)
+                continue
             matrix = stats.pop("matrix")[valid]
             mine = self.layers.setdefault(layer, {"packed": [], "first": [], "gates": {}, "sums": None})
             first = np.where(matrix.any(axis=1), matrix.argmax(axis=1), -1).astype(np.int32)
@@ -191,7 +202,7 @@ class _Recorder:
             if keep:
                 mine["gates"][name] = matrix[: self.passage].copy()
             stats = jax.tree.map(lambda a: np.asarray(a, np.float64), stats)
-            mine["sums"] = stats if mine["sums"] is None else jax.tree.map(np.add, mine["sums"], stats)
+            mine["sums"] = _added(mine["sums"], stats)
 
     def result(self, batch: tuple[int, int]) -> Observed:
         """Everything that was added."""
@@ -216,4 +227,9 @@ class _Recorder:
         return Observed(
             tuple(self.totals), np.concatenate(self.ids), np.concatenate(self.sources), self.passages,
             scores, layers, batch, self.dense,
+            {name: self.retrieved[name] for name in layers_of(self.run.config.model, *RETRIEVING)},
         )  # fmt: skip
+
+
+def _added(total: Any, new: Any) -> Any:
+    return new if total is None else jax.tree.map(np.add, total, new)

@@ -8,7 +8,7 @@ import numpy as np
 _LOAD = re.compile(r"router/([^/]+)/load")
 _LAYER_SCALAR = re.compile(r"router/([^/]+)/([^/]+)")
 _LOSS = re.compile(r"router/([^/]+_loss)")
-_EVALUATION = re.compile(r"eval/(.+)/([^/]+)")
+_EVALUATION = re.compile(r"eval/([^/]+)/(.+)")
 # What has a picture of its own.
 _SHOWN = ("load", "load_max_over_mean", "entropy", "dropped", "dead_experts")
 

@@ -12,6 +12,7 @@ from moe_jax.report.collect import Observed, column_names, routed_layers
 from moe_jax.report.history import Row, evaluations, series
 from moe_jax.report.page import number, paragraph, percent, table, text
 from moe_jax.train.restore import LoadedRun
+from moe_jax.validation import has_retrieval_blocks
 
 
 class Material(NamedTuple):
@@ -58,7 +59,8 @@ def summary(m: Material) -> str:
     out = table(["", ""], [(f"<b>{text(k)}</b>", v) for k, v in _run_facts(m)])
     out += "<h3>Losses</h3>\n" + _losses(m)
     if not m.facts:
-        return out + paragraph("This model has no routed layers: there is nothing to say of routers.")
+        none = "This model has no routed layers" + ("." if m.observed.retrieved else ": there is nothing to say of routers.")
+        return out + paragraph(none)
     out += "<h3>Routed layers on the held-out tokens</h3>\n"
     head = [
         "layer",
@@ -103,7 +105,7 @@ def _run_facts(m: Material) -> list[tuple[str, str]]:
     c, moe = m.model, m.model.moe
     leaves = jax.tree.leaves_with_path(m.run.variables["params"])
     sizes = [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.size) for path, leaf in leaves]
-    total, experts = sum(n for _, n in sizes), sum(n for path, n in sizes if "/moe/experts/" in path)
+    total, experts = sum(n for _, n in sizes), sum(n for path, n in sizes if "/experts" in path)
     skipped = series(m.rows, "skipped")
     blocks = f"{c.layers} blocks, repeating {text(c.pattern)}" + (
         f"; inserts {text(c.inserts)}" if c.inserts else ""
@@ -124,6 +126,9 @@ def _run_facts(m: Material) -> list[tuple[str, str]]:
             ("experts a token", f"K = {moe.top_k}"),
             ("routed layers", str(len(routed_layers(c)))),
         ]
+    if has_retrieval_blocks(c):
+        p = c.peer
+        facts.append(("retrieval", f"N = {p.experts:,} experts in a pool; H = {p.heads} heads, K = {p.top_k} of each"))
     facts.append(("width, vocabulary", f"D = {c.width}, V = {m.run.tokenizer.vocab_size:,}"))
     last = max((row["step"] for row in m.rows), default=0)
     steps = f"{last:,} of {m.run.config.train.steps:,}"

@@ -119,6 +119,37 @@ def _draw_lines(axis, panel: Panel) -> None:
 
 
 @_styled
+def mass_by_rank(shares: dict[str, np.ndarray]) -> Figure:
+    """Each layer's shares of all gates [N], largest first, in multiples of an even share 1/N, on logarithmic axes.
+
+    Experts without any are left out; where their curve ends it falls to the bottom.
+    """
+    figure = Figure(figsize=(WIDTH * 0.66, 3.4), layout="constrained")
+    axis = figure.subplots()
+    shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, max(len(shares), 2)))
+    lowest = min(len(share) * share[share > 0].min(initial=1 / len(share)) for share in shares.values())
+    for i, (layer, share) in enumerate(shares.items()):
+        relative = np.sort(share[share > 0])[::-1] * len(share)
+        ranks = np.unique(np.geomspace(1, max(len(relative), 1), 400).round().astype(int))
+        x, y = ranks, relative[ranks - 1] if len(relative) else np.full(len(ranks), np.nan)
+        if len(relative) < len(share):  # the unused ones are below any axis
+            x, y = np.append(x, len(relative) + 1), np.append(y, lowest / 2)
+        colour = shades[i] if len(shares) > len(_COLOURS) else _COLOURS[i]
+        axis.plot(x, y, color=colour, label=plain(layer))
+    axis.axhline(1, color="0.4", linewidth=0.9, linestyle="--", label="even")
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xlim(1, max(map(len, shares.values())))
+    axis.set_ylim(bottom=lowest / 2)
+    axis.set_title("Shares of all gates, largest first")
+    axis.set_xlabel("expert, by rank")
+    axis.set_ylabel("share, in 1/N")
+    if len(shares) <= len(_COLOURS):
+        axis.legend(loc="best", fontsize=7)
+    return figure
+
+
+@_styled
 def load_over_time(loads: dict[str, Series]) -> Figure:
     """A heat map, steps x experts, of each layer's load in multiples of 1/E; one scale for all."""
     norm = _load_norm(max(_relative(one.values).max(initial=0) for one in loads.values()))

@@ -11,6 +11,7 @@ from moe_jax.report.overview import Material, bits, summary
 from moe_jax.report.page import paragraph, percent, picture, table, text
 from moe_jax.report.passages import passages_html
 from moe_jax.report.pictures import Panel
+from moe_jax.report.retrieval import retrieval
 
 # How much of what grows with layers and experts a page holds, before it is thinned.
 _PIECE_ROWS, _PIECES, _PASSAGE_TOKENS = 1200, 6000, 5000
@@ -235,6 +236,8 @@ def passages(m: Material, spans: int) -> str:
 def build(m: Material, size: int) -> list[tuple[str, str, str]]:
     """(anchor, title, HTML) of each section; the tables of pieces and the passages are thinned until all is below `size` bytes."""
     found = [("summary", "The run", summary(m)), ("training", "Training", training(m))]
+    if m.observed.retrieved:
+        found.append(("retrieval", "One-neuron experts", retrieval(m)))
     if not m.facts:
         return found
     found += [

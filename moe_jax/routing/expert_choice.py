@@ -8,17 +8,18 @@ import jax.numpy as jnp
 
 from moe_jax.config_moe import ExpertChoiceConfig
 from moe_jax.ops.counting import slots_per_expert
-from moe_jax.routing.contract import Router, score_by_kernel
+from moe_jax.routing.contract import Router, best, score_by_kernel, token_choice
 from moe_jax.routing.losses import z_loss
-from moe_jax.routing.statistics import sums, token_statistics
-from moe_jax.types import ExpertChoice, RouterInputs
+from moe_jax.routing.statistics import choice_statistics, sums, token_statistics
+from moe_jax.types import ExpertChoice, RouterInputs, TokenChoice
 
 
 class ExpertChoiceRouter(nn.Module):
     """The router `expert_choice`: parameter `kernel` [D, E].
 
     C = ceil(T K / E) tokens of the whole microbatch, T the valid ones, the same in evaluation: whether a token is taken depends on all others,
-    later ones too. Tokens that nobody takes are counted as `unrouted`.
+    later ones too. Tokens that nobody takes are counted as `unrouted`. With `options.evaluation` "tokens" every token takes its K
+    best experts in evaluation, by the same scores and with the same gates.
     """
 
     experts: int
@@ -27,16 +28,22 @@ class ExpertChoiceRouter(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, inputs: RouterInputs) -> tuple[ExpertChoice, dict, dict]:
-        """x [T, D] -> (ExpertChoice, losses `z`, stats). Maths in float32 at least."""
+    def __call__(self, x: jax.Array, inputs: RouterInputs) -> tuple[ExpertChoice | TokenChoice, dict, dict]:
+        """x [T, D] -> (assignment, losses `z`, stats). Maths in float32 at least."""
         logits, routed, finite = score_by_kernel(self, x, inputs, self.experts)
         probabilities = jax.nn.softmax(logits, axis=-1)
+        losses = {"z": z_loss(logits, routed)}
+        if self.options.evaluation == "tokens" and not inputs.train:
+            ids = best(probabilities, self.top_k)
+            choice = token_choice(ids, jnp.take_along_axis(probabilities, ids, axis=-1), routed, self.experts)
+            stats = choice_statistics(choice.expert_ids, probabilities, routed, finite, self.experts)
+            return choice, losses, stats | {"unrouted": jnp.zeros((), jnp.float32)}
         tokens = x.shape[0]
         capacity = slots_per_expert(1.0, tokens, self.top_k, self.experts)
         ranked = jnp.where(routed[:, None], jax.lax.stop_gradient(probabilities), -1).T
-        best, ids = jax.lax.top_k(ranked, capacity)
+        score, ids = jax.lax.top_k(ranked, capacity)
         wanted = jnp.ceil(jnp.sum(routed) * self.top_k / self.experts)  # the slots are static, padding takes none
-        taken = (best >= 0) & (jnp.arange(capacity) < wanted)
+        taken = (score >= 0) & (jnp.arange(capacity) < wanted)
         gates = jnp.where(taken, jnp.take_along_axis(probabilities.T, ids, axis=1), 0)
         ids = jnp.where(taken, ids, tokens).astype(jnp.int32)
         experts = jnp.zeros(tokens, jnp.int32).at[ids.reshape(-1)].add(1, mode="drop")
@@ -47,7 +54,7 @@ class ExpertChoiceRouter(nn.Module):
                 **token_statistics(probabilities, routed, finite),
             }
         )
-        return ExpertChoice(ids, gates), {"z": z_loss(logits, routed)}, stats
+        return ExpertChoice(ids, gates), losses, stats
 
 
 ROUTER = Router(

@@ -23,7 +23,7 @@ from absl import flags as absl_flags
 
 from moe_jax import cli
 from moe_jax.config import ConfigError
-from moe_jax.config_study import Study
+from moe_jax.config_study import Arm, Study
 
 
 def define_flags(values: absl_flags.FlagValues) -> None:
@@ -88,9 +88,12 @@ def run(study: Study, flags: absl_flags.FlagValues) -> int:
             pair for pair in pairs
             if not (run_folder(flags.workdir, pair[1].name, pair[0]) / child.VALIDATION).exists()
         ]  # fmt: skip
-        jobs = [_job(flags.workdir, arm.name, seed, timing) for seed, arm in todo]
-        codes = run_jobs(jobs, flags.jobs, children, len(pairs) - len(todo)) if jobs else {}
-        failed = sum(code != 0 for code in codes.values())
+        done, failed = len(pairs) - len(todo), 0
+        for later in (False, True):  # what scores the runs of others comes after them
+            jobs = [_job(flags.workdir, arm, seed, timing) for seed, arm in todo if bool(arm.scores) == later]
+            codes = run_jobs(jobs, flags.jobs, children, done) if jobs else {}
+            done += sum(code == 0 for code in codes.values())
+            failed += sum(code != 0 for code in codes.values())
         if not children.signum and child.finished_folders(study, flags.workdir):
             if code := _time_arms(study, flags, children, "after"):
                 failed += 1
@@ -101,13 +104,13 @@ def run(study: Study, flags: absl_flags.FlagValues) -> int:
     return summarize(flags.workdir) or int(failed > 0)
 
 
-def _job(workdir: str, arm: str, seed: int, timing: dict):
+def _job(workdir: str, arm: Arm, seed: int, timing: dict):
     from moe_jax.study.plan import run_folder
     from moe_jax.study.runs import Job
 
-    command = [sys.executable, "-m", "moe_jax.study.child", "train", workdir, arm, str(seed)]
-    seconds, folder = predicted_seconds(timing["arms"][arm]), run_folder(workdir, arm, seed)
-    return Job(f"{arm} seed {seed}", command, folder, timing["arms"][arm]["steps"], seconds)
+    command = [sys.executable, "-m", "moe_jax.study.child", "train", workdir, arm.name, str(seed)]
+    facts, folder = timing["arms"][arm.scores or arm.name], run_folder(workdir, arm.name, seed)
+    return Job(f"{arm.name} seed {seed}", command, folder, facts["steps"], predicted_seconds(facts, bool(arm.scores)))
 
 
 def _time_arms(study: Study, flags, children, phase: str) -> int:
@@ -118,7 +121,7 @@ def _time_arms(study: Study, flags, children, phase: str) -> int:
     if kept and kept["fingerprint"] == timing_fingerprint(study, flags.workdir, phase, flags.rounds):
         return 0
     command = [sys.executable, "-m", "moe_jax.study.child", "time", flags.workdir, phase, str(flags.rounds)]
-    say(f"timing the steps of {len(study.arms)} arms in turns, {phase} training")
+    say(f"timing the steps of {len(study.trained())} arms in turns, {phase} training")
     code = children.wait(children.start(command))
     return 128 + children.signum if children.signum else code
 
@@ -130,10 +133,15 @@ def _read_timing(workdir: str, phase: str) -> dict | None:
         return None
 
 
-def predicted_seconds(arm: dict) -> float:
-    """Of one run of an arm: its steps, evaluations as forward passes of a third of a step, and starting up."""
+def predicted_seconds(arm: dict, scores: bool = False) -> float:
+    """Of one run of an arm: its steps, evaluations as forward passes of a third of a step, and starting up.
+
+    Of one that is scored once more, the starting up and the last evaluation.
+    """
     ms = arm.get("ms") or 0.0
     start = 15.0 + 2 * arm.get("compile_seconds", 0.0)
+    if scores:
+        return start + arm["last_evaluation_batches"] * ms / 3e3
     return arm["steps"] * ms / 1e3 + arm["evaluation_batches"] * ms / 3e3 + start
 
 
@@ -145,9 +153,12 @@ def announcement(study: Study, timing: dict, jobs: int) -> list[str]:
     ]
     total = 0.0
     for arm in study.arms:
-        f = timing["arms"][arm.name]
-        seconds = predicted_seconds(f)
+        f = timing["arms"][arm.scores or arm.name]
+        seconds = predicted_seconds(f, bool(arm.scores))
         total += seconds * len(study.seeds)
+        if arm.scores:
+            lines.append(f"  {arm.name}: the runs of {arm.scores}, scored once more")
+            continue
         step = f"cannot be timed ({f['error']})" if "error" in f else f"{f['ms']:.1f} ms a step"
         lines.append(
             f"  {arm.name}: {f['tokens']:,} tokens, {f['epochs']:.2f} epochs; {f['training_flops_per_token'] / 1e6:.2f} "

@@ -49,7 +49,13 @@ def _follow_parent(parent: int) -> None:
 
 
 def train(study: Study, workdir: str, arm: str, seed: int) -> int:
-    """Trains a run, or goes on; then scores all of its validation text into validation.json."""
+    """Trains a run, or goes on; then scores all of its validation text into validation.json.
+
+    An arm that scores the runs of another has nothing but the scores in its folder.
+
+    Raises:
+      ConfigError: the other's run is not finished.
+    """
     from moe_jax.data import open_data
     from moe_jax.evaluate import evaluate_sets, finite
     from moe_jax.study.plan import run_config, run_folder
@@ -58,9 +64,15 @@ def train(study: Study, workdir: str, arm: str, seed: int) -> int:
     from moe_jax.train.restore import load_run
 
     config, folder = run_config(study, study.arm(arm), seed), run_folder(workdir, arm, seed)
-    if code := fit(config, str(folder)):
-        return code
-    run = load_run(folder, config)
+    if other := study.arm(arm).scores:
+        trained = run_folder(workdir, other, seed)
+        if not (trained / VALIDATION).exists():
+            raise ConfigError(f"arm {arm} scores", other, f"its run of seed {seed} is not finished", f"see {trained}")
+    else:
+        trained = folder
+        if code := fit(config, str(folder)):
+            return code
+    run = load_run(trained, config)
     sets = open_data(config.data, tokenizer=run.tokenizer, splits=("validation",)).evaluation("validation")
     scores = evaluate_sets(run, sets, show_progress=True)
     for name, one in sets.items():
@@ -77,7 +89,7 @@ def time_arms(study: Study, workdir: str, phase: str, rounds: int) -> int:
     from moe_jax.train.metrics import write_whole
 
     seed = study.seeds[0]
-    configs = {arm.name: run_config(study, arm, seed) for arm in study.arms}
+    configs = {arm.name: run_config(study, arm, seed) for arm in study.trained()}
     workdirs = None
     if phase == "after":
         workdirs = finished_folders(study, workdir)
@@ -93,7 +105,7 @@ def finished_folders(study: Study, workdir: str) -> dict[str, str]:
     """The folder of each arm's run from the first seed, where it is finished."""
     from moe_jax.study.plan import run_folder
 
-    folders = {arm.name: run_folder(workdir, arm.name, study.seeds[0]) for arm in study.arms}
+    folders = {arm.name: run_folder(workdir, arm.name, study.seeds[0]) for arm in study.trained()}
     return {name: str(folder) for name, folder in folders.items() if (folder / VALIDATION).exists()}
 
 
@@ -104,7 +116,7 @@ def timing_fingerprint(study: Study, workdir: str, phase: str, rounds: int) -> s
     from moe_jax.study.plan import fingerprint
     from moe_jax.study.timing import PACKAGES, place
 
-    arms = [dataclasses.asdict(arm) for arm in study.arms]
+    arms = [dataclasses.asdict(arm) for arm in study.trained()]
     runs = sorted(finished_folders(study, workdir)) if phase == "after" else []
     return fingerprint(study.base, arms, study.seeds[0], runs, rounds, place(PACKAGES))
 

@@ -10,6 +10,7 @@ from typing import Any
 from moe_jax.config import ConfigError
 from moe_jax.config_study import Arm, Study, study_to_dict
 from moe_jax.study.child import VALIDATION
+from moe_jax.study.curves import Runs, collect_curve, paired
 from moe_jax.study.plan import load_description, run_folder
 from moe_jax.study.runs import FAILED
 from moe_jax.study.statistics import Interval, first_reached, noise_band, t_interval, verdict
@@ -17,7 +18,7 @@ from moe_jax.train.metrics import read_metrics
 
 LAST_PART = 0.75  # of training: routing is averaged over the steps after it
 LOAD = "load_max_over_mean"
-Runs = dict[tuple[str, int], dict[str, Any]]
+USE = ("usage", "unevenness")  # of one-neuron experts, over the whole validation text
 
 
 def collect(workdir) -> dict[str, Any]:
@@ -25,8 +26,8 @@ def collect(workdir) -> dict[str, Any]:
 
     Returns:
       study, scale, command; environment (of the times in the rows); timing {before, after}; target {loss, how}; band: of
-      the A/A pairs' mean differences; rows: one per arm; runs: one per arm and seed, with its curves; counts of runs
-      done, failed and missing. Losses are in nats per token; numbers that are not finite are None.
+      the A/A pairs' mean differences; rows: one per arm; curves: see `collect_curve`; runs: one per arm and seed, with its
+      curves; counts of runs done, failed and missing. Losses are in nats per token; numbers that are not finite are None.
 
     Raises:
       ConfigError: no study there, a file that cannot be read, or runs that were scored on different text.
@@ -41,6 +42,7 @@ def collect(workdir) -> dict[str, Any]:
     aa = {arm.name: twin_interval(study, arm, runs) for arm in study.arms if arm.twin_of}
     band = noise_band([one["interval"] for one in aa.values() if one and not one["identical"]])
     rows = [make_row(study, arm, runs, timing, band, aa.get(arm.name)) for arm in study.arms]
+    curves = [collect_curve(curve, runs, study.seeds) for curve in study.curves]
     _add_times(rows, study, runs, target["loss"])
     states = collections.Counter(run["state"] for run in runs.values())
     conditions = next((t["environment"] for t in (timing["after"], timing["before"]) if t), None)
@@ -52,7 +54,8 @@ def collect(workdir) -> dict[str, Any]:
         "counts": {"runs": len(runs), **{state: states[state] for state in ("done", "failed", "missing")}},
         "target": target,
         "band": band,
-        "rows": [_plain(row) for row in rows],
+        "rows": _plain(rows),
+        "curves": _plain(curves),
         "runs": [{"arm": arm, "seed": seed, **run} for (arm, seed), run in runs.items()],
         "timing": timing,
     }  # fmt: skip
@@ -72,7 +75,8 @@ def read_run(folder: pathlib.Path) -> dict[str, Any]:
         run["sources"] = scores["sources"]
         run["loss"], run["bits_per_byte"] = overall(scores["sources"])
         run |= routing(training)
-        run["skipped"] = training[-1]["skipped"] if training else 0
+        run |= {name: over_sources(scores["sources"], f"router/{name}") for name in USE}
+        run["skipped"] = training[-1]["skipped"] if training else None
         # To tell two runs that are the same from two that are close.
         run["losses"] = [row["loss"] for row in training]
     return run
@@ -85,6 +89,14 @@ def overall(sources: dict[str, dict[str, Any]]) -> tuple[float | None, float | N
     nats = math.fsum(source["loss"] * source["tokens"] for source in sources.values())
     tokens, size = (sum(source[key] for source in sources.values()) for key in ("tokens", "bytes"))
     return nats / tokens, nats / math.log(2) / max(size, 1)
+
+
+def over_sources(sources: dict[str, dict[str, Any]], key: str) -> float | None:
+    """A score's mean over the sources by their tokens; None where one has none."""
+    values = [(source.get(key), source["tokens"]) for source in sources.values()]
+    if any(value is None for value, _ in values):
+        return None
+    return math.fsum(value * tokens for value, tokens in values) / sum(tokens for _, tokens in values)
 
 
 def validation_curve(rows: list[dict], scores: dict[str, dict]) -> list[list[float]]:
@@ -152,7 +164,8 @@ def make_row(
     """The row of one arm, without its time to the target."""
     done = [run for (name, _), run in runs.items() if name == arm.name and run["state"] == "done"]
     states = collections.Counter(run["state"] for (name, _), run in runs.items() if name == arm.name)
-    row = {"arm": arm.name, "twin_of": arm.twin_of, "runs": len(done)}
+    row = {"arm": arm.name, "twin_of": arm.twin_of, "scores": arm.scores, "baseline": study.baseline_of(arm)}
+    row["runs"] = len(done)
     row |= {state: states[state] for state in ("failed", "missing")}
     for key in (
         "loss",
@@ -165,6 +178,8 @@ def make_row(
         "skipped",
     ):
         row[key] = _mean([run.get(key) for run in done])
+    for key in USE:
+        row[key] = t_interval([run[key] for run in done if run.get(key) is not None])
     worst = collections.Counter(run["worst_layer"] for run in done if "worst_layer" in run)
     row["worst_layer"] = worst.most_common(1)[0][0] if worst else None
     names = list(dict.fromkeys(name for run in done for name in run["sources"]))
@@ -177,7 +192,7 @@ def make_row(
         for name in names
     }
     row["difference"] = difference(study, arm, runs, lambda run: run["loss"])
-    row["verdict"] = "baseline" if arm.name == study.baseline else verdict(row["difference"], band)
+    row["verdict"] = "baseline" if arm.name == study.baseline_of(arm) else verdict(row["difference"], band)
     if arm.twin_of:
         row["aa"] = aa
         row["verdict"] = "no noise: identical" if aa and aa["identical"] else "A/A"
@@ -185,25 +200,23 @@ def make_row(
 
 
 def difference(study: Study, arm: Arm, runs: Runs, value) -> Interval | None:
-    """The paired difference to the baseline over the seeds that both have finished."""
-    if arm.name == study.baseline:
-        return None
-    pairs = [(runs[arm.name, seed], runs[study.baseline, seed]) for seed in study.seeds]
-    both = [(value(a), value(b)) for a, b in pairs if a["state"] == b["state"] == "done"]
-    return t_interval([a - b for a, b in both if a is not None and b is not None])
+    """The paired difference to the arm's baseline over the seeds that both have finished; None of a baseline."""
+    baseline = study.baseline_of(arm)
+    return None if arm.name == baseline else paired(runs, study.seeds, arm.name, baseline, value)
 
 
 def _costs(study: Study, arm: Arm, timing: dict) -> dict[str, Any]:
     """Sizes, FLOPs and times; those of the trained arms where they are measured, which the row says."""
-    facts = (timing["before"] or {"arms": {}})["arms"].get(arm.name, {})
+    trained = arm.scores or arm.name
+    facts = (timing["before"] or {"arms": {}})["arms"].get(trained, {})
     names = (
         "steps", "tokens", "epochs", "training_flops_per_token", "router_flops_per_token", "parameters",
         "active_parameters", "tokens_per_step",
     )  # fmt: skip
     costs = {name: facts.get(name) for name in names}
-    phase = "after" if timing["after"] and "ms" in timing["after"]["arms"].get(arm.name, {}) else "before"
+    phase = "after" if timing["after"] and "ms" in timing["after"]["arms"].get(trained, {}) else "before"
     arms = (timing[phase] or {"arms": {}})["arms"]
-    ms, base = (arms.get(name, {}).get("ms") for name in (arm.name, study.baseline))
+    ms, base = (arms.get(name, {}).get("ms") for name in (trained, study.baseline))
     return costs | {
         "timed": phase if ms else None,
         "ms": ms,
@@ -223,7 +236,9 @@ def _add_times(rows: list[dict], study: Study, runs: Runs, target: float | None)
             first_reached(*zip(*run["curve"]), target) for run in done if run["curve"] and target is not None
         ]
         reached = [step for step in steps if step is not None]
-        row["time"] = {"reached": len(reached), "of": row["runs"] + row["failed"], "rank": None, "steps": t_interval(reached)}
+        # What scores the runs of another has no curve of training.
+        of = 0 if row["scores"] else row["runs"] + row["failed"]
+        row["time"] = {"reached": len(reached), "of": of, "rank": None, "steps": t_interval(reached)}
         row["time"]["seconds"] = t_interval([s * row["ms"] / 1e3 for s in reached]) if row["ms"] else None
     ranked = [
         row for row in rows
@@ -269,4 +284,6 @@ def _plain(tree: Any) -> Any:
     """Intervals as dicts."""
     if isinstance(tree, Interval):
         return tree._asdict()
+    if isinstance(tree, list):
+        return [_plain(value) for value in tree]
     return {name: _plain(value) for name, value in tree.items()} if isinstance(tree, dict) else tree

@@ -81,12 +81,14 @@ def epochs(config: Config, data: TextData) -> float:
     return max(rows * weight / total / data.report[name]["train"]["rows"] for name, weight in weights.items())
 
 
-def evaluation_batches(config: Config, data: TextData) -> int:
-    """Batches that a run evaluates: of each evaluation while it trains, and all of them at its end."""
+def evaluation_batches(config: Config, data: TextData) -> dict[str, int]:
+    """Batches that a run evaluates, and those of the whole text at its end alone."""
     t, size = config.train, config.data.batch_size
     sets = data.evaluation("validation").values()
     inside = -(-t.steps // t.eval_every) if t.eval_every else 1
-    return sum(inside * batch_count(one, size, t.eval_batches) + batch_count(one, size) for one in sets)
+    last = sum(batch_count(one, size) for one in sets)
+    during = sum(inside * batch_count(one, size, t.eval_batches) for one in sets)
+    return {"evaluation_batches": during + last, "last_evaluation_batches": last}
 
 
 def facts(config: Config, data: TextData) -> dict[str, Any]:
@@ -100,7 +102,7 @@ def facts(config: Config, data: TextData) -> dict[str, Any]:
         "tokens_per_step": tokens,
         "tokens": config.train.steps * tokens,
         "epochs": epochs(config, data),
-        "evaluation_batches": evaluation_batches(config, data),
+        **evaluation_batches(config, data),
         "training_flops_per_token": training_flops_per_token(
             config.model, vocabulary, config.data.sequence_length
         ),

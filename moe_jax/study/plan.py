@@ -8,13 +8,15 @@ import re
 from typing import Any
 
 from moe_jax.cli import apply_overrides
-from moe_jax.config import Config, ConfigError, differences, one_line, to_dict
-from moe_jax.config_study import Arm, Settings, Study, study_from_dict, study_to_dict
+from moe_jax.config import Config, ConfigError, differences, leaves, one_line, to_dict
+from moe_jax.config_study import METRICS, Arm, Curve, Settings, Study, study_from_dict, study_to_dict
 from moe_jax.data.hashing import digest, hash64
 from moe_jax.validation import validate
 
 DESCRIPTION = "description.json"
 _NAME = re.compile(r"[A-Za-z0-9][\w.+-]*", re.ASCII)
+# What an arm that scores the runs of another cannot change any more.
+_TRAINED = ("train", "optimizer", "init", "data")
 # What all arms of a pair share, or what fixes the text that is compared.
 _SHARED = (
     "seed", "noise_seed", "data.sources", "data.tokenizer", "data.vocab_size", "data.held_out_percent",
@@ -39,9 +41,9 @@ def prepare(study: Study, scale: str) -> Study:
     arms = tuple(dataclasses.replace(arm, full={}) for arm in study.arms)
     study = dataclasses.replace(study, full={}, arms=arms, seeds=tuple(study.seeds))
     _check_names(study)
-    for arm in study.arms:
+    for arm in sorted(study.arms, key=lambda arm: bool(arm.scores)):  # an error in an arm's settings has its name
         run_config(study, arm, study.seeds[0])
-    return study
+    return dataclasses.replace(study, curves=tuple(_resolved(study, curve) for curve in _checked_curves(study)))
 
 
 def _check_types(study: Study) -> None:
@@ -74,6 +76,8 @@ def _check_names(study: Study) -> None:
             raise ConfigError("name of an arm", repr(arm.name), "not a label", fix)
         if names.count(arm.name) > 1:
             raise ConfigError(where, None, "there twice", "rename one")
+        for field in ("scores", "baseline"):
+            _check_other(study, arm, field)
         if not arm.twin_of:
             continue
         if arm.settings:
@@ -83,9 +87,73 @@ def _check_names(study: Study) -> None:
             others = ", ".join(other.name for other in study.arms if not other.twin_of)
             limit = "names no arm with settings of its own"
             raise ConfigError(f"{where} twin_of", arm.twin_of, limit, f"name one of {others}")
-    if study.baseline not in names or study.arm(study.baseline).twin_of:
-        fix = f"name one of {', '.join(arm.name for arm in study.arms if not arm.twin_of)}"
+        if study.arm(arm.twin_of).scores:
+            raise ConfigError(f"{where} twin_of", arm.twin_of, "it has no runs of its own", "name an arm that has")
+    if study.baseline not in own_runs(study):
+        fix = f"name one of {', '.join(own_runs(study))}"
         raise ConfigError("study baseline", study.baseline, "no arm with settings of its own", fix)
+
+
+def own_runs(study: Study) -> list[str]:
+    """The names of the arms that are trained by settings of their own."""
+    return [arm.name for arm in study.arms if not arm.twin_of and not arm.scores]
+
+
+def _check_other(study: Study, arm: Arm, field: str) -> None:
+    """That the arm which `scores` or `baseline` names can be that."""
+    where, other = f"arm {arm.name}", getattr(arm, field)
+    if other and other not in own_runs(study):
+        limit = "names no arm that is trained by settings of its own"
+        raise ConfigError(f"{where} {field}", other, limit, f"name one of {', '.join(own_runs(study))}")
+    if other and arm.twin_of:
+        raise ConfigError(f"{where} {field}", other, "an A/A arm has that of the other", "leave it or twin_of out")
+    for path in arm.settings if arm.scores and isinstance(arm.settings, dict) else ():
+        if path.partition(".")[0] in _TRAINED:
+            limit = f"the runs of {arm.scores} are trained"
+            raise ConfigError(f"{where} config.{path}", arm.settings[path], limit, "change the evaluation alone")
+
+
+def _checked_curves(study: Study) -> tuple[Curve, ...]:
+    names = [arm.name for arm in study.arms]
+    fix = f"name one of {', '.join(names)}"
+    for name in study.shown:
+        if name not in names:
+            raise ConfigError("study shown", name, "no arm", fix)
+    taken = ["loss", "differences", "load"]
+    for curve in study.curves:
+        if not isinstance(curve, Curve) or not isinstance(curve.name, str) or not _NAME.fullmatch(curve.name):
+            raise ConfigError("study curves", repr(curve), "no Curve with a label as its name", "write Curve('width', ...)")
+        where = f"curve {curve.name}"
+        if not isinstance(curve.lines, dict) or not all(isinstance(points, dict) for points in curve.lines.values()):
+            raise ConfigError(f"{where} lines", repr(curve.lines), "not a dict of dicts", "write {'': {'arm': 1.0}}")
+        if curve.name in taken:
+            raise ConfigError(where, None, "a picture of that name is there", "rename it")
+        taken.append(curve.name)
+        for metric in curve.metrics:
+            if metric not in METRICS:
+                raise ConfigError(f"{where} metrics", metric, "no metric of a run", f"use {', '.join(METRICS)}")
+        for label, points in curve.lines.items():
+            for name in points:
+                if name not in names:
+                    raise ConfigError(f"{where} line {label}", name, "no arm", fix)
+    return tuple(study.curves)
+
+
+def _resolved(study: Study, curve: Curve) -> Curve:
+    """With the numbers that its paths stand for."""
+
+    def number(name, x):
+        found = x
+        if isinstance(x, str):
+            config = run_config(study, study.arm(name), study.seeds[0])
+            found = next((getattr(owner, leaf.name) for path, owner, leaf in leaves(config) if path == x), x)
+        if type(found) not in (int, float) or not math.isfinite(found) or curve.log and found <= 0:
+            limit = "not a number above 0, or the path of one" if curve.log else "not a number, or the path of one"
+            raise ConfigError(f"curve {curve.name} arm {name}", repr(x), limit, "write such as 2.0 or 'model.width'")
+        return found
+
+    lines = {label: {name: number(name, x) for name, x in points.items()} for label, points in curve.lines.items()}
+    return dataclasses.replace(curve, lines=lines)
 
 
 def _apply(config: Config, settings: Settings, where: str) -> Config:
@@ -118,6 +186,8 @@ def run_config(study: Study, arm: Arm, seed: int) -> Config:
       ConfigError: the arm's settings cannot be; it names the arm.
     """
     settings = study.arm(arm.twin_of).settings if arm.twin_of else arm.settings
+    if arm.scores:
+        settings = study.arm(arm.scores).settings | settings
     config = _apply(study.base, settings, f"arm {arm.name}")
     config.seed = seed
     if arm.twin_of:

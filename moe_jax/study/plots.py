@@ -1,5 +1,6 @@
 """Pictures of a study, from what `collect` returns."""
 
+import functools
 import pathlib
 import warnings
 from typing import Any
@@ -10,6 +11,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from moe_jax.study.summary import METRICS
+
 # Okabe and Ito's colours, which most colour-blind people can tell apart, without yellow, which is hard to see on white.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 DASHES = ("-", "--", "-.", ":")
@@ -19,6 +22,7 @@ DPI = 120
 def draw(result: dict[str, Any], folder: pathlib.Path) -> list[str]:
     """Writes the pictures that there is something for into `folder`; returns their names."""
     pictures = {"loss.png": loss, "differences.png": differences, "load.png": load}
+    pictures |= {f"{one['name']}.png": functools.partial(curve, one=one) for one in result["curves"]}
     written = []
     for name, picture in pictures.items():
         figure = picture(result)
@@ -47,9 +51,14 @@ def style(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def bands(result: dict[str, Any], key: str) -> dict[str, np.ndarray]:
-    """{arm: [points, 4]} of step, mean, lowest and highest over the seeds that are done, at the steps they share."""
-    found = {}
+    """{arm: [points, 4]} of step, mean, lowest and highest over the seeds that are done, at the steps they share.
+
+    Of the arms that the study shows.
+    """
+    found, shown = {}, result["study"]["shown"]
     for row in result["rows"]:
+        if shown and row["arm"] not in shown:
+            continue
         curves = [
             dict(map(tuple, run[key])) for run in result["runs"]
             if run["arm"] == row["arm"] and run["state"] == "done" and run[key]
@@ -133,12 +142,14 @@ def differences(result: dict[str, Any]):
         )
     same = {row["arm"] for row in rows if row["twin_of"] == baseline and row["aa"] and row["aa"]["identical"]}
     labels = [
-        f"{row['arm']} ({'no noise: identical' if row['arm'] in same else 'n=' + str(row['difference']['n'])})"
+        row["arm"] + (f" - {row['baseline']}" if row["baseline"] != baseline else "")
+        + f" ({'no noise: identical' if row['arm'] in same else 'n=' + str(row['difference']['n'])})"
         for row in rows
     ]
     axis.set_yticks(range(len(rows)), labels, fontsize=9)
     axis.set_ylim(-0.6, len(rows) - 0.4)
-    axis.set_xlabel(f"final validation loss minus {baseline}'s (nats per token); left is better")
+    others = ", or that named" if any(row["baseline"] != baseline for row in rows) else ""
+    axis.set_xlabel(f"final validation loss minus {baseline}'s{others} (nats per token); left is better")
     axis.grid(axis="x", color="0.9")
     axis.set_axisbelow(True)
     if band is not None:
@@ -165,6 +176,38 @@ def load(result: dict[str, Any]):
     axis.set_ylabel("tokens of the fullest expert / mean of all")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper", fontsize=9)
     _title(axis, result, "Load, mean over layers; mean and range over seeds")
+    return figure
+
+
+def curve(result: dict[str, Any], one: dict[str, Any]):
+    """Metrics of arms against a quantity, means and intervals over seeds."""
+    if not any(point["value"][metric] for line in one["lines"] for point in line["points"] for metric in one["metrics"]):
+        return None
+    count = len(one["metrics"])
+    figure, axes = plt.subplots(1, count, figsize=(1.5 + 4.5 * count, 4.4), squeeze=False, layout="constrained")
+    for axis, metric in zip(axes[0], one["metrics"]):
+        name, scale, _, unit = METRICS[metric]
+        for i, line in enumerate(one["lines"]):
+            points = [(point["x"], point["value"][metric]) for point in line["points"] if point["value"][metric]]
+            x, means = [x for x, _ in points], [scale * value["mean"] for _, value in points]
+            ends = [(value["mean"],) * 2 if value["low"] is None else (value["low"], value["high"]) for _, value in points]
+            reach = [[scale * abs(end[side] - value["mean"]) for end, (_, value) in zip(ends, points)] for side in (0, 1)]
+            axis.errorbar(
+                x, means, reach if points else None, label=line["label"], color=COLOURS[i % len(COLOURS)], marker="o",
+                linestyle=DASHES[i // len(COLOURS) % len(DASHES)], linewidth=1.6, markersize=5, capsize=3,
+            )  # fmt: skip
+        ticks = sorted({point["x"] for line in one["lines"] for point in line["points"]})
+        if one["log"]:
+            axis.set_xscale("log", base=2)
+        axis.set_xticks(ticks, [f"{tick:,.6g}" for tick in ticks])
+        axis.minorticks_off()
+        axis.set_xlabel(one["x"])
+        axis.set_ylabel({"loss": "validation loss (nats per token)"}.get(metric, f"{name}{' (%)' if unit else ''}"))
+        axis.grid(color="0.9")
+        axis.set_axisbelow(True)
+    if len(one["lines"]) > 1:
+        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
+    _title(figure, result, f"{one['title']}, mean and 95 % t-interval over seeds")
     return figure
 
 

@@ -7,6 +7,12 @@ from moe_jax.study.statistics import CONFIDENCE
 from moe_jax.study.timing import conditions
 
 NONE = "-"
+# Of a curve: what it is called, and how it is printed: times, format, unit.
+METRICS = {
+    "loss": ("loss", 1, ".4f", ""),
+    "usage": ("experts used", 100, ".1f", " %"),
+    "unevenness": ("unevenness, nats", 1, ".3f", ""),
+}
 
 
 def to_markdown(result: dict[str, Any], pictures: Sequence[str] = ()) -> str:
@@ -27,7 +33,7 @@ def tables(result: dict[str, Any]) -> str:
         ]
         parts.append(" ".join([missing, *failed]))
     rows = result["rows"]
-    parts += [quality(result, rows), routing(rows)]
+    parts += [quality(result, rows), routing(rows), *map(curve, result.get("curves", ()))]
     parts.append(notes(result, study))
     return "\n\n".join(parts)
 
@@ -35,8 +41,11 @@ def tables(result: dict[str, Any]) -> str:
 def header(result: dict[str, Any]) -> str:
     """On what, when, and the command that gives every number again."""
     study = result["study"]
-    row = next((row for row in result["rows"] if row["tokens"]), None)
-    size = f" {row['tokens']:,} tokens a run, {row['epochs']:.2f} epochs." if row else ""
+    tokens = sorted({row["tokens"] for row in result["rows"] if row["tokens"]})
+    size = ""
+    if tokens:
+        epochs = max(row["epochs"] for row in result["rows"] if row["epochs"])
+        size = f" {' or '.join(f'{n:,}' for n in tokens)} tokens a run, {epochs:.2f} epochs{' at most' * (len(tokens) > 1)}."
     where = f" {conditions(result['environment'])}." if result["environment"] else ""
     seeds = ", ".join(map(str, study["seeds"]))
     return (
@@ -83,6 +92,8 @@ def routing(rows: list[dict]) -> str:
         "arm", "parameters, M", "active, M", "MFLOP a token", "of them routers", "load max/mean", "worst layer",
         "dead experts", "dropped", "entropy, nats", "skipped steps",
     ]  # fmt: skip
+    retrieves = any(row.get("usage") for row in rows)
+    titles += ["usage", "unevenness, nats"] if retrieves else []
     body = []
     for row in rows:
         mega = [number(row[k] and row[k] / 1e6, ".3f") for k in ("parameters", "active_parameters")]
@@ -94,17 +105,49 @@ def routing(rows: list[dict]) -> str:
             row["arm"], *mega, *flops, number(row["load"], ".2f"), worst, number(row["dead_experts"], ".1f"),
             NONE if row["dropped"] is None else f"{100 * row['dropped']:.2f} %", number(row["entropy"], ".2f"),
             number(row["skipped"], ".1f"),
+            *((interval(scaled(row["usage"], 100), ".1f", " %"), interval(row["unevenness"], ".3f")) if retrieves else ()),
         ])  # fmt: skip
     return table(titles, body)
+
+
+def curve(one: dict[str, Any]) -> str:
+    """The points of a curve: each metric, its paired difference to the point before, and to the first line at the same x."""
+    several = len(one["lines"]) > 1
+    titles = [*(["line"] if several else []), one["x"], "arm"]
+    first = one["lines"][0]["label"] if one["lines"] else ""
+    for metric in one["metrics"]:
+        titles += [METRICS[metric][0], "to the point before", *([f"to {first}"] if several else [])]
+    body = []
+    for line in one["lines"]:
+        for point in line["points"]:
+            cells = [*([line["label"]] if several else []), f"{point['x']:,.6g}", point["arm"]]
+            for metric in one["metrics"]:
+                _, scale, form, unit = METRICS[metric]
+                show = lambda kind, sign: interval(scaled(point[kind][metric], scale), sign + form, unit)
+                cells += [show("value", ""), show("step", "+"), *([show("across", "+")] if several else [])]
+            body.append(cells)
+    return f"**{one['title']}**\n\n{table(titles, body)}"
+
+
+def scaled(value: dict[str, Any] | None, factor: float) -> dict[str, Any] | None:
+    """An interval times a factor."""
+    if value is None or factor == 1:
+        return value
+    return {name: number if name == "n" or number is None else factor * number for name, number in value.items()}
 
 
 def notes(result: dict[str, Any], study: dict[str, Any]) -> str:
     """What the columns mean."""
     band, rows = result["band"], result["rows"]
+    baselines = {row.get("baseline", study["baseline"]) for row in rows}
+    other = ", or to the arm that is named" if len(baselines) > 1 else ""
     texts = [
         "Loss: nats per token on the whole validation text, mean over seeds. Difference: to "
-        f"{study['baseline']}, paired by seed, with Student's interval; not corrected for the number of arms."
+        f"{study['baseline']}{other}, paired by seed, with Student's interval; not corrected for the number of arms."
     ]
+    for row in rows:
+        if row.get("scores"):
+            texts.append(f"{row['arm']}: the runs of {row['scores']}, scored once more with another evaluation.")
     twins = [row for row in rows if row["twin_of"]]
     if band is not None:
         texts.append(
@@ -132,13 +175,20 @@ def notes(result: dict[str, Any], study: dict[str, Any]) -> str:
         "FLOPs: forward and backward, K experts a token; routers D x E a routed layer. Load, dead experts (all layers), "
         "dropped and entropy: means over the last quarter of training."
     )
+    if any(row.get("usage") for row in rows):
+        texts.append(
+            "Usage: the share of one-neuron experts that any token of the whole validation text retrieves; unevenness: the "
+            "divergence of their shares of the gates from even ones. Their routers' FLOPs: queries, and scores of half keys."
+        )
     return " ".join(texts)
 
 
 def differs(row: dict[str, Any], study: dict[str, Any]) -> str:
     """The difference to the baseline; nothing for a twin of it that is the same to the last bit."""
-    same = row["twin_of"] == study["baseline"] and row["aa"] and row["aa"]["identical"]
-    return NONE if same else interval(row["difference"], "+.4f")
+    baseline = row.get("baseline", study["baseline"])
+    same = row["twin_of"] == baseline and row["aa"] and row["aa"]["identical"]
+    other = f" to {baseline}" if row["difference"] and baseline != study["baseline"] else ""
+    return NONE if same else interval(row["difference"], "+.4f") + other
 
 
 def judged(row: dict[str, Any]) -> str:
@@ -162,12 +212,12 @@ def reached(time: dict[str, Any]) -> str:
     return text + (f" ({time['rank']})" if time["rank"] else "")
 
 
-def interval(value: dict[str, Any] | None, form: str) -> str:
+def interval(value: dict[str, Any] | None, form: str, unit: str = "") -> str:
     """'+0.0123 [-0.0010, +0.0256]'."""
     if value is None:
         return NONE
     ends = "" if value["low"] is None else f" [{value['low']:{form}}, {value['high']:{form}}]"
-    return f"{value['mean']:{form}}{ends}"
+    return f"{value['mean']:{form}}{ends}{unit}"
 
 
 def number(value: float | None, form: str) -> str:

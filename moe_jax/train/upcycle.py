@@ -91,7 +91,7 @@ def check_dense_run(config: Config) -> Config:
 def _fitting(model: ModelConfig) -> dict[str, Any]:
     """Field -> value, defaults resolved, of all that must be equal."""
     kv_heads, head_width = model.kv_heads or model.heads, model.head_width or model.width // model.heads
-    names = "layers width ffn_width heads norm positions activation qkv_bias output_bias ffn_bias qk_norm tied_embeddings"
+    names = "layers width ffn_width insert_width heads norm positions activation qkv_bias output_bias ffn_bias qk_norm tied_embeddings"
     found = {name: getattr(model, name) for name in names.split()}
     if model.positions == "learned":
         found |= {"max_positions": model.max_positions, "position_offset": model.position_offset}

@@ -49,3 +49,17 @@ def test_active_parameters_by_hand():
     assert total - active_parameters(c, params) == 3 * (3 * 8 * 16 + 16 + 16 + 8)
     c.moe.top_k = 4
     assert active_parameters(c, params) == total
+
+
+def test_the_width_of_dense_inserts():
+    """FLOPs and parameters of the insert alone change."""
+    c = ModelConfig(layers=2, width=8, ffn_width=16, heads=2, activation="swiglu", inserts="middle=dense@2,other=routed@2")
+    variables = lambda: abstract_variables(Decoder(c, 50))["params"]
+    flops, size = forward_flops_per_token(c, 50, 10), sum(leaf.size for leaf in jax.tree.leaves(variables()))
+    c.insert_width = 6
+    params = variables()
+    assert flops - forward_flops_per_token(c, 50, 10) == 2 * 3 * 8 * 10
+    assert size - sum(leaf.size for leaf in jax.tree.leaves(params)) == 3 * 8 * 10
+    shapes = lambda ffn: {leaf.shape[-2:] for leaf in jax.tree.leaves(ffn)}
+    assert shapes(params["stack"]["middle"]["ffn"]) == {(8, 6), (6, 8)}
+    assert shapes(params["stack"]["groups"]["block_0"]["ffn"]) == {(8, 16), (16, 8)}

@@ -12,14 +12,14 @@ import pytest
 
 import moe_jax.report.__main__ as command
 from moe_jax import cli
-from moe_jax.config import Config, ModelConfig, MoEConfig, SourceConfig, to_dict
+from moe_jax.config import Config, ModelConfig, MoEConfig, PeerConfig, SourceConfig, to_dict
 from moe_jax.config_moe import ROUTER_NAMES
 from moe_jax.data import BPETokenizer, ByteTokenizer
 from moe_jax.evaluate.__main__ import evaluation_sets
 from moe_jax.models.decoder import Decoder
 from moe_jax.models.stack import by_layer
 from moe_jax.report.collect import column_names, is_dense, observe, routed_layers
-from moe_jax.report.history import Series, other_sums, series, thinned
+from moe_jax.report.history import Series, evaluations, other_sums, series, thinned
 from moe_jax.report.page import number, percent, text
 from moe_jax.report.passages import colours
 from moe_jax.train.checkpoint import Checkpoints
@@ -140,7 +140,7 @@ FAST = ("top_k", "soft_moe")
     "router", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in ROUTER_NAMES]
 )
 def test_every_router(router, tmp_path, capsys):
-    traits = type(getattr(MoEConfig().routers, router)).traits
+    traits = getattr(MoEConfig().routers, router).traits
     top_k = 2 if not traits.top_k or 2 in traits.top_k else 1
     virtual = {"zero_experts": 1, "copy_experts": 1, "constant_experts": 2} if traits.virtual else {}
     config = make_config(
@@ -213,6 +213,32 @@ def test_a_dense_model(tmp_path, capsys):
     said = "".join(page.text)
     assert "no routed layers" in said and "Training" in said and "Text by expert" not in said
     assert sum(name == "src" for _, name, _ in page.attributes) == 1  # the curves
+
+
+@pytest.mark.parametrize("pattern", ["dense,peer", "routed,pkm"])
+def test_layers_that_retrieve(pattern, tmp_path, capsys):
+    """Figures of each layer's whole pool, with and without routed layers beside it."""
+    config = make_config(
+        tmp_path, pattern=pattern, inserts="mid=peer@0",
+        peer=PeerConfig(experts=64, heads=2, top_k=3, key_width=4, query_norm="layernorm"),  # random running variances are negative
+    )
+    folder = make_run(tmp_path, config, steps=(2,))
+    with MetricsWriter(folder, tensorboard=False, resume_step=3) as writer:
+        for step in (1, 3):
+            writer.write(step, {"eval/words/router/usage": 0.5, "eval/words/router/unevenness": 1.0})
+    said = "".join(page_of(folder, capsys=capsys).text)
+    assert "One-neuron experts" in said and "ln 3 = 1.099 nats" in said and "64 experts in a pool" in said
+    assert ("no routed layers" in said) == (pattern == "dense,peer")
+    # The table's own figures, from the model.
+    flags, loaded = cli.own_flags(command.define_flags), load_run(folder, config)
+    flags(["command"])
+    observed = observe(loaded, evaluation_sets(loaded, flags, {}), 300, 0)
+    assert list(observed.retrieved) == ["mid", "layer_01"]
+    for name, sums in observed.retrieved.items():
+        assert sums["mass"].shape == (64,) and sums["mass"].sum() == pytest.approx(2 * sums["tokens"], rel=1e-5)
+        used = np.mean(sums["mass"] > 0)
+        assert 0 < used < 1 and f"{name}64{100 * used:.1f} %" in said
+    assert evaluations([{"step": 1, "eval/a.b/router/usage": 1.0}], "router/usage").keys() == {"a.b"}
 
 
 def test_against_itself(tmp_path, capsys):

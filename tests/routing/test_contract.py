@@ -65,7 +65,7 @@ every_router = pytest.mark.parametrize("row", ROWS)
 
 
 def traits(row):
-    return type(ROWS[row].options).traits
+    return ROWS[row].options.traits
 
 
 def sizes(row):

@@ -3,6 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.config_moe import ExpertChoiceConfig
 from moe_jax.layers.moe import MoE
 from moe_jax.routing.expert_choice import ExpertChoiceRouter
 from moe_jax.types import RouterInputs
@@ -49,3 +50,34 @@ def test_padding_takes_no_slot():
     np.testing.assert_array_equal(stats["counts"], few["counts"])
     np.testing.assert_array_equal(choice.token_ids[:, :2], alone.token_ids)
     assert np.all(choice.token_ids[:, 2:] == T)
+
+
+def test_evaluated_by_tokens():
+    """In evaluation each token gets its K best experts with the gates of training, whatever else is in the batch."""
+    x = jax.random.normal(jax.random.key(1), (T, D))
+    valid = np.arange(T) != 5
+    options = ExpertChoiceConfig(evaluation="tokens")
+    layer = MoE(E, F, K, ExpertChoiceRouter(E, K, options, parent=None), activation="relu")
+    same = MoE(E, F, K, ExpertChoiceRouter(E, K, parent=None), activation="relu")
+    params = nn.unbox(layer.init(jax.random.key(0), x)["params"])
+    run = lambda layer, x, valid, train: layer.apply(
+        {"params": params}, x, RouterInputs(valid=jnp.asarray(valid), train=train)
+    )
+    y, aux = run(layer, x, valid, False)
+    p = np.asarray(jax.nn.softmax(x @ params["router"]["kernel"], axis=-1))
+    expected, counts = np.zeros((T, D)), np.zeros(E)
+    for t in np.flatnonzero(valid):
+        for e in np.argsort(-p[t])[:K]:
+            counts[e] += 1
+            h = np.maximum(x[t] @ params["experts"]["w_in"][e], 0)
+            expected[t] += p[t, e] * (h @ params["experts"]["w_out"][e])
+    assert np.max(np.abs(y - expected)) <= 1e-5 * np.max(np.abs(expected))
+    np.testing.assert_array_equal(aux.stats["counts"], counts)
+    assert aux.stats["tokens"] == valid.sum() and aux.stats["unrouted"] == 0
+    others = jnp.where(jnp.arange(T)[:, None] < T // 2, x, -3 * x)
+    np.testing.assert_array_equal(run(layer, others, valid, False)[0][: T // 2], y[: T // 2])
+    # In training the option changes nothing, and the experts do choose.
+    a, b = run(layer, x, valid, True), run(same, x, valid, True)
+    np.testing.assert_array_equal(a[0], b[0])
+    np.testing.assert_array_equal(a[1].stats["counts"], 12)
+    assert options.traits.causal and not ExpertChoiceConfig().traits.causal

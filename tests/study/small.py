@@ -18,8 +18,11 @@ def make_study(**changes) -> Study:
     return Study(**{"base": config, "arms": arms, "baseline": "routed", "seeds": (3, 5)} | changes)
 
 
-def write_run(workdir, arm, seed, loss, curve, routed=True, digest="d") -> None:
-    """A finished run: validation losses {source: loss} on 100 tokens of a and 300 of b, 4 bits a token at loss 4 ln 2."""
+def write_run(workdir, arm, seed, loss, curve, routed=True, digest="d", use=None) -> None:
+    """A finished run: validation losses {source: loss} on 100 tokens of a and 300 of b, 4 bits a token at loss 4 ln 2.
+
+    use: (usage, unevenness) on b; on a they are half of it.
+    """
     folder = run_folder(workdir, arm, seed)
     folder.mkdir(parents=True)
     sources = {
@@ -29,6 +32,8 @@ def write_run(workdir, arm, seed, loss, curve, routed=True, digest="d") -> None:
         }
         for name, tokens in (("a", 100), ("b", 300))
     }  # fmt: skip
+    for name, share in (("a", 0.5), ("b", 1.0)) if use else ():
+        sources[name] |= {"router/usage": share * use[0], "router/unevenness": share * use[1]}
     (folder / "validation.json").write_text(json.dumps({"step": 40, "sources": sources}))
     rows = []
     for step, value in curve:

@@ -3,15 +3,17 @@
 import json
 import math
 
+import numpy as np
 import pytest
 from matplotlib import pyplot as plt
 
 from benchmarks import table
 from moe_jax.config import ConfigError
+from moe_jax.config_study import Arm, Curve
 from moe_jax.study import __main__ as command
 from moe_jax.study.collect import collect
 from moe_jax.study.plan import run_folder
-from moe_jax.study.plots import draw
+from moe_jax.study.plots import bands, curve, draw
 from moe_jax.study.summary import tables, to_markdown
 from tests.study.small import LAYER, make_study, write_run, write_study, write_timing
 
@@ -157,6 +159,90 @@ def test_other_text_is_refused(tmp_path):
     write_run(tmp_path, "dense", 5, {"a": 2.0, "b": 3.0}, [(20, 3.0)], digest="other")
     with pytest.raises(ConfigError, match="dense seed 5 was scored on other text of a than routed seed 3"):
         collect(tmp_path)
+
+
+def write_pools(workdir, seeds=(3, 5)):
+    """dense; pools of 1 and 4 of two kinds, b0 only with the larger one; a run scored twice; half as many steps."""
+    half = {"train.steps": 20}
+    arms = (
+        Arm("dense"), Arm("a1"), Arm("a4"), Arm("b4"), Arm("b4_again", {"model.moe.eval_capacity": 1.0}, scores="b4"),
+        Arm("dense_half", half, baseline="dense_half"), Arm("a4_half", half, baseline="dense_half"),
+    )  # fmt: skip
+    lines = {"a": {"a4": 4, "a1": 1}, "b": {"b4": 4}}
+    curves = (Curve("pool", "Pools", "experts", lines, ("loss", "unevenness")), Curve("lone", "Alone", "x", {"": {"dense": 1}}))
+    write_study(workdir, make_study(arms=arms, baseline="dense", seeds=seeds, curves=curves, shown=("dense", "a4")))
+    losses = {"dense": 3.0, "a1": 2.9, "a4": 2.5, "b4": 2.6, "b4_again": 2.8, "dense_half": 3.5, "a4_half": 3.1}
+    for name, loss in losses.items():
+        for i, seed in enumerate(seeds):
+            # a4 is 0.1 better with the second seed.
+            value, uneven = loss + i - 0.1 * i * (name == "a4"), (0.4 if name == "a1" else 0.8) - 0.2 * (name == "b4")
+            curve = [] if name == "b4_again" else [(20, value + 1), (40, value)]
+            use = None if name.startswith("dense") else (0.8, uneven)
+            write_run(workdir, name, seed, {"a": value, "b": value}, curve, routed=False, use=use)
+    write_timing(workdir, "before", {name: 100.0 for name in losses if name != "b4_again"})
+
+
+def test_curves(tmp_path):
+    write_pools(tmp_path)
+    result = collect(tmp_path)
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    pool = result["curves"][0]
+    points = {point["arm"]: point for line in pool["lines"] for point in line["points"]}
+    assert [point["arm"] for point in pool["lines"][0]["points"]] == ["a1", "a4"]  # in order of x
+    assert points["a1"]["value"]["loss"]["mean"] == pytest.approx(3.4)
+    assert points["a1"]["step"]["loss"] is None and points["a1"]["across"]["loss"] is None
+    # Differences -0.4 and -0.5: mean -0.45, s / sqrt(2) = 0.05.
+    expected = {"mean": -0.45, "low": -0.45 - 0.05 * T1, "high": -0.45 + 0.05 * T1, "n": 2}
+    assert points["a4"]["step"]["loss"] == pytest.approx(expected) and points["a4"]["across"]["loss"] is None
+    assert points["b4"]["step"]["loss"] is None
+    assert points["b4"]["across"]["loss"]["mean"] == pytest.approx(0.15)
+    # Over 100 and 300 tokens: 0.25 * 0.3 + 0.75 * 0.6, against 4/3 of it.
+    assert points["b4"]["value"]["unevenness"]["mean"] == pytest.approx(0.525)
+    assert points["b4"]["across"]["unevenness"]["mean"] == pytest.approx(0.525 - 0.7)
+    text = tables(result)
+    assert "| line | experts | arm | loss | to the point before | to a | unevenness, nats | to the point before | to a |" in text
+    assert "| b | 4 | b4 | 3.1000 [" in text and "| 87.5" not in text and "| 70.0 [70.0, 70.0] % |" in text
+
+
+def test_a_baseline_of_its_own_and_a_second_score(tmp_path):
+    write_pools(tmp_path)
+    result = collect(tmp_path)
+    rows = by_arm(result)
+    assert rows["dense_half"]["verdict"] == "baseline" and rows["dense_half"]["difference"] is None
+    assert rows["a4_half"]["difference"]["mean"] == pytest.approx(-0.4)
+    assert rows["a4"]["difference"]["mean"] == pytest.approx(-0.55)
+    again = rows["b4_again"]
+    assert again["loss"] == pytest.approx(3.3) and again["difference"]["mean"] == pytest.approx(-0.2)
+    # What it costs is what the runs cost that it scores; it has no curve of training.
+    assert (again["ms"], again["tokens"], again["skipped"]) == (100.0, 20480, None)
+    assert again["time"]["of"] == 0 and rows["dense"]["usage"] is None
+    text = tables(result)
+    assert " to dense_half |" in text and "b4_again: the runs of b4, scored once more" in text
+    assert ", or to the arm that is named, paired" in text and "20,480 tokens a run, 0.50 epochs." in text
+
+
+def test_pictures_of_curves(tmp_path):
+    write_pools(tmp_path)
+    result = collect(tmp_path)
+    assert draw(result, tmp_path) == ["loss.png", "differences.png", "pool.png", "lone.png"]
+    assert set(bands(result, "curve")) == {"dense", "a4"}  # what the study shows
+    figure = curve(result, result["curves"][0])
+    left, right = figure.axes
+    assert left.get_xscale() == "log" and [text.get_text() for text in left.get_xticklabels()] == ["1", "4"]
+    a, b = left.containers
+    np.testing.assert_allclose(a.lines[0].get_xydata(), [[1, 3.4], [4, 2.95]])
+    np.testing.assert_allclose(b.lines[0].get_xydata(), [[4, 3.1]])
+    ends = [path.vertices[:, 1] for path in a.lines[2][0].get_paths()]
+    np.testing.assert_allclose(ends[1], [2.95 - 0.45 * T1, 2.95 + 0.45 * T1])
+    np.testing.assert_allclose(right.containers[0].lines[0].get_xydata()[:, 1], [0.35, 0.7])
+    plt.close(figure)
+    for run in result["runs"]:
+        run["state"] = "missing"
+    for one in result["curves"]:
+        for line in one["lines"]:
+            for point in line["points"]:
+                point["value"] = dict.fromkeys(point["value"])
+    assert curve(result, result["curves"][0]) is None
 
 
 def test_pictures(tmp_path):

@@ -111,6 +111,19 @@ def test_interrupted_and_resumed_gives_the_same(file, tmp_path):
         assert err.startswith(f"error: {message}") and err.count("\n") == 1
 
 
+def test_runs_scored_once_more(file, tmp_path):
+    """Such an arm trains nothing; with the same settings it has the same numbers, with others its own."""
+    scoring = file.with_name("scoring.py")
+    others = 'Arm("same", scores="routed"), Arm("capped", {"model.moe.eval_capacity": 0.3}, scores="routed")'
+    scoring.write_text(file.read_text().replace('Arm("twin", twin_of="routed")', others))
+    _, err = study(f"--config={scoring}", "--config.train.steps=20", "--config.train.eval_every=10", f"--workdir={tmp_path}")
+    assert "timing the steps of 2 arms" in err and "same: the runs of routed, scored once more" in err
+    assert err.index("dense seed 0: done") < err.index("same seed 0: done")
+    assert not (tmp_path / "runs" / "same" / "seed_0" / "checkpoints").exists()
+    losses = {run["arm"]: run["loss"] for run in json.loads((tmp_path / "study.json").read_text())["runs"]}
+    assert losses["same"] == losses["routed"] != losses["capped"]
+
+
 def test_failures(file, tmp_path):
     """Too many passes are refused before anything runs; a run that diverges is counted, and the code is 1."""
     small = ["--config.train.steps=20", "--config.train.eval_every=10", f"--workdir={tmp_path}"]

@@ -3,12 +3,15 @@
 import copy
 import dataclasses
 import json
+import pathlib
+import runpy
 
 import pytest
 
 from moe_jax import cli
 from moe_jax.config import ConfigError, to_dict
-from moe_jax.config_study import Arm, study_from_dict, study_to_dict
+from moe_jax.config_study import Arm, Curve, study_from_dict, study_to_dict
+from moe_jax.models.flops import training_flops_per_token
 from moe_jax.study import __main__ as command
 from moe_jax.study.plan import check_unchanged, load_description, prepare, run_config
 from tests.study.small import make_study, write_study
@@ -46,6 +49,21 @@ def get_config(text="64"):
         ({"arms": (Arm("routed"), Arm("t", twin_of="u"), Arm("u", twin_of="routed"))}, "arm t twin_of=u: names no arm"),
         ({"arms": (Arm("routed"), Arm("t", {"seed": 1}, "routed"))}, "arm t settings={'seed': 1}: an A/A arm"),
         ({"arms": (Arm("routed", ["a"]),)}, "arm routed settings=['a']: not a dict"),
+        ({"arms": (Arm("routed"), Arm("s", scores="t"))}, "arm s scores=t: names no arm that is trained by settings of its own; name one of routed"),
+        ({"arms": (Arm("routed"), Arm("s", scores="s"))}, "arm s scores=s: names no arm"),
+        ({"arms": (Arm("routed"), Arm("s", {"train.steps": 9}, scores="routed"))}, "arm s config.train.steps=9: the runs of routed are trained"),
+        ({"arms": (Arm("routed"), Arm("s", baseline="t"))}, "arm s baseline=t: names no arm"),
+        ({"arms": (Arm("routed"), Arm("s", twin_of="routed", baseline="routed"))}, "arm s baseline=routed: an A/A arm has that of the other"),
+        ({"arms": (Arm("routed"), Arm("s", scores="routed"), Arm("t", twin_of="s"))}, "arm t twin_of=s: it has no runs of its own"),
+        ({"arms": (Arm("routed"), Arm("s", scores="routed")), "baseline": "s"}, "study baseline=s: no arm"),
+        ({"shown": ("nobody",)}, "study shown=nobody: no arm; name one of routed, twin, dense"),
+        ({"curves": ("a",)}, "study curves='a': no Curve"),
+        ({"curves": (Curve("loss", "t", "x", {}),)}, "curve loss: a picture of that name is there"),
+        ({"curves": (Curve("c", "t", "x", {"": ["dense"]}),)}, "curve c lines={'': ['dense']}: not a dict of dicts"),
+        ({"curves": (Curve("c", "t", "x", {"a": {"nobody": 1}}),)}, "curve c line a=nobody: no arm"),
+        ({"curves": (Curve("c", "t", "x", {"": {"dense": 0}}),)}, "curve c arm dense=0: not a number above 0, or the path of one"),
+        ({"curves": (Curve("c", "t", "x", {"": {"dense": "model.widht"}}),)}, "curve c arm dense='model.widht': not a number above 0"),
+        ({"curves": (Curve("c", "t", "x", {"": {"dense": 1}}, ("speed",)),)}, "curve c metrics=speed: no metric of a run; use loss, usage"),
         ({"full": {"model.widht": 1}, "scale": "full"}, "study full config.model.widht=1: no such field; did you mean"),
         ({"scale": "full"}, "--scale=full: the study has no settings for it"),
     ],
@@ -94,8 +112,44 @@ def test_run_configs():
     assert dense.model.pattern == "dense,dense" and base.model.pattern == "dense,routed" and base.seed == 0
 
 
+def test_an_arm_that_scores_has_the_other_ones_settings():
+    arms = (Arm("routed"), Arm("one", {"model.moe.top_k": 1}, full={"model.moe.experts": 4}, baseline="one"))
+    arms += Arm("capped", {"model.moe.eval_capacity": 1.0}, scores="one"), Arm("again", twin_of="one")
+    curve = Curve("c", "t", "x", {"": {"one": "model.moe.experts", "routed": 2}})
+    study = prepare(make_study(arms=arms, curves=(curve,), full={"model.layers": 6}), "full")
+    one, capped = (run_config(study, study.arm(name), 5) for name in ("one", "capped"))
+    assert capped.model.moe.eval_capacity == 1.0 and one.model.moe.eval_capacity == 0.0
+    capped.model.moe.eval_capacity = 0.0
+    assert to_dict(capped) == to_dict(one) and one.model.moe.experts == 4
+    assert [study.baseline_of(arm) for arm in study.arms] == ["routed", "one", "one", "one"]
+    assert [arm.name for arm in study.trained()] == ["routed", "one", "again"]
+    assert study.curves[0].lines == {"": {"one": 4, "routed": 2}}
+
+
+def test_the_studies_of_this_repository():
+    """Every arm of every file can be built, at both scales; the arms of PEER have equal FLOPs where the file says so."""
+    root = pathlib.Path(__file__).resolve().parents[2] / "configs" / "studies"
+    studies = {file.stem: runpy.run_path(str(file))["get_config"]() for file in sorted(root.glob("*.py"))}
+    assert {"peer", "routers"} <= set(studies)
+    for scale in ("small", "full"):
+        prepared = {name: prepare(study, scale) for name, study in studies.items()}
+        study = prepared["peer"]
+        configs = {arm.name: run_config(study, arm, 0) for arm in study.arms}
+        flops = {
+            name: training_flops_per_token(config.model, config.data.vocab_size, config.data.sequence_length)
+            for name, config in configs.items()
+        }
+        assert flops["peer"] == flops["pkm"] == flops["dense"]
+        for name, value in flops.items():
+            limit = 0.01 if "_n" not in name and "_h" not in name.removesuffix("_half") and name != "peer_atoms" else 0.065
+            assert abs(value / flops["dense"] - 1) < limit, name
+        assert all(configs[f"{n}_half"].train.steps * 2 == configs[n].train.steps for n in study.shown)
+
+
 def test_json():
-    study = make_study(full={"model.layers": 6}, target_loss=2.5, title="T")
+    curve = Curve("c", "t", "x", {"": {"dense": 1.0}}, ("loss", "usage"), log=False)
+    arms = (*make_study().arms, Arm("s", scores="routed", baseline="dense"))
+    study = make_study(full={"model.layers": 6}, target_loss=2.5, title="T", arms=arms, curves=(curve,), shown=("dense",))
     again = study_from_dict(json.loads(json.dumps(study_to_dict(study))))
     assert again == study
     for bad in ({}, {"arms": 3}, study_to_dict(study) | {"arms": [{"nam": 1}]}):

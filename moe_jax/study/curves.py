@@ -1,0 +1,48 @@
+"""Arms of a study in order of a quantity, such as the number of experts."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from moe_jax.config_study import Curve
+from moe_jax.study.statistics import Interval, t_interval
+
+Runs = dict[tuple[str, int], dict[str, Any]]
+
+
+def paired(
+    runs: Runs, seeds: Sequence[int], arm: str, other: str, value: Callable[[dict[str, Any]], float | None]
+) -> Interval | None:
+    """The interval of `value` of an arm minus that of another, over the seeds that both have finished."""
+    pairs = [(runs[arm, seed], runs[other, seed]) for seed in seeds]
+    both = [(value(a), value(b)) for a, b in pairs if a["state"] == b["state"] == "done"]
+    return t_interval([a - b for a, b in both if a is not None and b is not None])
+
+
+def collect_curve(curve: Curve, runs: Runs, seeds: Sequence[int]) -> dict[str, Any]:
+    """The points of a curve.
+
+    Returns:
+      name, title, x, log, metrics; lines: for each its label and points, in order of x: x, arm, and by metric the intervals
+      `value` over the seeds, `step` of the paired difference to the point before, `across` of that to the first line's
+      point at the same x. None where there is no such point, or no such number.
+    """
+    lines, first = [], {}
+    for label, arms in curve.lines.items():
+        points, before = [], None
+        for arm, x in sorted(arms.items(), key=lambda item: item[1]):
+            point = {"x": x, "arm": arm, "value": {}, "step": {}, "across": {}}
+            for metric in curve.metrics:
+                get = lambda run: run.get(metric)
+                done = [get(runs[arm, seed]) for seed in seeds if runs[arm, seed]["state"] == "done"]
+                point["value"][metric] = t_interval([value for value in done if value is not None])
+                difference = lambda other: other and paired(runs, seeds, arm, other, get)
+                point["step"][metric] = difference(before)
+                point["across"][metric] = difference(first.get(x) if lines else None)
+            points.append(point)
+            before = arm
+        first = first or {point["x"]: point["arm"] for point in points}
+        lines.append({"label": label, "points": points})
+    return {
+        "name": curve.name, "title": curve.title, "x": curve.x, "log": curve.log, "metrics": list(curve.metrics),
+        "lines": lines,
+    }  # fmt: skip
