@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from moe_jax.plan.collectives import COLLECTIVES
 from moe_jax.plan.hlo import Array, Instruction, Program, scope_of
+from moe_jax.plan.products import retrieval_estimate
 
 _FREE = (
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
@@ -18,7 +19,7 @@ def hbm_bytes(program: Program) -> float:
     """Bytes that one call moves between HBM and a core: operands and results of everything that is not fused away.
 
     A slice counts as what it reads, an update in place as what it writes, and arrays on the core as nothing. The padding
-    of tiles is left out, and a kernel counts each operand once.
+    of tiles is left out, and a kernel counts each operand once; one that retrieves rows of a table says itself what it moves.
     """
     total = 0.0
     for times, name, instruction in program.running(fused=False):
@@ -30,6 +31,8 @@ def _traffic(program: Program, instructions, instruction: Instruction) -> float:
     kind = instruction.opcode
     if kind in _FREE or kind.endswith(("-done", "-update")) or "AllocateBuffer" in instruction.attributes:
         return 0.0
+    if estimate := retrieval_estimate(instruction):
+        return estimate["bytes_accessed"]
     if kind in ("dynamic-slice", "slice", "gather"):
         return 2.0 * sum(a.hbm_bytes for a in instruction.results)
     operands = [instructions[name].results for name in instruction.operands if name in instructions]

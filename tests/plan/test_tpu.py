@@ -111,3 +111,46 @@ def test_the_command_as_a_user_runs_it(tmp_path):
     result = run("--topology=tpu7x:2x2x1", "--config.mesh.fsdp=8")
     assert result.returncode == 0 and "4 chips of 2 devices" in result.stdout, result.stderr
     assert "ragged-dot" in result.stdout or "gmm" in result.stdout
+
+
+RETRIEVING = """
+from moe_jax import config as c
+
+
+def get_config():
+    config = c.Config()
+    config.data.batch_size, config.data.sequence_length = 8, 256
+    config.model.layers, config.model.pattern, config.model.inserts = 2, "dense", "middle=peer@1"
+    config.model.width, config.model.heads, config.model.head_width = 256, 2, 128
+    config.model.peer.experts, config.model.peer.heads, config.model.peer.top_k = 128**2, 4, 8
+    config.model.peer.key_width = 128
+    return config
+"""
+
+
+def test_a_retrieval_moves_what_it_retrieves(tmp_path):
+    """On one chip: two kernels, each of which reads T R experts and not the pool; copies of the pool are nowhere.
+
+    To 2%: bytes of rows, and of x, y, ids, gates and what else a kernel reads and writes for each pair.
+    """
+    config = tmp_path / "config.py"
+    config.write_text(RETRIEVING)
+    tokens, pairs, width, experts = 8 * 256, 32, 256, 128**2
+    for overrides, size in (([], 4), (["--config.model.peer.activation=swiglu"], 4)):
+        found = plan(config, "v5e:1x1", *overrides)
+        rows = 3 if overrides else 2
+        kernels = [kernel for kernel in found["kernels"] if kernel["kind"] == "retrieval"]
+        assert sum(kernel["count"] for kernel in kernels) == 2
+        forward = tokens * pairs * (rows * width * size + 4 * (1 + rows))
+        backward = tokens * pairs * (rows * width * size + 4 * (1 + rows + 1 + rows))
+        expected = forward + backward + 2 * 2 * tokens * width * 4
+        assert found["retrieved_bytes"] == pytest.approx(expected, rel=0.02)
+        assert found["retrieved_bytes"] < found["hbm_bytes"]
+        assert sum(kernel["flops"] for kernel in kernels) == 2 * 2 * tokens * pairs * rows * width
+    larger = plan(config, "v5e:1x1", "--config.model.peer.experts=65536")
+    smaller = plan(config, "v5e:1x1")
+    assert larger["retrieved_bytes"] == smaller["retrieved_bytes"]
+    # Keys grow with the root of N; what is counted for the pool does not grow with it.
+    assert larger["hbm_bytes"] - smaller["hbm_bytes"] < 0.2 * (65536 - experts) * 2 * width * 4
+    plain = plan(config, "v5e:1x1", "--config.model.peer.backend=blocks")
+    assert plain["retrieved_bytes"] == 0 and plain["hbm_bytes"] > smaller["hbm_bytes"]

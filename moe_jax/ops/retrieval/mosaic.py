@@ -33,6 +33,7 @@ def run(x, ids, pairs, table, *, outputs, inner, project, combine):
     parts = -(-retrieved // max(8, BUFFER_BYTES // expert_bytes))
     places = -(-retrieved // parts)  # of a part of a token's experts, which are in VMEM at once
     padded, many = -(-tokens // TOKENS) * TOKENS, TOKENS * parts
+    # Where both are narrow, products are too; x travels wide, as a single row of it is half a word.
     native = jnp.bfloat16 if table.dtype == jnp.bfloat16 and (x is None or x.dtype == jnp.bfloat16) else jnp.float32
 
     def split(array, fill=0):
@@ -83,7 +84,7 @@ def run(x, ids, pairs, table, *, outputs, inner, project, combine):
 
     of_token = pl.BlockSpec((TOKENS, width), lambda i: (i, 0))
     of_pair = pl.BlockSpec((many, places), lambda i: (i, 0))
-    given = [jnp.pad(x, ((0, padded - tokens), (0, 0)))] if project else []
+    given = [jnp.pad(x, ((0, padded - tokens), (0, 0))).astype(jnp.float32)] if project else []
     shapes = [jax.ShapeDtypeStruct((padded, width), jnp.float32)] * bool(combine)
     shapes += [jax.ShapeDtypeStruct((padded * parts, places), jnp.float32)] * outputs
     inputs = [split(ids, experts), *given, *map(split, pairs)]
