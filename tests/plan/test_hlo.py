@@ -163,6 +163,20 @@ def test_a_collective_that_is_spread_over_fusions_counts_once():
     assert hbm_bytes(parse(text)) == 0  # beside the work of the fusions
 
 
+def test_a_retrieval_says_what_it_moves():
+    text = """
+ENTRY %main (t: f32[65536,2,256], i: s32[8,4]) -> f32[8,256] {
+  %t = f32[65536,2,256]{2,1,0} parameter(0)
+  %i = s32[8,4]{1,0} parameter(1)
+  ROOT %jvp_retrieval_.3 = f32[8,256]{1,0} custom-call(%i, %t), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"cost_estimate":{"flops":"600","transcendentals":"32","bytes_accessed":"7000","remote_bytes_transferred":"0"}}}
+}
+"""
+    (kernel,) = kernels(parse(text))
+    assert (kernel.kind, kernel.count, kernel.flops, kernel.useful, kernel.bytes) == ("retrieval", 1, 600, 600, 7000)
+    assert hbm_bytes(parse(text)) == 7000
+    assert hbm_bytes(parse(text.replace("retrieval", "other"))) > 65536 * 2 * 256 * 4
+
+
 def test_arrays_on_the_core_are_no_traffic():
     body = parse(TPU)
     once = hbm_bytes(body)

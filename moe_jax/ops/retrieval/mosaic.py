@@ -2,7 +2,8 @@
 
 A program takes a few tokens, whose ids lie in scalar memory. While it works on the experts of one token, those of the next are on
 their way from HBM to VMEM, a copy of [M, D] values for each, all at once. D is a multiple of 128. See `fused` for what it
-computes; products are in float32, or in bfloat16 with sums in float32 where x and the table are.
+computes; products are in float32, or in bfloat16 with sums in float32 where x and the table are. Of M = 3 rows the compiler makes a copy of the table, in rows of four, once a call of the program:
+outside of kernels XLA keeps [N, 3, D] with N inside (libtpu 0.0.42).
 """
 
 import functools
