@@ -177,6 +177,25 @@ ENTRY %main (t: f32[65536,2,256], i: s32[8,4]) -> f32[8,256] {
     assert hbm_bytes(parse(text.replace("retrieval", "other"))) > 65536 * 2 * 256 * 4
 
 
+def test_a_scatter_moves_its_rows():
+    """In a fusion and alone: the rows it gets, those it finds and those it writes, and the ids; not the table."""
+    scatter = "f32[65536,256]{1,0} scatter(%t, %i, %u), update_window_dims={1}, inserted_window_dims={0}, to_apply=%last"
+    head = """
+%last (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  ROOT %b = f32[] parameter(1)
+}
+"""
+    given = "  %t = f32[65536,256]{1,0} parameter(0)\n  %i = s32[32,1]{1,0} parameter(1)\n  %u = f32[32,256]{1,0} parameter(2)\n"
+    shape = "(t: f32[65536,256], i: s32[32,1], u: f32[32,256]) -> f32[65536,256] {\n"
+    rows = 32 * 256 * 4
+    alone = head + "\nENTRY %main " + shape + given + f"  ROOT %s = {scatter}\n}}\n"
+    assert hbm_bytes(parse(alone)) == 2 * rows
+    fused = head + "\n%body " + shape + given + f"  ROOT %s = {scatter}\n}}\n\nENTRY %main " + shape + given
+    fused += "  ROOT %f = f32[65536,256]{1,0} fusion(%t, %i, %u), kind=kCustom, calls=%body\n}\n"
+    assert hbm_bytes(parse(fused)) == 3 * rows + 32 * 4
+
+
 def test_arrays_on_the_core_are_no_traffic():
     body = parse(TPU)
     once = hbm_bytes(body)
