@@ -90,7 +90,8 @@ def test_with_a_reduction_between_the_parts(backend, activation):
 
     def both(passes):
         y, hidden = passes.forward(x, ids, gates, table, activation, reduce=half)
-        return y, jnp.where((ids < N)[..., None], hidden, 0), *passes.backward(d_y, x, ids, gates, hidden, table, activation, reduce=half)
+        back = passes.backward(d_y, x, ids, gates, hidden, table, activation, reduce=half)
+        return y, jnp.where((ids < N)[..., None], hidden, 0), *back
 
     ours, expected = jax.jit(lambda: both(BACKENDS[backend]))(), jax.jit(lambda: both(BACKENDS["blocks"]))()
     here = (ids < N).astype(jnp.float32)
@@ -133,7 +134,8 @@ def for_gpu(backend, activation, dtype, experts, width, tokens=5, retrieved=7):
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
     mesh = AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
     rows = rows_of_expert(activation)
-    shapes = [((tokens, width), dtype), ((tokens, retrieved), jnp.int32), ((tokens, retrieved), jnp.float32), ((experts, rows, width), dtype)]
+    pairs = (tokens, retrieved)
+    shapes = [((tokens, width), dtype), (pairs, jnp.int32), (pairs, jnp.float32), ((experts, rows, width), dtype)]
     args = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
     passes = None if backend == "auto" else BACKENDS[backend]
 
