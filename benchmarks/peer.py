@@ -5,7 +5,8 @@
 A step is forward, backward, clipping by the global norm and Adam's update. `pool`: a million experts; the ways take turns on one state in one process.
 `scaling`: steps of layers whose pool grows while a token retrieves as much, and of dense feed-forward layers that grow, with
 the memory that the compiler plans beside parameters and optimizer state. Rows have case, backend, ms, and for `pool` the bytes that
-the arithmetic needs, over the time, beside a plain copy's.
+the arithmetic needs, over the time, beside a plain copy's. `kernels`: the retrieval alone in bfloat16, forward and with its gradient in
+factors, by the kernel `triton` and in plain JAX (`blocks`), beside a copy; on an NVIDIA GPU, elsewhere "not measured".
 """
 
 import argparse
@@ -25,7 +26,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from moe_jax.config import OptimizerConfig  # noqa: E402
 from moe_jax.layers.ffn import FeedForward  # noqa: E402
 from moe_jax.layers.peer import PEER  # noqa: E402
-from moe_jax.ops.retrieval import row_sink  # noqa: E402
+from moe_jax.ops.retrieval import BACKENDS, retrieve, row_sink  # noqa: E402
 from moe_jax.ops.row_gradient import RowGradient, sort_rows, squared_norm  # noqa: E402
 from moe_jax.study import timing  # noqa: E402
 from moe_jax.train.row_update import RowAdamState, init_rows, update_rows  # noqa: E402
@@ -61,7 +62,8 @@ POOL = Case("pool", 1024**2, 2048, 256, 8, 16)
 TINY = Case("tiny", 16**2, 32, 8, 2, 4, 8)
 SCALING = [dataclasses.replace(POOL, name=f"n{side}", experts=side**2) for side in (64, 128, 256, 512, 1024)]
 WIDTHS = (1024, 2048, 4096, 8192, 16384)
-GROUPS = ("pool", "scaling", "tiny")
+KERNELS = Case("kernels", 1024**2, 4096, 1024, 8, 16)
+GROUPS = ("pool", "scaling", "tiny", "kernels")
 
 
 def naive_layer(case: Case, params: dict, x: jax.Array) -> jax.Array:
@@ -245,6 +247,37 @@ def measure_scaling(cases: list[Case], widths: tuple[int, ...], rounds: int, pro
     return rows
 
 
+def measure_kernels(case: Case, rounds: int, progress: bool = True, on_gpu: bool | None = None) -> list[dict]:
+    """Rows of `retrieve` alone, with ids drawn evenly from all experts. Bytes: a row of 2 D values for every pair, twice with the
+    gradient."""
+    fetched = case.tokens * case.retrieved * 2 * case.width * 2
+    moved = {"forward": fetched, "gradient": 2 * fetched}
+    times, errors, names = {}, {}, [f"{part} {backend}" for part in moved for backend in ("triton", "blocks")]
+    block_size = max(fetched // 4, 1)
+    if jax.default_backend() == "gpu" if on_gpu is None else on_gpu:
+        keys = jax.random.split(jax.random.key(2), 4)
+        table = jax.random.normal(keys[0], (case.experts, 2, case.width), jnp.bfloat16)
+        ids = jax.random.randint(keys[1], (case.tokens, case.retrieved), 0, case.experts)
+        gates = jax.random.uniform(keys[2], ids.shape)
+        x = jax.random.normal(keys[3], (case.tokens, case.width), jnp.bfloat16)
+        sink = row_sink(case.tokens, case.retrieved, 2, case.width, jnp.bfloat16)
+        functions = {}
+        for backend in ("triton", "blocks"):
+            run = functools.partial(retrieve, passes=BACKENDS[backend])
+            loss = lambda x, gates, sink, ids, table, run=run: jnp.sum(run(x, ids, gates, table, sink).astype(jnp.float32) ** 2)
+            functions[f"forward {backend}"] = functools.partial(jax.jit(run), x, ids, gates, table)
+            functions[f"gradient {backend}"] = functools.partial(jax.jit(jax.grad(loss, (0, 1, 2))), x, gates, sink, ids, table)
+        block = jnp.ones(block_size, jnp.bfloat16)
+        functions["copy"] = functools.partial(jax.jit(lambda a: -a), block)
+        times, errors = timing.interleaved(functions, rounds, case.name, progress)
+    rows = []
+    for name in (*names, "copy"):
+        ms, size = timing.median(times[name]) if times.get(name) else None, moved.get(name.split()[0], 2 * block_size * 2)
+        row = {"case": case.name, "backend": name, "ms": ms, "gb": size / 1e9, "gb_per_s": ms and size / ms / 1e6}
+        rows.append(row | {"runs": len(times.get(name, ()))} | ({"error": errors[name]} if name in errors else {}))
+    return rows
+
+
 def plot(rows: list[dict], path: str) -> None:
     """Step time and temporary memory against parameters, of the layers of `scaling`."""
     import matplotlib
@@ -273,7 +306,7 @@ def print_rows(rows: list[dict]) -> None:
         ms = "not measured" if row["ms"] is None else f"{row['ms']:.4g} ms"
         if "gb" in row:
             rate = "" if row["ms"] is None else f"{row['gb']:8.3g} GB {row['gb_per_s']:8.3g} GB/s"
-            print(f"{row['case']:10}{row['backend']:10}{ms:>16}{rate}{row.get('error', '')}")
+            print(f"{row['case']:10}{row['backend']:16}{ms:>16}{rate}{row.get('error', '')}")
         else:
             memory = f"{row['temporary_bytes'] / 1e6:10.4g} MB beside {row['state_bytes'] / 1e6:.4g} MB"
             print(f"{row['case']:10}{row['backend']:10}{ms:>16}{memory}")
@@ -297,10 +330,12 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--plot={options.plot}: needs --cases=scaling")
     result = {"benchmark": "peer", "environment": timing.environment(), "cases": {}, "rows": []}
     for name in names:
-        cases = {"pool": [POOL], "tiny": [TINY], "scaling": SCALING}[name]
+        cases = {"pool": [POOL], "tiny": [TINY], "scaling": SCALING, "kernels": [KERNELS]}[name]
         result["cases"] |= {case.name: dataclasses.asdict(case) for case in cases}
         if name == "scaling":
             result["rows"] += measure_scaling(cases, WIDTHS, options.rounds)
+        elif name == "kernels":
+            result["rows"] += measure_kernels(cases[0], options.rounds)
         else:
             result["rows"] += measure_pool(cases[0], options.rounds)
     result["environment"]["load_after"] = timing.load()

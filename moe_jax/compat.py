@@ -1,5 +1,6 @@
-"""The only place that touches moving JAX APIs: meshes, axis types, shard_map and its varying-axes types, TPU topologies."""
+"""The only place that touches moving JAX APIs: meshes, axis types, shard_map and its varying-axes types, Pallas, TPU topologies."""
 
+import importlib
 import os
 
 import jax
@@ -69,6 +70,11 @@ def tpu_topology(name: str, **options) -> list:
     from jax.experimental import topologies
 
     return list(topologies.get_topology_desc(name, "tpu", **options).devices)
+
+
+def pallas(part: str = ""):
+    """The module of Pallas, or its `part` "triton" (NVIDIA) or "tpu"; imported at the first use, which takes a second."""
+    return importlib.import_module(".".join(filter(None, ("jax.experimental.pallas", part))))
 
 
 def axis_size(mesh, *names: str) -> int:
@@ -153,5 +159,5 @@ def argsort(x: jax.Array) -> jax.Array:
 
 __all__ = [
     "AxisType", "BATCH_AXES", "Mesh", "PartitionSpec", "argsort", "axis_size", "constrain", "current_mesh",
-    "empty", "inside_shard_map", "make_mesh", "refuse_explicit_axes", "shard_map", "target_platform", "tpu_topology", "vary", "vary_alike", "varying_axes", "zeros",
+    "empty", "inside_shard_map", "make_mesh", "pallas", "refuse_explicit_axes", "shard_map", "target_platform", "tpu_topology", "vary", "vary_alike", "varying_axes", "zeros",
 ]  # fmt: skip

@@ -30,3 +30,9 @@ class PeerConfig:
     split: str = field(
         "width", "What mesh.expert splits: the pool's width D, even for any usage, or its experts.", choices=("width", "experts")
     )
+    backend: str = field(
+        "auto",
+        "What fetches and sums the experts; auto: the best of the platform. On others the kernels triton (NVIDIA) and mosaic (TPU) "
+        "are interpreted, slowly.",
+        choices=("auto", "blocks", "triton", "mosaic"),
+    )

@@ -340,6 +340,10 @@ def _check_retrieval(config: Config) -> None:
     field = "model.width" if peer.split == "width" else path + "experts"
     total = config.model.width if peer.split == "width" else peer.experts
     _must_divide("mesh.expert", mesh.expert, field, total)
+    width = config.model.width // (mesh.expert if peer.split == "width" else 1)
+    if peer.backend == "mosaic" and width % 128:
+        limit = f"{width} values of an expert's row on a device, and its copies are multiples of 128"
+        raise ConfigError(path + "backend", peer.backend, limit, f"use {path}backend=auto, or another model.width")
     if peer.shared_width:
         _must_divide("mesh.tensor", mesh.tensor, path + "shared_width", peer.shared_width)
     if peer.top_k == 1:

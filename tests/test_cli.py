@@ -59,6 +59,11 @@ def refused(capsys, arguments, *fragments, **options):
 BAD_OVERRIDES = [
     # No such field.
     (["--config.sed=1"], "config.sed=1", "did you mean config.seed?"),
+    (
+        ["--config.model.pattern=peer", "--config.model.peer.backend=mosaic", "--config.model.width=192", "--config.model.heads=2"],
+        "config.model.peer.backend=mosaic: 192 values of an expert's row on a device",
+        "use model.peer.backend=auto",
+    ),
     (["--config.model.top_k=1"], "config.model.top_k=1", "did you mean config.model.moe.top_k?"),
     (["--config.data.bach_size=8"], "config.data.bach_size=8", "did you mean config.data.batch_size?"),
     (

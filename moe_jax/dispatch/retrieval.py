@@ -33,7 +33,8 @@ def sharded_passes(mesh, split: str, backend: str = "blocks") -> Passes:
     Args:
       mesh: that of `compat.current_mesh`.
       split: "width" or "experts", the dimension of the table that the shards must divide.
-      backend: what each shard runs.
+      backend: what each shard runs, see `ops.retrieval.resolve_backend`. With "width" a kernel runs each pass in two parts, the
+        second of which fetches again: between them is the all-reduce.
     """
     local = BACKENDS[backend]
     if compat.axis_size(mesh, AXIS) > 1:

@@ -100,7 +100,7 @@ class Block(nn.Module):
         return PEER(
             p.experts, p.heads, p.top_k, p.key_width, p.share_keys, p.query_norm,
             activation=p.activation if self.kind == "peer" else None, replaces=self.config.activation,
-            shared_width=p.shared_width, split=p.split, name="peer",
+            shared_width=p.shared_width, split=p.split, backend=p.backend, name="peer",
         )  # fmt: skip
 
     def _moe(self) -> MoE:

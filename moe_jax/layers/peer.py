@@ -11,7 +11,7 @@ from moe_jax import compat
 from moe_jax.dispatch.retrieval import AXIS, sharded_passes
 from moe_jax.layers.ffn import FeedForward
 from moe_jax.ops.activations import SECOND_MOMENT
-from moe_jax.ops.retrieval import BACKENDS, retrieve, rows_of_expert
+from moe_jax.ops.retrieval import BACKENDS, resolve_backend, retrieve, rows_of_expert
 from moe_jax.routing.product_keys import ProductKeys
 from moe_jax.types import Aux, RouterInputs
 
@@ -35,6 +35,8 @@ class PEER(nn.Module):
       replaces: activation of the feed-forward layer whose output variance this one starts with.
       shared_width: hidden width of a dense network beside the experts that sees every token; 0: none.
       split: what the mesh axis `expert` splits: "width" or "experts", see `moe_jax.dispatch.retrieval`.
+      backend: what runs the retrieval, one of `ops.retrieval.BACKENDS`; None: the platform's best. Inside a caller's own
+        shard_map it is always `blocks`: its replication checks refuse kernels.
       dtype: compute dtype; None: that of x. The router computes in float32 at least.
       param_dtype: of the pool.
     """
@@ -49,6 +51,7 @@ class PEER(nn.Module):
     replaces: str = "gelu"
     shared_width: int = 0
     split: str = "width"
+    backend: str | None = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -63,7 +66,7 @@ class PEER(nn.Module):
         `router_state`, which `routing.product_keys.update` moves on.
 
         Raises:
-          ValueError: see `ProductKeys`; a mesh of Explicit axes, or whose shards do not divide what they split.
+          ValueError: see `ProductKeys`, `retrieve` and `resolve_backend`; a mesh of Explicit axes, or whose shards do not divide what they split.
         """
         compat.refuse_explicit_axes("PEER")
         inputs = RouterInputs(train=train) if inputs is None else inputs
@@ -102,8 +105,9 @@ class PEER(nn.Module):
     def _passes(self, width):
         mesh = compat.current_mesh()
         if mesh is None or mesh.size == 1 or compat.inside_shard_map(mesh):
-            return BACKENDS["blocks"]
+            return BACKENDS["blocks" if compat.inside_shard_map(mesh) else resolve_backend(self.backend, width)]
         shards, total = compat.axis_size(mesh, AXIS), width if self.split == "width" else self.experts
         if total % shards:
             raise ValueError(f"PEER with split={self.split!r}: {shards} shards do not divide {total}; use other sizes")
-        return sharded_passes(mesh, self.split)
+        local_width = width // shards if self.split == "width" else width
+        return sharded_passes(mesh, self.split, resolve_backend(self.backend, local_width))

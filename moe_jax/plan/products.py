@@ -1,6 +1,7 @@
 """FLOPs of a compiled program: products of matrices, and the custom kernels, which XLA does not see into."""
 
 import functools
+import json
 import math
 import re
 from typing import NamedTuple
@@ -13,8 +14,8 @@ from moe_jax.plan.hlo import Instruction, Program
 class Kernel(NamedTuple):
     """Calls of one custom kernel with these operands, in one step.
 
-    kind: "grouped_matmul", "attention" or "other". flops: in all calls, of what the kernel computes. useful: without what
-    flash attention computes again in its backward pass.
+    kind: "grouped_matmul", "attention", "retrieval" or "other". flops: in all calls, of what the kernel computes. useful: without
+    what flash attention computes again in its backward pass. bytes: that all calls move, where the kernel itself says it.
     """
 
     name: str
@@ -23,6 +24,7 @@ class Kernel(NamedTuple):
     count: float
     flops: float
     useful: float
+    bytes: float = 0.0
 
 
 def product_flops(program: Program) -> float:
@@ -81,16 +83,28 @@ def kernels(program: Program, balanced_rows: float = math.inf) -> list[Kernel]:
     for times, computation, instruction in program.running():
         if instruction.opcode != "custom-call" or "tpu_custom_call" not in instruction.attributes:
             continue
-        name = re.sub(r"[.\d]+$", "", instruction.name)
+        name, estimate = re.sub(r"[.\d]+$", "", instruction.name), retrieval_estimate(instruction)
         arrays = [
             program.computations[computation][operand].results[0] for operand in instruction.operands
         ]  # a kernel's operands are arrays
-        kind, flops, useful = _kernel_flops(name, arrays, instruction.results, balanced_rows)
+        if estimate:
+            kind, flops, useful = "retrieval", estimate["flops"], estimate["flops"]
+        else:
+            kind, flops, useful = _kernel_flops(name, arrays, instruction.results, balanced_rows)
         shown = " x ".join(str(a) for a in arrays if len(a.shape) > 1 and a.dtype[0] not in "su")
-        entry = found.setdefault((name, kind, shown), [0.0, 0.0, 0.0])
-        for i, value in enumerate((1.0, flops, useful)):
+        entry = found.setdefault((name, kind, shown), [0.0] * 4)
+        for i, value in enumerate((1.0, flops, useful, estimate.get("bytes_accessed", 0.0))):
             entry[i] += times * value
     return [Kernel(*key, *values) for key, values in sorted(found.items())]
+
+
+def retrieval_estimate(instruction: Instruction) -> dict[str, float]:
+    """What a kernel of `ops.retrieval.mosaic` says that it computes ("flops") and moves ("bytes_accessed"), which depends on what
+    is retrieved, not on the table that it is given; empty for other instructions."""
+    if instruction.opcode != "custom-call" or "retrieval" not in instruction.name:
+        return {}
+    estimate = instruction.attribute(r'"cost_estimate":(\{[^}]*\})', "{}")
+    return {name: float(value) for name, value in json.loads(estimate).items()}
 
 
 def _kernel_flops(name: str, arrays, results, balanced_rows: float) -> tuple[str, float, float]:

@@ -35,6 +35,7 @@ def to_dict(plan: Plan) -> dict[str, Any]:
         "collectives": [c._asdict() for c in plan.collectives],
         "kernels": [k._asdict() for k in plan.kernels],
         "hbm_bytes": plan.hbm_bytes,
+        "retrieved_bytes": plan.retrieved_bytes,
         "link_bytes": plan.link_bytes,
         "peaks": {
             "flops": chip.flops, "hbm_bandwidth": chip.hbm_bandwidth, "link_bandwidth": chip.link_bandwidth,
@@ -111,6 +112,7 @@ def _flops(plan: Plan) -> list[str]:
         row("products", plan.product_flops),
         row("grouped-matmul kernels", kind("grouped_matmul"), "with an even load"),
         row("attention kernels", kind("attention"), "of the causal half"),
+        *([row("retrieval kernels", kind("retrieval"))] if plan.retrieved_bytes else []),
         row("the program", plan.flops),
         row("- what flash attention repeats", plan.compared_flops),
         row("the model: 3 x forward", plan.model_flops),
@@ -151,10 +153,11 @@ def _roofline(plan: Plan) -> list[str]:
     def row(name, seconds, amount, peak):
         return f"  {name:<10}{seconds * 1e3:>10.1f}  {amount} / {peak}"
 
+    retrieved = f" ({number(plan.retrieved_bytes / 1e9)} of it rows of retrieved experts)" if plan.retrieved_bytes else ""
     return [
         f"roofline of a step, ms (peaks: {chip.source})",
         row("compute", t.compute, f"{number(plan.flops / 1e12)} TFLOP", f"{chip.flops / 1e12:,.0f} TFLOP/s in bfloat16"),
-        row("HBM", t.hbm, f"{number(plan.hbm_bytes / 1e9)} GB", f"{chip.hbm_bandwidth / 1e9:,.0f} GB/s"),
+        row("HBM", t.hbm, f"{number(plan.hbm_bytes / 1e9)} GB", f"{chip.hbm_bandwidth / 1e9:,.0f} GB/s{retrieved}"),
         row("links", t.links, f"{number(plan.link_bytes / 1e9)} GB", f"{chip.link_bandwidth / 1e9:,.0f} GB/s over all links"),
         f"  {'step':<10}{t.overlapped * 1e3:>10.1f}  at least, bound by {t.bound}; {t.serial * 1e3:.1f} if nothing overlaps",
         f"  {plan.tokens / t.overlapped:,.0f} tokens/s at most on {plan.topology.chips} chips, "

@@ -66,6 +66,11 @@ class Plan(NamedTuple):
         return self.product_flops + sum(kernel.useful for kernel in self.kernels)
 
     @property
+    def retrieved_bytes(self) -> float:
+        """Those of `hbm_bytes` that kernels of retrieval move: the rows of experts, once forward and once backward."""
+        return sum(kernel.bytes for kernel in self.kernels if kernel.kind == "retrieval")
+
+    @property
     def times(self) -> Roofline:
         return roofline(self.topology.chip, self.flops, self.hbm_bytes, self.link_bytes)
 
@@ -149,7 +154,7 @@ def analyse(config: Config, topology: Topology, compiled: Any, seconds: float) -
     rows = tokens // config.train.microbatches // compat.axis_size(mesh, *compat.BATCH_AXES)
     rows *= experts_per_token(config.model, data.sequence_length) if has_routed_blocks(config.model) else 1
     found = [
-        k._replace(flops=k.flops * per_chip, useful=k.useful * per_chip)
+        k._replace(flops=k.flops * per_chip, useful=k.useful * per_chip, bytes=k.bytes * per_chip)
         for k in kernels(program, balanced_rows=rows)
     ]
     links = collectives(program, shape)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from moe_jax.plan.collectives import COLLECTIVES
 from moe_jax.plan.hlo import Array, Instruction, Program, scope_of
+from moe_jax.plan.products import retrieval_estimate
 
 _FREE = (
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
@@ -13,12 +14,15 @@ _FREE = (
 # Inside a fusion: results that were operands, and parts of collectives that run beside it.
 _HANDED_ON = ("tuple", *COLLECTIVES)
 
+# Which operand is written into the first one, in its place.
+_UPDATED_BY = {"dynamic-update-slice": 1, "scatter": 2}
+
 
 def hbm_bytes(program: Program) -> float:
     """Bytes that one call moves between HBM and a core: operands and results of everything that is not fused away.
 
     A slice counts as what it reads, an update in place as what it writes, and arrays on the core as nothing. The padding
-    of tiles is left out, and a kernel counts each operand once.
+    of tiles is left out, and a kernel counts each operand once; one that retrieves rows of a table says itself what it moves.
     """
     total = 0.0
     for times, name, instruction in program.running(fused=False):
@@ -30,11 +34,13 @@ def _traffic(program: Program, instructions, instruction: Instruction) -> float:
     kind = instruction.opcode
     if kind in _FREE or kind.endswith(("-done", "-update")) or "AllocateBuffer" in instruction.attributes:
         return 0.0
+    if estimate := retrieval_estimate(instruction):
+        return estimate["bytes_accessed"]
     if kind in ("dynamic-slice", "slice", "gather"):
         return 2.0 * sum(a.hbm_bytes for a in instruction.results)
     operands = [instructions[name].results for name in instruction.operands if name in instructions]
-    if kind == "dynamic-update-slice":
-        return 2.0 * sum(a.hbm_bytes for a in operands[1])
+    if kind in _UPDATED_BY:
+        return 2.0 * sum(a.hbm_bytes for a in operands[_UPDATED_BY[kind]])
     if kind.endswith("-start"):
         return float(sum(a.hbm_bytes for a in instruction.results))  # source and destination are both results
     read = [float(sum(a.hbm_bytes for a in arrays)) for arrays in operands]
@@ -69,6 +75,8 @@ def _cut_to_slices(body: dict[str, Instruction], read: list[float], written: lis
                 amounts.append(float(user.bytes))
             elif (first and user.opcode == "dynamic-update-slice") or user.opcode in _HANDED_ON:
                 amounts.append(0.0)
+            elif first and user.opcode == "scatter" and user.operands[2] in body:
+                amounts.append(float(body[user.operands[2]].bytes))  # it may add
             else:
                 break
         else:
@@ -85,8 +93,9 @@ def _cut_to_slices(body: dict[str, Instruction], read: list[float], written: lis
         return
     roots = [body[n] for n in root.operands if n in body] if root.opcode == "tuple" else [root]
     for i, instruction in enumerate(map(source, roots[: len(written)])):
-        if instruction.opcode == "dynamic-update-slice" and instruction.operands[1] in body:
-            written[i] = min(written[i], float(body[instruction.operands[1]].bytes))
+        update = _UPDATED_BY.get(instruction.opcode)
+        if update and instruction.operands[update] in body:
+            written[i] = min(written[i], float(body[instruction.operands[update]].bytes))
         elif instruction.opcode == "parameter" or instruction.opcode in COLLECTIVES:
             written[i] = 0.0
 

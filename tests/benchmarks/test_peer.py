@@ -28,6 +28,17 @@ def test_the_command(tmp_path):
     assert all(row["ms"] > 0 for row in rows if row["backend"] != "pytorch") and all("error" not in row for row in rows)
 
 
+def test_kernels_are_not_measured_without_a_gpu(capsys):
+    """But the rows are there; and with a GPU all of them can run, which a tiny case interprets here."""
+    peer.main(["--cases=kernels", "--rounds=1"])
+    names = ["forward triton", "forward blocks", "gradient triton", "gradient blocks", "copy"]
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(names) and all("not measured" in line for line in lines)
+    rows = peer.measure_kernels(peer.TINY, 1, progress=False, on_gpu=True)
+    assert [row["backend"] for row in rows] == names and all(row["ms"] > 0 for row in rows)
+    assert rows[0]["gb"] * 1e9 == 32 * 8 * 2 * 8 * 2 == rows[2]["gb"] * 1e9 / 2
+
+
 def test_scaling_and_its_picture(tmp_path):
     rows = peer.measure_scaling([peer.TINY], (16, 32), 1, progress=False)
     assert [row["case"] for row in rows] == ["tiny", "f16", "f32"] and all(row["ms"] > 0 for row in rows)

@@ -51,6 +51,30 @@ def test_eight_devices_are_one(mesh, activation, split, tokens):
                 assert error(a, b) < 1e-5 if np.any(b) else not np.any(a)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("backend, split, activation", [("triton", "width", "swiglu"), ("mosaic", "width", "gelu"), ("mosaic", "experts", None)])
+def test_kernels_on_eight_devices(backend, split, activation):
+    """Interpreted: the kernels' two parts around the all-reduce, and whole experts of which most are another device's."""
+    tokens, width = 13, 512
+    keys = jax.random.split(jax.random.key(1), 4)
+    rows = rows_of_expert(activation)
+    ids = jax.random.randint(keys[0], (tokens, R), 0, N + 2)
+    x, d_y = jax.random.normal(keys[1], (2, tokens, width))
+    gates, pool = jax.random.uniform(keys[2], (tokens, R)), jax.random.normal(keys[3], (N, rows, width))
+
+    def run(**passes):
+        def loss(x, gates, pool):
+            y = retrieve(x, ids, gates, pool, activation=activation, **passes)
+            return jnp.sum(y * d_y), y
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(x, gates, pool)
+
+    with jax.set_mesh(compat.make_mesh(jax.devices()[:8], ("data", "expert"), (2, 4))):
+        ours = run(passes=sharded_passes(compat.current_mesh(), split, backend))
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(run())):
+            assert error(a, b) < 1e-5 if np.any(b) else not np.any(a)
+
+
 def test_the_collectives_are_those_that_are_documented():
     mesh = compat.make_mesh(jax.devices()[:8], ("expert",), (8,))
     with jax.set_mesh(mesh):

@@ -163,6 +163,39 @@ def test_a_collective_that_is_spread_over_fusions_counts_once():
     assert hbm_bytes(parse(text)) == 0  # beside the work of the fusions
 
 
+def test_a_retrieval_says_what_it_moves():
+    text = """
+ENTRY %main (t: f32[65536,2,256], i: s32[8,4]) -> f32[8,256] {
+  %t = f32[65536,2,256]{2,1,0} parameter(0)
+  %i = s32[8,4]{1,0} parameter(1)
+  ROOT %jvp_retrieval_.3 = f32[8,256]{1,0} custom-call(%i, %t), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"cost_estimate":{"flops":"600","transcendentals":"32","bytes_accessed":"7000","remote_bytes_transferred":"0"}}}
+}
+"""
+    (kernel,) = kernels(parse(text))
+    assert (kernel.kind, kernel.count, kernel.flops, kernel.useful, kernel.bytes) == ("retrieval", 1, 600, 600, 7000)
+    assert hbm_bytes(parse(text)) == 7000
+    assert hbm_bytes(parse(text.replace("retrieval", "other"))) > 65536 * 2 * 256 * 4
+
+
+def test_a_scatter_moves_its_rows():
+    """In a fusion and alone: the rows it gets, those it finds and those it writes, and the ids; not the table."""
+    scatter = "f32[65536,256]{1,0} scatter(%t, %i, %u), update_window_dims={1}, inserted_window_dims={0}, to_apply=%last"
+    head = """
+%last (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  ROOT %b = f32[] parameter(1)
+}
+"""
+    given = "  %t = f32[65536,256]{1,0} parameter(0)\n  %i = s32[32,1]{1,0} parameter(1)\n  %u = f32[32,256]{1,0} parameter(2)\n"
+    shape = "(t: f32[65536,256], i: s32[32,1], u: f32[32,256]) -> f32[65536,256] {\n"
+    rows = 32 * 256 * 4
+    alone = head + "\nENTRY %main " + shape + given + f"  ROOT %s = {scatter}\n}}\n"
+    assert hbm_bytes(parse(alone)) == 2 * rows
+    fused = head + "\n%body " + shape + given + f"  ROOT %s = {scatter}\n}}\n\nENTRY %main " + shape + given
+    fused += "  ROOT %f = f32[65536,256]{1,0} fusion(%t, %i, %u), kind=kCustom, calls=%body\n}\n"
+    assert hbm_bytes(parse(fused)) == 3 * rows + 32 * 4
+
+
 def test_arrays_on_the_core_are_no_traffic():
     body = parse(TPU)
     once = hbm_bytes(body)

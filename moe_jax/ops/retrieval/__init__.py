@@ -11,6 +11,7 @@ added up.
 """
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,18 +20,41 @@ import jax.numpy as jnp
 
 from moe_jax import compat
 from moe_jax.ops.activations import is_gated
-from moe_jax.ops.retrieval import blocks
+from moe_jax.ops.retrieval import blocks, mosaic, triton
 from moe_jax.ops.row_gradient import RowGradient, RowSink, dense_rows
 
 
 class Passes(NamedTuple):
-    """The two passes: `forward` and `backward` with the signatures of `blocks`, without `reduce`."""
+    """The two passes: `forward` and `backward` with the signatures of `blocks`; those over several devices without `reduce`."""
 
     forward: Callable
     backward: Callable
 
 
-BACKENDS = {"blocks": Passes(blocks.forward, blocks.backward)}
+BACKENDS = {
+    "blocks": Passes(blocks.forward, blocks.backward),
+    "triton": Passes(triton.forward, triton.backward),
+    "mosaic": Passes(mosaic.forward, mosaic.backward),
+}
+_logged: set[str] = set()
+
+
+def resolve_backend(backend: str | None, width: int) -> str:
+    """What "auto" or None means for the platform that the program is for (`compat.target_platform`): `triton` on an NVIDIA
+    GPU, `mosaic` on a TPU if the width D that a device has is a multiple of 128, else `blocks`.
+
+    Raises:
+      ValueError: the backend is unknown.
+    """
+    if backend in (None, "auto"):
+        on_tpu = "blocks" if width % mosaic.LANES else "mosaic"
+        backend = {"tpu": on_tpu, "gpu": "triton", "cuda": "triton"}.get(compat.target_platform(), "blocks")
+    if backend not in BACKENDS:
+        raise ValueError(f"retrieval backend={backend!r}: one of {', '.join(BACKENDS)}, auto")
+    if backend not in _logged:
+        _logged.add(backend)
+        logging.getLogger(__name__).info("retrieval: %s", backend)
+    return backend
 
 
 def rows_of_expert(activation: str | None) -> int:
@@ -46,7 +70,7 @@ def retrieve(
     sink: RowSink | None = None,
     *,
     activation: str | None = "gelu",
-    passes: Passes = BACKENDS["blocks"],
+    passes: Passes | None = None,
 ) -> jax.Array:
     """The gated sum of each token's experts.
 
@@ -57,13 +81,13 @@ def retrieve(
       table: [N, M, D].
       sink: zeros, see `row_sink`. If given, the table gets no gradient, and the gradient of the sink is the table's in factors.
       activation: see `moe_jax.ops.activations`; None: the table has values [N, 1, D], and x is not looked at.
-      passes: how they run.
+      passes: how they run; None: see `resolve_backend`.
 
     Returns:
       [T, D] in the dtype of x; sums are in float32 at least.
 
     Raises:
-      ValueError: the table's shape does not fit.
+      ValueError: the table's shape does not fit; what the kernel of a backend cannot do.
     """
     rows = rows_of_expert(activation)
     if table.shape[1:] != (rows, x.shape[-1]):
@@ -73,6 +97,8 @@ def retrieve(
     gates = jnp.where(here, gates, 0).astype(jnp.promote_types(x.dtype, jnp.float32))
     axes = compat.varying_axes(x, ids, gates, table)
     args = jax.tree.map(lambda a: compat.vary(a, axes), (x, ids, gates, table))
+    if passes is None:
+        passes = BACKENDS["blocks" if axes else resolve_backend(None, x.shape[-1])]  # a checked shard_map refuses kernels
     return _retrieve(*args, sink, activation, passes)
 
 
