@@ -68,6 +68,7 @@ def train(study: Study, workdir: str, arm: str, seed: int) -> int:
         trained = run_folder(workdir, other, seed)
         if not (trained / VALIDATION).exists():
             raise ConfigError(f"arm {arm} scores", other, f"its run of seed {seed} is not finished", f"see {trained}")
+        folder.mkdir(parents=True, exist_ok=True)
     else:
         trained = folder
         if code := fit(config, str(folder)):
