@@ -52,8 +52,9 @@ def sort_rows(gradient: RowGradient, table_rows: int) -> SortedRows:
     ids, weights, vectors = gradient
     pairs, (_, m, d) = ids.size, vectors.shape
     flat = jnp.where(ids < table_rows, ids, table_rows).reshape(-1).astype(jnp.int32)
-    size = min(_block_rows(m * d * vectors.dtype.itemsize), pairs + 1)
-    blocks = pairs // size + 1  # at least one place is left for an id past the table, which ends the last row
+    # Even blocks, and at least one place left for an id past the table, which ends the last row.
+    blocks = -(-(pairs + 1) // _block_rows(m * d * vectors.dtype.itemsize))
+    size = -(-(pairs + 1) // blocks)
     order, fill = compat.argsort(flat), (0, blocks * size - pairs)
     flat = jnp.pad(flat[order], fill, constant_values=table_rows)
     before = jnp.concatenate([jnp.full(1, table_rows, jnp.int32), flat[:-1]])
