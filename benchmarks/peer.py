@@ -291,7 +291,7 @@ def plot(rows: list[dict], path: str) -> None:
         axes, (("ms", 1, "time of a training step, ms"), ("temporary_bytes", 1e6, "memory beside the state, MB"))
     ):
         for backend, marker in (("peer", "o"), ("dense", "s")):
-            points = [(row["parameters"] / 1e6, row[key] / unit) for row in rows if row["backend"] == backend]
+            points = [(row["parameters"] / 1e6, row[key] / unit) for row in rows if row["backend"] == backend and "parameters" in row]
             axis.plot(*zip(*points), marker=marker, label=labels[backend])
         axis.set(xscale="log", yscale="log", xlabel="parameters, millions", title=title)
         axis.grid(alpha=0.3)
@@ -340,10 +340,10 @@ def main(argv: list[str] | None = None) -> None:
             result["rows"] += measure_pool(cases[0], options.rounds)
     result["environment"]["load_after"] = timing.load()
     print_rows(result["rows"])
-    if options.plot:
-        plot(result["rows"], options.plot)
     if options.json:
         pathlib.Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
+    if options.plot:
+        plot(result["rows"], options.plot)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def sort_rows(gradient: RowGradient, table_rows: int) -> SortedRows:
     # Even blocks, and at least one place left for an id past the table, which ends the last row.
     blocks = -(-(pairs + 1) // _block_rows(m * d * vectors.dtype.itemsize))
     size = -(-(pairs + 1) // blocks)
-    order, fill = compat.argsort(flat), (0, blocks * size - pairs)
+    order, fill = stable_order(flat, table_rows), (0, blocks * size - pairs)
     flat = jnp.pad(flat[order], fill, constant_values=table_rows)
     before = jnp.concatenate([jnp.full(1, table_rows, jnp.int32), flat[:-1]])
     slots = jnp.cumsum((flat != before).reshape(blocks, size), axis=1, dtype=jnp.int32)
@@ -113,6 +113,24 @@ def dense_rows(gradient: RowGradient, table_rows: int) -> jax.Array:
     zeros = jnp.zeros((table_rows, *gradient.vectors.shape[1:]), dtype)
     put = lambda table, ids, rows: table.at[ids].set(rows, mode="drop", unique_indices=True)
     return fold_rows(put, zeros, sort_rows(gradient, table_rows))
+
+
+def stable_order(ids: jax.Array, largest: int) -> jax.Array:
+    """Stable argsort of [P] of integers from 0 to `largest`, int32 [P].
+
+    By radix: one word holds a digit and the place, and words alone sort four times faster than pairs on a CPU.
+    """
+    place_bits = max(ids.size - 1, 1).bit_length()
+    digit_bits = 32 - place_bits
+    if 4 * digit_bits < largest.bit_length():
+        return compat.argsort(ids)
+    places, order = jnp.arange(ids.size, dtype=jnp.uint32), None
+    for shift in range(0, max(largest.bit_length(), 1), digit_bits):
+        digits = (ids if order is None else ids[order]).astype(jnp.uint32) >> shift
+        words = jax.lax.sort(digits << place_bits | places, is_stable=False)  # the shift drops the higher digits
+        moved = (words & jnp.uint32(2**place_bits - 1)).astype(jnp.int32)
+        order = moved if order is None else order[moved]
+    return order
 
 
 def _block_rows(row_bytes: int) -> int:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moe_jax.ops import row_gradient
-from moe_jax.ops.row_gradient import RowGradient, dense_rows, fold_rows, sort_rows, squared_norm
+from moe_jax.ops.row_gradient import RowGradient, dense_rows, fold_rows, sort_rows, squared_norm, stable_order
 
 N, T, R, M, D = 20, 13, 4, 2, 3
 IDS = {
@@ -64,3 +64,10 @@ def test_the_tables_size_is_never_in_memory():
     gradient = make("mixed")
     compiled = jax.jit(lambda g: squared_norm(sort_rows(g, 10**8), 10**8)).lower(gradient).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 100_000
+
+
+@pytest.mark.parametrize("pairs, largest", [(1, 0), (1, 5), (7, 3), (1000, 9), (2**12, 2**20), (2**12 + 1, 2**31 - 1), (2**18, 2**20)])
+def test_the_order_of_ids_is_stable(pairs, largest):
+    ids = np.random.default_rng(pairs).integers(0, largest, pairs, endpoint=True).astype(np.int32)
+    order = jax.jit(stable_order, static_argnums=1)(ids, largest)
+    np.testing.assert_array_equal(order, np.argsort(ids, kind="stable"))
