@@ -124,32 +124,39 @@ PEER_WAYS = {
 
 
 def peer(result: dict) -> str:
-    """The table of `benchmarks/peer.py`'s case pool, and how time and memory grow in `scaling`."""
-    rows = {(row["case"], row["backend"]): row for row in result["rows"]}
-    case = result["cases"]["pool"]
-    shape = "N={experts:,} T={tokens} D={width} H={heads} K={top_k}".format(**case)
-    lines = [[f"a training step of one PEER layer, {shape}, float32", "ms", "naive / this", "GB/s"], ["---"] * 4]
-    naive = rows["pool", "naive"]["ms"]
-    for way, title in PEER_WAYS.items():
-        row = rows["pool", way]
-        if row["ms"] is None:
-            lines.append([title, MISSING, MISSING, MISSING])
-        else:
-            ratio = "" if way == "copy" else f"{naive / row['ms']:.2f}"
-            lines.append([title, number(row["ms"]), ratio, number(row["gb_per_s"])])
-    legend = "GB/s: of the bytes of rows that a step must move."
-    parts = [f"{conditions(result['environment'])}. {legend}", "\n".join(f"| {' | '.join(line)} |" for line in lines)]
+    """Of `benchmarks/peer.py`: tables of the cases pool and kernels, and how time and memory grow in `scaling`."""
+    cases, rows = result["cases"], result["rows"]
+    parts = [f"{conditions(result['environment'])}. GB/s: of the bytes of rows that must be moved."]
+    if "pool" in cases:
+        parts.append(ways("a training step of one PEER layer", cases["pool"], "naive", rows))
+    if "kernels" in cases:
+        parts.append(ways("the retrieval alone in bfloat16", cases["kernels"], "forward blocks", rows))
     for kind, size in (("peer", "N"), ("dense", "F")):
-        of_kind = [row for row in result["rows"] if row["backend"] == kind and "state_bytes" in row]
+        of_kind = [row for row in rows if row["backend"] == kind and "state_bytes" in row]
         if of_kind:
             first, last = of_kind[0], of_kind[-1]
-            names = [row["parameters"] // (2 * case["width"]) for row in (first, last)]
+            width = next(iter(cases.values()))["width"]
+            names = [row["parameters"] // (2 * width) for row in (first, last)]
             memory = [row["temporary_bytes"] / 1e6 for row in (first, last)]
             parts.append(
                 f"{'PEER' if kind == 'peer' else 'A dense layer'} from {size}={names[0]:,} to {names[1]:,}: {number(first['ms'])} to "
                 f"{number(last['ms'])} ms, {number(memory[0])} to {number(memory[1])} MB beside parameters and optimizer state."
             )
     return "\n\n".join(parts)
+
+
+def ways(title: str, case: dict, baseline: str, rows: list[dict]) -> str:
+    """The table of a case of `benchmarks/peer.py`."""
+    shape = "N={experts:,} T={tokens} D={width} H={heads} K={top_k}".format(**case)
+    rows = [row for row in rows if row["case"] == case["name"]]
+    base = next((row["ms"] for row in rows if row["backend"] == baseline), None)
+    lines = [[f"{title}, {shape}", "ms", f"{baseline} / this", "GB/s"], ["---"] * 4]
+    for row in rows:
+        name, ms = PEER_WAYS.get(row["backend"], f"`{row['backend']}`"), row["ms"]
+        rate = MISSING if ms is None else number(row["gb_per_s"])
+        ratio = "" if None in (ms, base) or row["backend"] == "copy" else f"{base / ms:.2f}"
+        lines.append([name, MISSING if ms is None else number(ms), ratio, rate])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 RENDERERS = {"moe_layer": moe_layer, "peer": peer}

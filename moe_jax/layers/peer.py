@@ -86,7 +86,7 @@ class PEER(nn.Module):
         else:
             with jax.named_scope("experts"):
                 y = retrieve(
-                    tokens, *choice, pool, sink, activation=self.activation, passes=self._passes(width)
+                    tokens, *choice, pool, sink, activation=self.activation, passes=self._passes(width, jnp.result_type(tokens, pool))
                 )
         if self.shared_width:
             y = y + FeedForward(self.shared_width, self.replaces, False, tokens.dtype, name="shared")(tokens)
@@ -102,12 +102,12 @@ class PEER(nn.Module):
         stds = jnp.array([1 / math.sqrt(shape[-1])] * (shape[1] - 1) + [out], dtype)
         return jax.random.normal(key, shape, dtype) * stds[:, None]
 
-    def _passes(self, width):
+    def _passes(self, width, dtype):
         mesh = compat.current_mesh()
         if mesh is None or mesh.size == 1 or compat.inside_shard_map(mesh):
-            return BACKENDS["blocks" if compat.inside_shard_map(mesh) else resolve_backend(self.backend, width)]
+            return BACKENDS["blocks" if compat.inside_shard_map(mesh) else resolve_backend(self.backend, width, dtype)]
         shards, total = compat.axis_size(mesh, AXIS), width if self.split == "width" else self.experts
         if total % shards:
             raise ValueError(f"PEER with split={self.split!r}: {shards} shards do not divide {total}; use other sizes")
         local_width = width // shards if self.split == "width" else width
-        return sharded_passes(mesh, self.split, resolve_backend(self.backend, local_width))
+        return sharded_passes(mesh, self.split, resolve_backend(self.backend, local_width, dtype))

@@ -16,7 +16,7 @@ def product_search(queries: jax.Array, keys: jax.Array, top_k: int) -> tuple[jax
     """The K best of n*n experts for every query; an expert's score is the sum of its two keys' products with the query's halves.
 
     Scores [T, H, n] are made for a block of tokens at a time and never kept: the backward pass needs K of them, whose places
-    the ids tell.
+    the ids tell. Has a reverse-mode gradient alone.
 
     Args:
       queries: [T, H, 2, half], float32 at least.
@@ -29,9 +29,8 @@ def product_search(queries: jax.Array, keys: jax.Array, top_k: int) -> tuple[jax
     (tokens, heads, _, half), n = queries.shape, keys.shape[-2]
     axes = compat.varying_axes(queries, keys)
     queries, keys = compat.vary(queries, axes), compat.vary(keys, axes)
-    of_token = 2 * heads * n * queries.dtype.itemsize
-    blocks = -(-tokens * of_token // BLOCK_BYTES.get(compat.target_platform(), OTHER_BLOCK_BYTES))
-    search = lambda queries, keys: _search(queries, keys, top_k, max(blocks, 1))
+    blocks = _block_count(tokens, 2 * heads * n * queries.dtype.itemsize)
+    search = lambda queries, keys: _search(queries, keys, top_k, blocks)
     if keys.ndim == 4:
         return jax.vmap(search, (1, 0), 1)(queries, keys)
     scores, ids = search(queries.reshape(-1, 2, half), keys)
@@ -86,8 +85,20 @@ def _dot(a, b):
     return jnp.dot(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
+def _block_count(tokens, token_bytes):
+    """How many blocks of T tokens; on several devices one that divides a device's tokens, if there is one near."""
+    mesh = compat.current_mesh()
+    shards = 1 if compat.inside_shard_map(mesh) else compat.axis_size(mesh, *compat.BATCH_AXES)
+    local = -(-tokens // shards)
+    needed = max(-(-local * token_bytes // BLOCK_BYTES.get(compat.target_platform(), OTHER_BLOCK_BYTES)), 1)
+    if shards == 1:
+        return needed
+    # Blocks that divide no device's tokens would be searched by every device, for all of them.
+    return next((count for count in range(needed, 4 * needed) if local % count == 0), needed)
+
+
 def _split(array, blocks):
-    """[T, ...] -> [blocks, size, ...]; tokens of a block lie `blocks` apart, so that shards of T have a share of each block."""
+    """[T, ...] -> [blocks, size, ...]; tokens of a block lie `blocks` apart, so that every device has its share of each block."""
     fill = [(0, -array.shape[0] % blocks)] + [(0, 0)] * (array.ndim - 1)
     array = jnp.pad(array, fill)
     return jnp.moveaxis(array.reshape(-1, blocks, *array.shape[1:]), 1, 0)
@@ -119,7 +130,8 @@ def product_top_k(scores_1: jax.Array, scores_2: jax.Array, top_k: int) -> tuple
         raise ValueError(f"top_k={top_k}: at most the {n} keys of a half")
     if n * n > 2**31:
         raise ValueError(f"{n} keys in a half: {n * n} ids do not fit into int32; use at most 46340")
-    # The barrier keeps the slices below away from the searches: merged into them, XLA sorts all n scores instead, 13 times slower.
+    # The barrier keeps the slices below away from the searches: merged into them, XLA sorts all n scores instead, which takes 13
+    # times as long on a CPU.
     halves = jax.lax.top_k(scores_1, top_k), jax.lax.top_k(scores_2, top_k)
     (best_1, i), (best_2, j) = jax.lax.optimization_barrier(halves)
     pairs = [(slice(a, a + 1), slice(top_k // (a + 1))) for a in range(top_k)]

@@ -80,7 +80,7 @@ def fold_rows(step: Callable[[Any, jax.Array, jax.Array], Any], carry: Any, rows
       The last carry.
     """
     size, m = rows.slots.shape[1], rows.weights.shape[1]
-    retrieved = rows.weights.shape[0] // rows.vectors.shape[0]
+    retrieved = rows.weights.shape[0] // max(rows.vectors.shape[0], 1)
     dtype = jnp.result_type(rows.weights, rows.vectors)
 
     def one(carried, block):
@@ -118,11 +118,11 @@ def dense_rows(gradient: RowGradient, table_rows: int) -> jax.Array:
 def stable_order(ids: jax.Array, largest: int) -> jax.Array:
     """Stable argsort of [P] of integers from 0 to `largest`, int32 [P].
 
-    By radix: one word holds a digit and the place, and words alone sort four times faster than pairs on a CPU.
+    On a CPU by radix: one word holds a digit and the place, and words alone sort four times faster than pairs.
     """
     place_bits = max(ids.size - 1, 1).bit_length()
     digit_bits = 32 - place_bits
-    if 4 * digit_bits < largest.bit_length():
+    if compat.target_platform() != "cpu" or 4 * digit_bits < largest.bit_length():
         return compat.argsort(ids)
     places, order = jnp.arange(ids.size, dtype=jnp.uint32), None
     for shift in range(0, max(largest.bit_length(), 1), digit_bits):

@@ -153,7 +153,7 @@ def _roofline(plan: Plan) -> list[str]:
     def row(name, seconds, amount, peak):
         return f"  {name:<10}{seconds * 1e3:>10.1f}  {amount} / {peak}"
 
-    retrieved = f" ({number(plan.retrieved_bytes / 1e9)} of it rows of retrieved experts)" if plan.retrieved_bytes else ""
+    retrieved = f" ({number(plan.retrieved_bytes / 1e9)} of it by kernels of retrieval)" if plan.retrieved_bytes else ""
     return [
         f"roofline of a step, ms (peaks: {chip.source})",
         row("compute", t.compute, f"{number(plan.flops / 1e12)} TFLOP", f"{chip.flops / 1e12:,.0f} TFLOP/s in bfloat16"),

@@ -39,8 +39,10 @@ def _traffic(program: Program, instructions, instruction: Instruction) -> float:
     if kind in ("dynamic-slice", "slice", "gather"):
         return 2.0 * sum(a.hbm_bytes for a in instruction.results)
     operands = [instructions[name].results for name in instruction.operands if name in instructions]
-    if kind in _UPDATED_BY:
-        return 2.0 * sum(a.hbm_bytes for a in operands[_UPDATED_BY[kind]])
+    if kind == "dynamic-update-slice":
+        return 2.0 * sum(a.hbm_bytes for a in operands[1])
+    if kind == "scatter":  # it may add: rows are read, found and written
+        return 3.0 * sum(a.hbm_bytes for a in operands[2]) + sum(a.hbm_bytes for a in operands[1])
     if kind.endswith("-start"):
         return float(sum(a.hbm_bytes for a in instruction.results))  # source and destination are both results
     read = [float(sum(a.hbm_bytes for a in arrays)) for arrays in operands]

@@ -1,11 +1,13 @@
 """The ways to take a step that are timed agree. No times are checked."""
 
+import dataclasses
 import json
 
 import jax
 import numpy as np
 
-from benchmarks import peer
+from benchmarks import peer, table
+from moe_jax.study import timing
 
 
 def test_the_ways_agree():
@@ -44,3 +46,19 @@ def test_scaling_and_its_picture(tmp_path):
     assert [row["case"] for row in rows] == ["tiny", "f16", "f32"] and all(row["ms"] > 0 for row in rows)
     peer.plot(rows, str(tmp_path / "scaling.png"))
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
+
+
+def test_tables_of_what_there_is():
+    environment = timing.environment()
+    cases = {"pool": dataclasses.asdict(peer.POOL), "kernels": dataclasses.asdict(peer.KERNELS)}
+    row = lambda case, backend, ms: {"case": case, "backend": backend, "ms": ms, "gb_per_s": ms and 1000 / ms}
+    grown = lambda backend, ms: {"case": "n", "backend": backend, "ms": ms, "state_bytes": 1, "parameters": 512 * 64, "temporary_bytes": 2e6}
+    rows = [row("pool", "rows", 200.0), row("pool", "naive", 500.0), row("pool", "copy", 10.0), row("kernels", "forward blocks", None)]
+    text = table.peer({"environment": environment, "cases": cases, "rows": rows})
+    assert "| **gradients by rows** | 200 | 2.50 | 5 |" in text and "| a plain copy | 10 |  | 100 |" in text
+    assert "| `forward blocks` | not measured |  | not measured |" in text
+    rows[1] = row("pool", "naive", None)
+    assert "| **gradients by rows** | 200 |  | 5 |" in table.peer({"environment": environment, "cases": cases, "rows": rows})
+    rows = [grown("peer", 3.0), grown("peer", 4.0)]
+    text = table.peer({"environment": environment, "cases": {"n": dataclasses.asdict(peer.POOL)}, "rows": rows})
+    assert "PEER from N=64 to 64: 3 to 4 ms, 2 to 2 MB" in text

@@ -1,10 +1,15 @@
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.ops.product_keys import product_top_k
+from moe_jax import compat
+from moe_jax.compat import PartitionSpec
+from moe_jax.ops import product_keys
+from moe_jax.ops.product_keys import product_search, product_top_k
 
 
 @pytest.mark.parametrize("n, k", [(1, 1), (5, 5), (16, 1), (32, 8), (40, 16), (64, 32)])
@@ -44,3 +49,58 @@ def test_refuses_what_cannot_be():
         product_top_k(jnp.zeros(4), jnp.zeros(4), 5)
     with pytest.raises(ValueError, match="do not fit into int32"):
         jax.eval_shape(lambda s: product_top_k(s, s, 5), jax.ShapeDtypeStruct((46341,), jnp.float32))
+
+
+def search_whole(queries, keys, top_k):
+    """`product_search` in one piece, differentiated by JAX."""
+    pattern = "thpd,pnd->pthn" if keys.ndim == 3 else "thpd,hpnd->pthn"
+    return product_top_k(*jnp.einsum(pattern, queries, keys), top_k)
+
+
+def of_search(search, queries, keys, d_scores):
+    """(scores, ids, the gradients of queries and keys)."""
+    (scores, ids), vjp = jax.vjp(lambda *args: search(*args, d_scores.shape[-1]), queries, keys)
+    return scores, ids, *vjp((d_scores, np.zeros(ids.shape, jax.dtypes.float0)))
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("tokens", [0, 1, 13])
+@pytest.mark.parametrize("block_tokens", [1, 4, 100])
+def test_a_search_in_blocks_is_the_search(monkeypatch, block_tokens, tokens, own):
+    heads, half, n, top_k = 3, 4, 9, 5
+    monkeypatch.setitem(product_keys.BLOCK_BYTES, "cpu", block_tokens * 2 * heads * n * 8)
+    with jax.enable_x64():
+        keys = jax.random.split(jax.random.key(tokens), 3)
+        queries = jax.random.normal(keys[0], (tokens, heads, 2, half), jnp.float64)
+        table = jax.random.normal(keys[1], (*[heads] * own, 2, n, half), jnp.float64)
+        d_scores = jax.random.normal(keys[2], (tokens, heads, top_k), jnp.float64)
+        ours = jax.jit(lambda *args: of_search(product_search, *args))(queries, table, d_scores)
+        expected = of_search(search_whole, queries, table, d_scores)
+    np.testing.assert_array_equal(ours[1], expected[1])
+    for a, b in zip(ours, expected):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("tokens, needed", [(64, 3), (48, 3), (40, 4), (56, 4)])
+def test_every_device_has_its_share_of_each_block(monkeypatch, tokens, needed):
+    monkeypatch.setitem(product_keys.BLOCK_BYTES, "cpu", -(-tokens // 8 // needed) * 2 * 2 * 9 * 4)
+    mesh = compat.make_mesh(jax.devices()[:8], ("data",), (8,))
+    queries, keys = jnp.zeros((tokens, 2, 2, 4)), jnp.zeros((2, 9, 4))
+    with jax.set_mesh(mesh):
+        text = str(jax.make_jaxpr(lambda *args: product_search(*args, 3))(queries, keys))
+    blocks = int(re.search(r"scan\[.*?length=(\d+)", text, re.DOTALL)[1])
+    assert blocks >= 2 and tokens // 8 % blocks == 0
+
+
+def test_a_search_in_blocks_under_a_checked_shard_map(monkeypatch):
+    monkeypatch.setitem(product_keys.BLOCK_BYTES, "cpu", 2 * 2 * 9 * 4)
+    mesh = compat.make_mesh(jax.devices()[:8], ("data",), (8,))
+    keys = jax.random.split(jax.random.key(0), 3)
+    queries, table = jax.random.normal(keys[0], (24, 2, 2, 4)), jax.random.normal(keys[1], (2, 9, 4))
+    d_scores, split = jax.random.normal(keys[2], (24, 2, 3)), PartitionSpec("data")
+    mapped = jax.shard_map(
+        lambda *args: of_search(product_search, *args), mesh=mesh, in_specs=(split, PartitionSpec(), split),
+        out_specs=(split, split, split, PartitionSpec()),
+    )  # fmt: skip
+    for a, b in zip(jax.jit(mapped)(queries, table, d_scores), of_search(search_whole, queries, table, d_scores)):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6)

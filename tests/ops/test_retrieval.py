@@ -109,3 +109,10 @@ def test_a_table_of_another_shape_is_refused():
     (x, ids, gates, table), _ = make("gelu", jnp.float32)
     with pytest.raises(ValueError, match=r"table \(30, 2, 8\): activation='swiglu' needs \[N, 3, 8\]"):
         retrieve(x, ids, gates, table, activation="swiglu")
+
+
+def test_no_tokens():
+    table = jnp.ones((9, 2, 4))
+    loss = lambda x, gates, table: jnp.sum(retrieve(x, jnp.zeros((0, 3), jnp.int32), gates, table))
+    d_x, d_gates, d_table = jax.grad(loss, (0, 1, 2))(jnp.zeros((0, 4)), jnp.zeros((0, 3)), table)
+    assert d_x.shape == (0, 4) and d_gates.shape == (0, 3) and not d_table.any()

@@ -199,8 +199,8 @@ def test_what_the_kernels_refuse_they_refuse_in_one_line():
         for backend in WIDTHS:
             assert "beyond int32 in a kernel; use fewer experts" in call(backend, experts=2**31)
             assert "ids int64" in call(backend, ids=jnp.int64)
-            assert "x of float64; use 16 or 32 bits, or backend='blocks'" in call(backend, dtype=jnp.float64)
-    assert "width 96 is no multiple of 128; use backend='blocks'" in call("mosaic", width=96)
+            assert "x of float64; use 16 or 32 bits, or the backend blocks" in call(backend, dtype=jnp.float64)
+    assert "width 96 is no multiple of 128; use the backend blocks" in call("mosaic", width=96)
 
 
 def test_the_platform_chooses(monkeypatch):
@@ -208,6 +208,8 @@ def test_the_platform_chooses(monkeypatch):
         monkeypatch.setattr(compat, "target_platform", lambda platform=platform: platform)
         assert resolve_backend(None, 256) == resolve_backend("auto", 256) == expected
     assert resolve_backend(None, 96) == "blocks" and resolve_backend("triton", 96) == "triton"
+    monkeypatch.setattr(compat, "target_platform", lambda: "gpu")
+    assert resolve_backend(None, 256, jnp.bfloat16) == "triton" and resolve_backend(None, 256, jnp.float64) == "blocks"
     with pytest.raises(ValueError, match="retrieval backend='cuda': one of blocks, triton, mosaic, auto"):
         resolve_backend("cuda", 96)
 

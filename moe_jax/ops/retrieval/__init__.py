@@ -39,9 +39,9 @@ BACKENDS = {
 _logged: set[str] = set()
 
 
-def resolve_backend(backend: str | None, width: int) -> str:
-    """What "auto" or None means for the platform that the program is for (`compat.target_platform`): `triton` on an NVIDIA
-    GPU, `mosaic` on a TPU if the width D that a device has is a multiple of 128, else `blocks`.
+def resolve_backend(backend: str | None, width: int, dtype=jnp.float32) -> str:
+    """What "auto" or None means for the platform that the program is for (`compat.target_platform`): `triton` on a GPU,
+    `mosaic` on a TPU if the width D that a device has is a multiple of 128; else, and for values of 64 bits, `blocks`.
 
     Raises:
       ValueError: the backend is unknown.
@@ -49,6 +49,7 @@ def resolve_backend(backend: str | None, width: int) -> str:
     if backend in (None, "auto"):
         on_tpu = "blocks" if width % mosaic.LANES else "mosaic"
         backend = {"tpu": on_tpu, "gpu": "triton", "cuda": "triton"}.get(compat.target_platform(), "blocks")
+        backend = "blocks" if jnp.dtype(dtype).itemsize > 4 else backend
     if backend not in BACKENDS:
         raise ValueError(f"retrieval backend={backend!r}: one of {', '.join(BACKENDS)}, auto")
     if backend not in _logged:
@@ -81,7 +82,8 @@ def retrieve(
       table: [N, M, D].
       sink: zeros, see `row_sink`. If given, the table gets no gradient, and the gradient of the sink is the table's in factors.
       activation: see `moe_jax.ops.activations`; None: the table has values [N, 1, D], and x is not looked at.
-      passes: how they run; None: see `resolve_backend`.
+      passes: how they run; None: see `resolve_backend`, and `blocks` under a mesh of several devices, over which a kernel is not split
+        (`moe_jax.dispatch.retrieval` does that).
 
     Returns:
       [T, D] in the dtype of x; sums are in float32 at least.
@@ -92,13 +94,17 @@ def retrieve(
     rows = rows_of_expert(activation)
     if table.shape[1:] != (rows, x.shape[-1]):
         raise ValueError(f"table {table.shape}: activation={activation!r} needs [N, {rows}, {x.shape[-1]}]")
+    if not x.shape[0]:
+        return x
     here = ids < table.shape[0]
     x = jnp.where(jnp.any(here, axis=-1, keepdims=True), x, 0)  # of what is not looked at a NaN would pass a gate of 0
     gates = jnp.where(here, gates, 0).astype(jnp.promote_types(x.dtype, jnp.float32))
     axes = compat.varying_axes(x, ids, gates, table)
     args = jax.tree.map(lambda a: compat.vary(a, axes), (x, ids, gates, table))
     if passes is None:
-        passes = BACKENDS["blocks" if axes else resolve_backend(None, x.shape[-1])]  # a checked shard_map refuses kernels
+        mesh = compat.current_mesh()
+        plain = axes or mesh is not None and mesh.size > 1  # a checked shard_map refuses kernels too
+        passes = BACKENDS["blocks" if plain else resolve_backend(None, x.shape[-1], jnp.result_type(x, table))]
     return _retrieve(*args, sink, activation, passes)
 
 

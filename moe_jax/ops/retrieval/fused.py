@@ -85,7 +85,7 @@ def _check(x, ids, table):
     """Raises ValueError for what the kernels cannot do."""
     for name, array in (("x", x), ("the table", table)):
         if array.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-            raise ValueError(f"retrieval kernel: {name} of {array.dtype}; use 16 or 32 bits, or backend='blocks'")
+            raise ValueError(f"retrieval kernel: {name} of {array.dtype}; use 16 or 32 bits, or the backend blocks")
     if ids.dtype != jnp.int32 or max(table.shape[0], ids.size) >= 2**31:
         raise ValueError(
             f"retrieval kernel: ids {ids.dtype} {ids.shape} of {table.shape[0]} experts are indices beyond int32 in a kernel; "

@@ -31,7 +31,7 @@ def run(x, ids, pairs, table, *, outputs, inner, project, combine):
     pl, tpu = compat.pallas(), compat.pallas("tpu")
     (tokens, retrieved), (experts, rows, width) = ids.shape, table.shape
     if width % LANES:
-        raise ValueError(f"retrieval backend='mosaic': width {width} is no multiple of {LANES}; use backend='blocks'")
+        raise ValueError(f"retrieval backend mosaic: width {width} is no multiple of {LANES}; use the backend blocks")
     expert_bytes = -(-rows // 2) * 2 * width * table.dtype.itemsize
     parts = -(-retrieved // max(8, BUFFER_BYTES // expert_bytes))
     places = -(-retrieved // parts)  # of a part of a token's experts, which are in VMEM at once
