@@ -303,6 +303,9 @@ def _check_feed_forward(config: Config) -> None:
     _must_divide("mesh.fsdp", mesh.fsdp, "model.width", model.width)
     _must_divide("mesh.tensor", mesh.tensor, "model.ffn_width", model.ffn_width)
     if model.insert_width:
+        if all(kind != "dense" for _, kind, _ in parse_inserts(model)):
+            limit = f"there is no insert of kind dense in model.inserts={model.inserts!r}"
+            raise ConfigError("model.insert_width", model.insert_width, limit, "use 0, or add one")
         _must_divide("mesh.tensor", mesh.tensor, "model.insert_width", model.insert_width)
     if has_retrieval_blocks(model):
         _check_retrieval(config)
@@ -521,6 +524,10 @@ def _check_upcycle(config: Config) -> None:
     if has_retrieval_blocks(config.model):
         limit = "retrieved experts have no counterpart in a dense layer"
         raise ConfigError("init.upcycle_from", init.upcycle_from, limit, "use dense and routed blocks alone")
+    width, kinds = config.model.insert_width, [kind for _, kind, _ in parse_inserts(config.model)]
+    if "routed" in kinds and width not in (0, config.model.ffn_width):
+        limit = f"experts of an upcycled insert have model.ffn_width={config.model.ffn_width}"
+        raise ConfigError("model.insert_width", width, limit, "use 0")
     shards = expert_shards(config.model)
     for name in ("experts", "top_k"):
         value = getattr(moe, name)

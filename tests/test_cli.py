@@ -222,6 +222,11 @@ BAD_OVERRIDES = [
         "config.model.inserts=a=dense@0,a=dense@2",
         "rename one",
     ),
+    (
+        ["--config.model.insert_width=64", "--config.model.inserts=a=routed@0"],
+        "config.model.insert_width=64: there is no insert of kind dense in model.inserts='a=routed@0'",
+        "use 0, or add one",
+    ),
     (["--config.model.kv_heads=3"], "config.model.kv_heads=3: does not divide model.heads=4", "multiple of"),
     (["--config.model.heads=3"], "config.model.heads=3: does not divide model.width=128", "multiple of"),
     (["--config.model.head_width=9"], "config.model.head_width=9: model.positions=rope", "set an even"),
