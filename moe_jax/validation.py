@@ -388,10 +388,13 @@ def _check_router(config: Config) -> None:
         limit = "looks at later tokens, in evaluation of a causal model too"
         fix = "use another router, or model.moe.allow_noncausal=true to accept figures that this makes too good"
         raise ConfigError("model.moe.router", moe.router, limit, fix)
+    later = ""
+    if moe.router == "expert_choice" and moe.routers.expert_choice.evaluation == "tokens":
+        later = " in training; evaluation by tokens is dropless with the default exchange"
     defaults = {"exchange": "auto", "backend": "auto", "capacity_priority": "token"}
     for name, default in defaults.items() if not traits.exchange else ():
         if getattr(moe, name) != default:
-            limit = f"without effect on {router}, whose slots the compiler moves"
+            limit = f"without effect on {router}" + (later or ", whose slots the compiler moves")
             raise ConfigError(f"model.moe.{name}", getattr(moe, name), limit, f"use {default}")
     if not traits.causal and config.sample.prompt:
         limit = f"{router} looks at later tokens, which there are none of while text is generated"
@@ -401,7 +404,7 @@ def _check_router(config: Config) -> None:
             limit = f"{router} is balanced without a limit"
             raise ConfigError("model.moe.execution", moe.execution, limit, "use dropless")
         if moe.eval_capacity:
-            limit = f"{router} has no use for it"
+            limit = f"{router} has no use for it{later}"
             raise ConfigError("model.moe.eval_capacity", moe.eval_capacity, limit, "use 0")
     if moe.shared_gate and not moe.shared_experts:
         raise ConfigError(
