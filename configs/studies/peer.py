@@ -7,7 +7,7 @@ The middle block of 4 changes, as in arXiv:2407.04153; the others are dense. 2.0
 32^2 experts (1,024, 4,096 and 65,536; `peer` has 16,384), 16 times as many at full.
 
 The FLOPs of a step, routers included, are those of `dense`, whose middle block has width 192 (768), exactly (`peer`, `pkm`) or to
-1 %, except in six arms; keys cost as sqrt(N):
+1 %, except in the arms below; keys cost as sqrt(N):
 
     --scale    n1       n4       n64      h2       h8       atoms
     small      -2.1 %   -1.4 %   +2.8 %   -3.1 %   +6.2 %   +2.7 %
