@@ -84,7 +84,7 @@ class ModelConfig:
     )
     width: int = field(128, "Model width D.", low=1)
     ffn_width: int = field(512, "Hidden width F of a dense feed-forward layer.", low=1)
-    insert_width: int = field(0, "The same of inserts of kind dense; 0: ffn_width.", low=0)
+    insert_width: int = field(0, "Hidden width of dense inserts; 0: ffn_width.", low=0)
     heads: int = field(4, "Query heads H.", low=1)
     kv_heads: int = field(
         0, "Key and value heads of grouped-query attention; 0: as many as query heads.", low=0

@@ -303,6 +303,9 @@ def _check_feed_forward(config: Config) -> None:
     _must_divide("mesh.fsdp", mesh.fsdp, "model.width", model.width)
     _must_divide("mesh.tensor", mesh.tensor, "model.ffn_width", model.ffn_width)
     if model.insert_width:
+        if all(kind != "dense" for _, kind, _ in parse_inserts(model)):
+            limit = f"there is no insert of kind dense in model.inserts={model.inserts!r}"
+            raise ConfigError("model.insert_width", model.insert_width, limit, "use 0, or add one")
         _must_divide("mesh.tensor", mesh.tensor, "model.insert_width", model.insert_width)
     if has_retrieval_blocks(model):
         _check_retrieval(config)
@@ -385,10 +388,13 @@ def _check_router(config: Config) -> None:
         limit = "looks at later tokens, in evaluation of a causal model too"
         fix = "use another router, or model.moe.allow_noncausal=true to accept figures that this makes too good"
         raise ConfigError("model.moe.router", moe.router, limit, fix)
+    later = ""
+    if moe.router == "expert_choice" and moe.routers.expert_choice.evaluation == "tokens":
+        later = " in training; evaluation by tokens is dropless with the default exchange"
     defaults = {"exchange": "auto", "backend": "auto", "capacity_priority": "token"}
     for name, default in defaults.items() if not traits.exchange else ():
         if getattr(moe, name) != default:
-            limit = f"without effect on {router}, whose slots the compiler moves"
+            limit = f"without effect on {router}" + (later or ", whose slots the compiler moves")
             raise ConfigError(f"model.moe.{name}", getattr(moe, name), limit, f"use {default}")
     if not traits.causal and config.sample.prompt:
         limit = f"{router} looks at later tokens, which there are none of while text is generated"
@@ -398,7 +404,7 @@ def _check_router(config: Config) -> None:
             limit = f"{router} is balanced without a limit"
             raise ConfigError("model.moe.execution", moe.execution, limit, "use dropless")
         if moe.eval_capacity:
-            limit = f"{router} has no use for it"
+            limit = f"{router} has no use for it{later}"
             raise ConfigError("model.moe.eval_capacity", moe.eval_capacity, limit, "use 0")
     if moe.shared_gate and not moe.shared_experts:
         raise ConfigError(
@@ -521,6 +527,10 @@ def _check_upcycle(config: Config) -> None:
     if has_retrieval_blocks(config.model):
         limit = "retrieved experts have no counterpart in a dense layer"
         raise ConfigError("init.upcycle_from", init.upcycle_from, limit, "use dense and routed blocks alone")
+    width, kinds = config.model.insert_width, [kind for _, kind, _ in parse_inserts(config.model)]
+    if "routed" in kinds and width not in (0, config.model.ffn_width):
+        limit = f"experts of an upcycled insert have model.ffn_width={config.model.ffn_width}"
+        raise ConfigError("model.insert_width", width, limit, "use 0")
     shards = expert_shards(config.model)
     for name in ("experts", "top_k"):
         value = getattr(moe, name)

@@ -192,8 +192,24 @@ BAD_OVERRIDES = [
             "--config.model.moe.router=expert_choice", "--config.model.moe.allow_noncausal=true", "--config.sample.prompt=",
             "--config.model.moe.exchange=ragged",
         ],
-        "config.model.moe.exchange=ragged: without effect on model.moe.router=expert_choice",
+        "config.model.moe.exchange=ragged: without effect on model.moe.router=expert_choice, whose slots",
         "use auto",
+    ),
+    (
+        [
+            "--config.model.moe.router=expert_choice", "--config.model.moe.allow_noncausal=true", "--config.sample.prompt=",
+            "--config.model.moe.routers.expert_choice.evaluation=tokens", "--config.model.moe.backend=ragged_dot",
+        ],
+        "config.model.moe.backend=ragged_dot: without effect on model.moe.router=expert_choice in training; evaluation by tokens is dropless",
+        "use auto",
+    ),
+    (
+        [
+            "--config.model.moe.router=expert_choice", "--config.model.moe.allow_noncausal=true", "--config.sample.prompt=",
+            "--config.model.moe.routers.expert_choice.evaluation=tokens", "--config.model.moe.eval_capacity=2",
+        ],
+        "config.model.moe.eval_capacity=2.0: model.moe.router=expert_choice has no use for it in training; evaluation by tokens",
+        "use 0",
     ),
     (
         [
@@ -221,6 +237,11 @@ BAD_OVERRIDES = [
         ["--config.model.inserts=a=dense@0,a=dense@2"],
         "config.model.inserts=a=dense@0,a=dense@2",
         "rename one",
+    ),
+    (
+        ["--config.model.insert_width=64", "--config.model.inserts=a=routed@0"],
+        "config.model.insert_width=64: there is no insert of kind dense in model.inserts='a=routed@0'",
+        "use 0, or add one",
     ),
     (["--config.model.kv_heads=3"], "config.model.kv_heads=3: does not divide model.heads=4", "multiple of"),
     (["--config.model.heads=3"], "config.model.heads=3: does not divide model.width=128", "multiple of"),

@@ -2,11 +2,19 @@
 
     python -m moe_jax.study --config=configs/studies/peer.py --workdir=runs/peer
 
-The middle block of 4 changes, as in arXiv:2407.04153; the others are dense. 2 million tokens a run; the arms named `half` have
-half of them, and a schedule of their own. The FLOPs of a step, routers included, are those of `dense`, whose middle block has
-width 192, exactly (`peer`, `pkm`) or to 1 %. Only arms that say so differ: keys cost as sqrt(N), which is -2 % of a step at
-`n1` and +3 % at `n64`; `h2` is 3 % below, `h8` 6 % above; `atoms` 3 % above. `expert_choice` looks at later tokens in its evaluation
-too, which makes its loss too good; `expert_choice_causal` are the same runs with each token's best expert.
+The middle block of 4 changes, as in arXiv:2407.04153; the others are dense. 2.0 million tokens a run, 9.8 million with
+--scale=full; the arms named `half` have half of them, and a schedule of their own. `n1`, `n4`, `n64`: pools of 1, 4 and 64 times
+32^2 experts (1,024, 4,096 and 65,536; `peer` has 16,384), 16 times as many at full.
+
+The FLOPs of a step, routers included, are those of `dense`, whose middle block has width 192 (768), exactly (`peer`, `pkm`) or to
+1 %, except in the arms below; keys cost as sqrt(N):
+
+    --scale    n1       n4       n64      h2       h8       atoms
+    small      -2.1 %   -1.4 %   +2.8 %   -3.1 %   +6.2 %   +2.7 %
+    full       -1.1 %   -0.7 %   +1.5 %   -1.6 %   +3.3 %   +1.3 %
+
+`expert_choice` looks at later tokens in its evaluation too, which makes its loss too good; `expert_choice_causal` are the same
+runs with each token's best expert.
 """
 
 from moe_jax import config as c

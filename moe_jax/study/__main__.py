@@ -88,12 +88,10 @@ def run(study: Study, flags: absl_flags.FlagValues) -> int:
             pair for pair in pairs
             if not (run_folder(flags.workdir, pair[1].name, pair[0]) / child.VALIDATION).exists()
         ]  # fmt: skip
-        done, failed = len(pairs) - len(todo), 0
-        for later in (False, True):  # what scores the runs of others comes after them
-            jobs = [_job(flags.workdir, arm, seed, timing) for seed, arm in todo if bool(arm.scores) == later]
-            codes = run_jobs(jobs, flags.jobs, children, done) if jobs else {}
-            done += sum(code == 0 for code in codes.values())
-            failed += sum(code != 0 for code in codes.values())
+        todo.sort(key=lambda pair: bool(pair[1].scores))  # what scores the runs of others comes after them
+        jobs = [_job(flags.workdir, arm, seed, timing) for seed, arm in todo]
+        codes = run_jobs(jobs, flags.jobs, children, len(pairs) - len(todo)) if jobs else {}
+        failed = sum(code != 0 for code in codes.values())
         if not children.signum and child.finished_folders(study, flags.workdir):
             if code := _time_arms(study, flags, children, "after"):
                 failed += 1
@@ -110,7 +108,8 @@ def _job(workdir: str, arm: Arm, seed: int, timing: dict):
 
     command = [sys.executable, "-m", "moe_jax.study.child", "train", workdir, arm.name, str(seed)]
     facts, folder = timing["arms"][arm.scores or arm.name], run_folder(workdir, arm.name, seed)
-    return Job(f"{arm.name} seed {seed}", command, folder, facts["steps"], predicted_seconds(facts, bool(arm.scores)))
+    scores = bool(arm.scores)
+    return Job(f"{arm.name} seed {seed}", command, folder, facts["steps"], predicted_seconds(facts, scores), scores)
 
 
 def _time_arms(study: Study, flags, children, phase: str) -> int:

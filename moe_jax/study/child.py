@@ -51,7 +51,7 @@ def _follow_parent(parent: int) -> None:
 def train(study: Study, workdir: str, arm: str, seed: int) -> int:
     """Trains a run, or goes on; then scores all of its validation text into validation.json.
 
-    An arm that scores the runs of another has nothing but the scores in its folder.
+    An arm that scores the runs of another trains nothing: its folder has the scores, log.txt, and failed.json if it failed.
 
     Raises:
       ConfigError: the other's run is not finished.

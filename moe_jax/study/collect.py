@@ -18,7 +18,7 @@ from moe_jax.train.metrics import read_metrics
 
 LAST_PART = 0.75  # of training: routing is averaged over the steps after it
 LOAD = "load_max_over_mean"
-USE = ("usage", "unevenness")  # of one-neuron experts, over the whole validation text
+USE = ("usage", "unevenness")  # of one-neuron experts, over the whole validation text of each source
 
 
 def collect(workdir) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def overall(sources: dict[str, dict[str, Any]]) -> tuple[float | None, float | N
 
 
 def over_sources(sources: dict[str, dict[str, Any]], key: str) -> float | None:
-    """A score's mean over the sources by their tokens; None where one has none."""
+    """A score's mean over the sources by their tokens; None where one has none. Of `USE` it is not that of all text together."""
     values = [(source.get(key), source["tokens"]) for source in sources.values()]
     if any(value is None for value, _ in values):
         return None

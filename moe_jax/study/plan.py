@@ -16,7 +16,16 @@ from moe_jax.validation import validate
 DESCRIPTION = "description.json"
 _NAME = re.compile(r"[A-Za-z0-9][\w.+-]*", re.ASCII)
 # What an arm that scores the runs of another cannot change any more.
-_TRAINED = ("train", "optimizer", "init", "data")
+_TRAINED = ("train", "optimizer", "init", "data", "mesh")
+# What it can change of the model: none has a part in the shapes of what was trained.
+SCORED = (
+    "dtype", "scan", "remat", "attention", "loss_chunk", "peer.top_k", "peer.backend",
+    *(f"moe.{name}" for name in ("top_k", "allow_noncausal", "execution", "eval_capacity", "capacity_priority")),
+    *(f"moe.{name}" for name in ("exchange", "exchange_buffer", "backend")),
+    *(f"moe.routers.top_k.{name}" for name in ("order", "renormalise", "scale", "kept_groups")),
+    "moe.routers.gshard.eval_second_expert", "moe.routers.gshard.threshold", "moe.routers.expert_choice.evaluation",
+    "moe.routers.remoe.max_k",
+)  # fmt: skip
 # What all arms of a pair share, or what fixes the text that is compared.
 _SHARED = (
     "seed", "noise_seed", "data.sources", "data.tokenizer", "data.vocab_size", "data.held_out_percent",
@@ -111,24 +120,33 @@ def _check_other(study: Study, arm: Arm, field: str) -> None:
         if path.partition(".")[0] in _TRAINED:
             limit = f"the runs of {arm.scores} are trained"
             raise ConfigError(f"{where} config.{path}", arm.settings[path], limit, "change the evaluation alone")
+        if path.startswith("model.") and path.removeprefix("model.") not in SCORED:
+            limit = f"no option of evaluation, and the runs of {arm.scores} are trained"
+            raise ConfigError(f"{where} config.{path}", arm.settings[path], limit, "leave it out, or train the arm")
 
 
 def _checked_curves(study: Study) -> tuple[Curve, ...]:
     names = [arm.name for arm in study.arms]
     fix = f"name one of {', '.join(names)}"
+    _check_tuple("study shown", study.shown, "('arm',)")
     for name in study.shown:
         if name not in names:
             raise ConfigError("study shown", name, "no arm", fix)
+    _check_tuple("study curves", study.curves, "(Curve('width', ...),)")
     taken = ["loss", "differences", "load"]
     for curve in study.curves:
         if not isinstance(curve, Curve) or not isinstance(curve.name, str) or not _NAME.fullmatch(curve.name):
             raise ConfigError("study curves", repr(curve), "no Curve with a label as its name", "write Curve('width', ...)")
         where = f"curve {curve.name}"
+        for field in ("title", "x"):
+            if not isinstance(getattr(curve, field), str):
+                raise ConfigError(f"{where} {field}", repr(getattr(curve, field)), "not a str", "write one")
         if not isinstance(curve.lines, dict) or not all(isinstance(points, dict) for points in curve.lines.values()):
             raise ConfigError(f"{where} lines", repr(curve.lines), "not a dict of dicts", "write {'': {'arm': 1.0}}")
         if curve.name in taken:
             raise ConfigError(where, None, "a picture of that name is there", "rename it")
         taken.append(curve.name)
+        _check_tuple(f"{where} metrics", curve.metrics, "('loss',)")
         for metric in curve.metrics:
             if metric not in METRICS:
                 raise ConfigError(f"{where} metrics", metric, "no metric of a run", f"use {', '.join(METRICS)}")
@@ -137,6 +155,11 @@ def _checked_curves(study: Study) -> tuple[Curve, ...]:
                 if name not in names:
                     raise ConfigError(f"{where} line {label}", name, "no arm", fix)
     return tuple(study.curves)
+
+
+def _check_tuple(field: str, value: Any, example: str) -> None:
+    if not isinstance(value, tuple | list):
+        raise ConfigError(field, repr(value), "not a tuple", f"write such as {example}")
 
 
 def _resolved(study: Study, curve: Curve) -> Curve:
@@ -170,13 +193,18 @@ def _apply(config: Config, settings: Settings, where: str) -> Config:
         if not isinstance(value, bool | int | float | str):
             limit = f"a {type(value).__name__}, not a bool, int, float or str"
             raise ConfigError(f"{where} config.{path}", repr(value), limit, "write the value of one field")
-        overrides.append(f"--config.{path}={str(value).lower() if isinstance(value, bool) else value}")
+        overrides.append(flag(path, value))
     try:
         changed = apply_overrides(config, overrides)
         validate(changed)
     except ConfigError as error:
         raise ConfigError(f"{where} config.{error.field}", error.value, error.limit, error.fix) from None
     return changed
+
+
+def flag(path: str, value: bool | int | float | str) -> str:
+    """A setting as on the command line."""
+    return f"--config.{path}={str(value).lower() if isinstance(value, bool) else value}"
 
 
 def run_config(study: Study, arm: Arm, seed: int) -> Config:

@@ -27,13 +27,17 @@ _STEP = re.compile(rb'^\{"step": (\d+)', re.MULTILINE)
 
 
 class Job(NamedTuple):
-    """A run to do: `command` in `folder`, of `steps` steps that are expected to take `seconds` in all."""
+    """A run to do: `command` in `folder`, of `steps` steps that are expected to take `seconds` in all.
+
+    last: it needs runs that are not: it starts once none of them is left.
+    """
 
     name: str
     command: list[str]
     folder: pathlib.Path
     steps: int
     seconds: float
+    last: bool = False
 
 
 class Children:
@@ -100,7 +104,7 @@ def run_jobs(jobs: Sequence[Job], parallel: int, children: Children, done: int =
     A job that fails leaves a failed.json in its folder, with its code and its last line; the others go on.
 
     Args:
-      jobs: in the order to start them.
+      jobs: in the order to start them; those that are `last` at the end.
       parallel: processes at once.
       children: passes signals on.
       done: runs of the study that were finished before, for the bar.
@@ -109,6 +113,8 @@ def run_jobs(jobs: Sequence[Job], parallel: int, children: Children, done: int =
     with Bar(jobs, done) as bar, contextlib.ExitStack() as logs:
         while (waiting and not children.signum) or running:
             while waiting and len(running) < parallel and not children.signum:
+                if waiting[0].last and not all(job.last for job, _ in running.values()):
+                    break
                 job = waiting.popleft()
                 job.folder.mkdir(parents=True, exist_ok=True)
                 (job.folder / FAILED).unlink(missing_ok=True)

@@ -1,8 +1,10 @@
 """Tables of a study, as Markdown, from what `collect` returns."""
 
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from moe_jax.study.plan import flag
 from moe_jax.study.statistics import CONFIDENCE
 from moe_jax.study.timing import conditions
 
@@ -50,8 +52,14 @@ def header(result: dict[str, Any]) -> str:
     seeds = ", ".join(map(str, study["seeds"]))
     return (
         f"`{result['command']}`, scale {result['scale']}, seeds {seeds}.{size}{where} The same command gives "
-        "every number again; a run's loss: `python -m moe_jax.evaluate --workdir=DIR/runs/ARM/seed_N --split=validation`."
+        f"every number again; a run's loss: `{evaluate('ARM', {})}`."
     )
+
+
+def evaluate(arm: str, settings: dict[str, Any]) -> str:
+    """The command that scores a run of an arm, with settings over its own."""
+    command = ["python", "-m", "moe_jax.evaluate", f"--workdir=DIR/runs/{arm}/seed_N", "--split=validation"]
+    return shlex.join(command + [flag(path, value) for path, value in settings.items()])
 
 
 def quality(result: dict[str, Any], rows: list[dict]) -> str:
@@ -145,9 +153,13 @@ def notes(result: dict[str, Any], study: dict[str, Any]) -> str:
         "Loss: nats per token on the whole validation text, mean over seeds. Difference: to "
         f"{study['baseline']}{other}, paired by seed, with Student's interval; not corrected for the number of arms."
     ]
+    settings = {arm["name"]: arm["settings"] for arm in study["arms"]}
     for row in rows:
         if row.get("scores"):
-            texts.append(f"{row['arm']}: the runs of {row['scores']}, scored once more with another evaluation.")
+            texts.append(
+                f"{row['arm']}: the runs of {row['scores']}, scored once more with another evaluation: "
+                f"`{evaluate(row['scores'], settings[row['arm']])}`."
+            )
     twins = [row for row in rows if row["twin_of"]]
     if band is not None:
         texts.append(
@@ -177,8 +189,9 @@ def notes(result: dict[str, Any], study: dict[str, Any]) -> str:
     )
     if any(row.get("usage") for row in rows):
         texts.append(
-            "Usage: the share of one-neuron experts that any token of the whole validation text retrieves; unevenness: the "
-            "divergence of their shares of the gates from even ones. Their routers' FLOPs: queries, and scores of half keys."
+            "Usage: the share of one-neuron experts that any token of a source's whole validation text retrieves; "
+            "unevenness: the divergence of their shares of the gates from even ones; both means over the sources by their "
+            "tokens. Their routers' FLOPs: queries, and scores of half keys."
         )
     return " ".join(texts)
 

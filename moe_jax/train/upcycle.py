@@ -91,13 +91,14 @@ def check_dense_run(config: Config) -> Config:
 def _fitting(model: ModelConfig) -> dict[str, Any]:
     """Field -> value, defaults resolved, of all that must be equal."""
     kv_heads, head_width = model.kv_heads or model.heads, model.head_width or model.width // model.heads
-    names = "layers width ffn_width insert_width heads norm positions activation qkv_bias output_bias ffn_bias qk_norm tied_embeddings"
+    names = "layers width ffn_width heads norm positions activation qkv_bias output_bias ffn_bias qk_norm tied_embeddings"
     found = {name: getattr(model, name) for name in names.split()}
     if model.positions == "learned":
         found |= {"max_positions": model.max_positions, "position_offset": model.position_offset}
     inserts = sorted(parse_inserts(model), key=lambda insert: insert[2])
     places = ",".join(f"{name}@{place}" for name, _, place in inserts)
-    return found | {"kv_heads": kv_heads, "head_width": head_width, "inserts": places}
+    widths = {"kv_heads": kv_heads, "head_width": head_width, "insert_width": model.insert_width or model.ffn_width}
+    return found | widths | {"inserts": places}
 
 
 def gate_sum(moe: MoEConfig) -> tuple[float, str]:

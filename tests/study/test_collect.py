@@ -217,7 +217,9 @@ def test_a_baseline_of_its_own_and_a_second_score(tmp_path):
     assert (again["ms"], again["tokens"], again["skipped"]) == (100.0, 20480, None)
     assert again["time"]["of"] == 0 and rows["dense"]["usage"] is None
     text = tables(result)
-    assert " to dense_half |" in text and "b4_again: the runs of b4, scored once more" in text
+    command = "python -m moe_jax.evaluate --workdir=DIR/runs/b4/seed_N --split=validation --config.model.moe.eval_capacity=1.0"
+    assert " to dense_half |" in text and f"b4_again: the runs of b4, scored once more with another evaluation: `{command}`." in text
+    assert "retrieves; unevenness" in text and "both means over the sources by their tokens" in text
     assert ", or to the arm that is named, paired" in text and "20,480 tokens a run, 0.50 epochs." in text
 
 

@@ -35,6 +35,9 @@ def get_config(text=""):
     return Study(config, arms, "routed", seeds=(0,))
 """
 
+# Compiling is most of a small run.
+ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
+
 pytestmark = pytest.mark.slow
 
 
@@ -50,10 +53,8 @@ def file(tmp_path_factory):
 
 def start(*arguments):
     command = [sys.executable, "-m", "moe_jax.study", "--rounds=3", *map(str, arguments)]
-    # Compiling is most of a small run.
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
     return subprocess.Popen(
-        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
@@ -116,12 +117,18 @@ def test_runs_scored_once_more(file, tmp_path):
     scoring = file.with_name("scoring.py")
     others = 'Arm("same", scores="routed"), Arm("capped", {"model.moe.eval_capacity": 0.3}, scores="routed")'
     scoring.write_text(file.read_text().replace('Arm("twin", twin_of="routed")', others))
-    _, err = study(f"--config={scoring}", "--config.train.steps=20", "--config.train.eval_every=10", f"--workdir={tmp_path}")
+    out, err = study(f"--config={scoring}", "--config.train.steps=20", "--config.train.eval_every=10", f"--workdir={tmp_path}")
     assert "timing the steps of 2 arms" in err and "same: the runs of routed, scored once more" in err
+    assert "runs 1/4  routed seed 0: done" in err and "runs 4/4  capped seed 0: done" in err
     assert err.index("dense seed 0: done") < err.index("same seed 0: done")
     assert not (tmp_path / "runs" / "same" / "seed_0" / "checkpoints").exists()
     losses = {run["arm"]: run["loss"] for run in json.loads((tmp_path / "study.json").read_text())["runs"]}
     assert losses["same"] == losses["routed"] != losses["capped"]
+    # The command that the notes name gives the number again.
+    command = next(part for part in out.split("`") if "--config.model.moe.eval_capacity=0.3" in part)
+    _, *arguments = command.replace("DIR", str(tmp_path)).replace("seed_N", "seed_0").split()
+    scores = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=ENVIRONMENT, capture_output=True, check=True)
+    assert json.loads(scores.stdout)["sources"]["numbers"]["loss"] == pytest.approx(losses["capped"], rel=1e-6)
 
 
 def test_failures(file, tmp_path):

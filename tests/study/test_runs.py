@@ -65,6 +65,17 @@ def test_side_by_side(tmp_path, parallel):
     assert most == parallel
 
 
+def test_last_ones_wait_in_the_same_bar(tmp_path, capfd):
+    times = "import time; print(time.monotonic()); time.sleep({}); print(time.monotonic())"
+    first = jobs(tmp_path, a=DIVERGES, b=times.format(0.5))
+    late = [job._replace(last=True) for job in jobs(tmp_path, c=times.format(0.5), d=times.format(0.5))]
+    assert run(first + late, parallel=2)[0] == {"a": 1, "b": 0, "c": 0, "d": 0}
+    b, c, d = (tuple(map(float, (tmp_path / n / "log.txt").read_text().split())) for n in "bcd")
+    assert b[1] < min(c[0], d[0]) and max(c[0], d[0]) < min(c[1], d[1])
+    lines = [line.split("  ")[0] for line in capfd.readouterr().err.splitlines()]
+    assert lines == ["runs 0/4, 1 failed", *(f"runs {done}/4, 1 failed" for done in (1, 2, 3))]
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_passed_on(tmp_path, signum, capfd):
     def interrupt():

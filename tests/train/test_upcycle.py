@@ -230,6 +230,10 @@ WRONG = {
     "width": (moe(expert_width=12), "moe.expert_width=12: does not divide model.ffn_width=32.*; use a divisor"),
     "wider": (moe(expert_width=64), "moe.expert_width=64: does not divide model.ffn_width=32.*; use a divisor"),
     "experts": (moe(expert_width=8, experts=10, top_k=4), "moe.experts=10: not a multiple of .* = 4, .*; use 12"),
+    "inserts": (
+        {"model__inserts": "a=dense@0,b=routed@2", "model__insert_width": 8},
+        "model.insert_width=8: experts of an upcycled insert have model.ffn_width=32; use 0",
+    ),
     "top_k": (moe(expert_width=16, top_k=3), "moe.top_k=3: not a multiple of .* = 2, the shards .*; use 4"),
 }  # fmt: skip
 
@@ -272,6 +276,20 @@ def test_a_dense_run_that_does_not_fit_is_refused(plain_dense, field):
     with pytest.raises(ConfigError, match=f"^config.*: the dense run .* has .*{field}=.*; make them equal") as error:
         check_dense_run(config)
     assert "\n" not in str(error.value)
+
+
+def test_widths_of_inserts(tmp_path):
+    """Of the dense run, whatever its inserts become; 0 is ffn_width."""
+    inserts = {"model__inserts": "a=routed@0", "init__upcycle_from": str(tmp_path)}
+    old, new = configs(**inserts)
+    old.model.insert_width = HIDDEN
+    save_dense(tmp_path, old)
+    validate(new, 1)
+    check_dense_run(new)
+    old.model.insert_width = 8
+    new.init.upcycle_from = save_dense(tmp_path / "narrow", old)
+    with pytest.raises(ConfigError, match="model.insert_width=32: the dense run .* has model.insert_width=8"):
+        check_dense_run(new)
 
 
 def test_learned_positions_defaults_and_routed_runs(tmp_path):
