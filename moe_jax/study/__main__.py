@@ -31,7 +31,7 @@ def define_flags(values: absl_flags.FlagValues) -> None:
     options = {"flag_values": values}
     text = "full adds the study's settings for it."
     absl_flags.DEFINE_enum("scale", "small", ["small", "full"], text, **options)
-    text = "Runs side by side. Times are measured apart and do not depend on it."
+    text = "Runs side by side, each on its share of the cores. Times are measured apart and do not depend on it."
     absl_flags.DEFINE_integer("jobs", 1, text, lower_bound=1, **options)
     text = "Turns in which the steps of all arms are timed."
     absl_flags.DEFINE_integer("rounds", 12, text, lower_bound=3, **options)

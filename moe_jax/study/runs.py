@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import tqdm
@@ -71,8 +71,8 @@ class Children:
         for process in self._running:
             process.send_signal(signum)
 
-    def start(self, command: Sequence[str], log=None) -> subprocess.Popen:
-        """Starts a process whose output goes to a file, or to this one's stderr."""
+    def start(self, command: Sequence[str], log=None, cores: Collection[int] = ()) -> subprocess.Popen:
+        """Starts a process whose output goes to a file, or to this one's stderr; `cores`: those that it may use, if not all."""
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         output = sys.stderr.fileno() if log is None else log
         process = subprocess.Popen(
@@ -80,6 +80,9 @@ class Children:
             env={**os.environ, "PYTHONPATH": path},
         )  # fmt: skip
         self._running[process] = True
+        if cores:
+            with contextlib.suppress(ProcessLookupError):  # it has ended already
+                os.sched_setaffinity(process.pid, cores)
         if self.signum:  # it came between the two lines above
             process.send_signal(self.signum)
         return process
@@ -98,6 +101,15 @@ class Children:
         return code
 
 
+def shares_of_cores(parallel: int) -> list[list[int]]:
+    """The cores of each of several processes side by side, which would else take turns on all; empty lists where there is nothing
+    to share out."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if parallel == 1 or parallel > len(cores):
+        return [[]] * parallel
+    return [cores[i * len(cores) // parallel : (i + 1) * len(cores) // parallel] for i in range(parallel)]
+
+
 def run_jobs(jobs: Sequence[Job], parallel: int, children: Children, done: int = 0) -> dict[str, int]:
     """Runs all jobs, `parallel` at a time, and returns their exit codes; those a signal kept from starting have none.
 
@@ -105,29 +117,31 @@ def run_jobs(jobs: Sequence[Job], parallel: int, children: Children, done: int =
 
     Args:
       jobs: in the order to start them; those that are `last` at the end.
-      parallel: processes at once.
+      parallel: processes at once, each on its share of the cores.
       children: passes signals on.
       done: runs of the study that were finished before, for the bar.
     """
-    waiting, running, codes = collections.deque(jobs), {}, {}
+    waiting, running, codes, free = collections.deque(jobs), {}, {}, shares_of_cores(parallel)
     with Bar(jobs, done) as bar, contextlib.ExitStack() as logs:
         while (waiting and not children.signum) or running:
             while waiting and len(running) < parallel and not children.signum:
-                if waiting[0].last and not all(job.last for job, _ in running.values()):
+                if waiting[0].last and not all(job.last for job, *_ in running.values()):
                     break
                 job = waiting.popleft()
                 job.folder.mkdir(parents=True, exist_ok=True)
                 (job.folder / FAILED).unlink(missing_ok=True)
                 log = logs.enter_context(open(job.folder / LOG, "a"))
-                running[children.start(job.command, log)] = job, time.monotonic()
+                cores = free.pop()
+                running[children.start(job.command, log, cores)] = job, time.monotonic(), cores
             for process in list(running):
                 if (code := children.finished(process)) is not None:
-                    job, began = running.pop(process)
+                    job, began, cores = running.pop(process)
+                    free.append(cores)
                     codes[job.name] = code
                     if code and not children.signum:
                         note_failure(job, code)
                     bar.finish(job, code, time.monotonic() - began)
-            bar.update([job for job, _ in running.values()])
+            bar.update([job for job, *_ in running.values()])
             time.sleep(POLL_SECONDS)
     return codes
 

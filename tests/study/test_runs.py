@@ -65,6 +65,16 @@ def test_side_by_side(tmp_path, parallel):
     assert most == parallel
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_side_by_side_each_has_its_own_cores(tmp_path):
+    cores = "import os, time; time.sleep(0.5); print(*os.sched_getaffinity(0)); time.sleep(0.5)"
+    run(jobs(tmp_path, a=cores, b=cores, c=cores), parallel=2)
+    a, b, c = (set(map(int, (tmp_path / n / "log.txt").read_text().split())) for n in "abc")
+    assert a | b == os.sched_getaffinity(0) and not a & b and c in (a, b)
+    run(jobs(tmp_path, d=cores))
+    assert set(map(int, (tmp_path / "d" / "log.txt").read_text().split())) == os.sched_getaffinity(0)
+
+
 def test_last_ones_wait_in_the_same_bar(tmp_path, capfd):
     times = "import time; print(time.monotonic()); time.sleep({}); print(time.monotonic())"
     first = jobs(tmp_path, a=DIVERGES, b=times.format(0.5))
