@@ -64,8 +64,7 @@ def of_search(search, queries, keys, d_scores):
 
 
 @pytest.mark.parametrize("own", [False, True])
-@pytest.mark.parametrize("tokens", [0, 1, 13])
-@pytest.mark.parametrize("block_tokens", [1, 4, 100])
+@pytest.mark.parametrize("block_tokens, tokens", [(4, 0), (4, 13), (1, 3), (100, 13)])
 def test_a_search_in_blocks_is_the_search(monkeypatch, block_tokens, tokens, own):
     heads, half, n, top_k = 3, 4, 9, 5
     monkeypatch.setitem(product_keys.BLOCK_BYTES, "cpu", block_tokens * 2 * heads * n * 8)

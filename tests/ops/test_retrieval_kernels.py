@@ -16,6 +16,12 @@ N, T, R = 29, 7, 37
 WIDTHS = {"triton": 24, "mosaic": 128}
 # Pallas on Triton is deprecated since jax 0.12; it says so when a kernel is lowered for a GPU.
 DEPRECATED = "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
+# Each M = 1, 2, 3 in the default tests, the others are slow.
+SOME_ACTIVATIONS = [
+    activation if activation in (None, "gelu", "swiglu") else pytest.param(activation, marks=pytest.mark.slow)
+    for activation in (None, *ACTIVATIONS)
+]
+ONE_ACTIVATION = [pytest.param(None, marks=pytest.mark.slow), pytest.param("gelu", marks=pytest.mark.slow), "swiglu"]
 
 
 def make(activation, width, dtype=jnp.float32, tokens=T, retrieved=R):
@@ -46,7 +52,7 @@ def error(a, b):
     return np.max(np.abs(a - b)) / np.max(np.abs(b)) if np.any(b) else np.max(np.abs(a))
 
 
-@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+@pytest.mark.parametrize("activation", SOME_ACTIVATIONS)
 @pytest.mark.parametrize("backend", WIDTHS)
 def test_value_and_gradients_are_those_of_the_plain_form(backend, activation):
     """Uneven T, R and, in Triton, D; the plain form gets a table without the expert that nobody asks for."""
@@ -57,7 +63,7 @@ def test_value_and_gradients_are_those_of_the_plain_form(backend, activation):
         assert error(a, b) < 1e-5
 
 
-@pytest.mark.parametrize("activation", [None, "gelu", "swiglu"])
+@pytest.mark.parametrize("activation", ONE_ACTIVATION)
 @pytest.mark.parametrize("backend", WIDTHS)
 def test_bfloat16_sums_in_float32(backend, activation):
     """As far from the plain form in float32 of the same numbers as the results' last bits and those of h are: 2^-8 each."""
@@ -80,7 +86,7 @@ def test_many_equal_terms_are_not_lost():
         np.testing.assert_array_equal(y.astype(jnp.float32), 256 + 64)
 
 
-@pytest.mark.parametrize("activation", [None, "gelu", "swiglu"])
+@pytest.mark.parametrize("activation", ONE_ACTIVATION)
 @pytest.mark.parametrize("backend", WIDTHS)
 def test_with_a_reduction_between_the_parts(backend, activation):
     """`reduce` sees all pre-activations, and all d_h [T, R, 1]: half of each makes what the plain form makes of it."""
@@ -166,7 +172,7 @@ def kernels(lowered):
 
 
 @pytest.mark.filterwarnings(DEPRECATED)
-@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+@pytest.mark.parametrize("activation", SOME_ACTIVATIONS)
 def test_for_a_gpu_there_is_one_kernel_a_pass(activation):
     """No scatter, no atomic, and no array with T, R and D; the plain form has one."""
     lowered = for_gpu("auto", activation, jnp.bfloat16, 64, 96)

@@ -114,6 +114,7 @@ def test_settings_are_those_of_the_command_line(settings, message):
     assert str(error.value).startswith(message)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SCORED)
 def test_what_an_arm_that_scores_may_change_keeps_the_shapes(path):
     model = ModelConfig(layers=1, pattern="peer" if path.startswith("peer.") else "routed", width=16, ffn_width=16, heads=2)
