@@ -178,6 +178,13 @@ def bytes_needed(case: Case, ids: jax.Array) -> int:
     return 2 * case.tokens * case.retrieved * row + 6 * touched * row
 
 
+def row_of(case: Case, name: str, moved: int, times: dict, errors: dict) -> dict:
+    """The row of one way that was timed, or could not be, and moves so many bytes."""
+    ms = timing.median(times[name]) if times.get(name) else None
+    row = {"case": case.name, "backend": name, "ms": ms, "gb": moved / 1e9, "gb_per_s": ms and moved / ms / 1e6}
+    return row | {"runs": len(times.get(name, ()))} | ({"error": errors[name]} if name in errors else {})
+
+
 def measure_pool(case: Case, rounds: int, progress: bool = True) -> list[dict]:
     """Rows of the ways to take a step, which take turns on one state, and of a copy."""
     x, d_y = make_inputs(case)
@@ -212,10 +219,8 @@ def measure_pool(case: Case, rounds: int, progress: bool = True) -> list[dict]:
         times, errors = times | torch_times, errors | torch_errors
     rows = []
     for name in ("rows", "dense", "naive", "pytorch", "copy"):
-        ms = timing.median(times[name]) if times.get(name) else None
         moved = 2 * block.size * 4 if name == "copy" else needed
-        row = {"case": case.name, "backend": name, "ms": ms, "gb": moved / 1e9, "gb_per_s": ms and moved / ms / 1e6}
-        rows.append(row | {"runs": len(times.get(name, ()))} | ({"error": errors[name]} if name in errors else {}))
+        rows.append(row_of(case, name, moved, times, errors))
     return rows
 
 
@@ -272,9 +277,8 @@ def measure_kernels(case: Case, rounds: int, progress: bool = True, on_gpu: bool
         times, errors = timing.interleaved(functions, rounds, case.name, progress)
     rows = []
     for name in (*names, "copy"):
-        ms, size = timing.median(times[name]) if times.get(name) else None, moved.get(name.split()[0], 2 * block_size * 2)
-        row = {"case": case.name, "backend": name, "ms": ms, "gb": size / 1e9, "gb_per_s": ms and size / ms / 1e6}
-        rows.append(row | {"runs": len(times.get(name, ()))} | ({"error": errors[name]} if name in errors else {}))
+        size = moved.get(name.split()[0], 2 * block_size * 2)
+        rows.append(row_of(case, name, size, times, errors))
     return rows
 
 

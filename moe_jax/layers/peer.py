@@ -104,8 +104,10 @@ class PEER(nn.Module):
 
     def _passes(self, width, dtype):
         mesh = compat.current_mesh()
-        if mesh is None or mesh.size == 1 or compat.inside_shard_map(mesh):
-            return BACKENDS["blocks" if compat.inside_shard_map(mesh) else resolve_backend(self.backend, width, dtype)]
+        if compat.inside_shard_map(mesh):
+            return BACKENDS["blocks"]
+        if mesh is None or mesh.size == 1:
+            return BACKENDS[resolve_backend(self.backend, width, dtype)]
         shards, total = compat.axis_size(mesh, AXIS), width if self.split == "width" else self.experts
         if total % shards:
             raise ValueError(f"PEER with split={self.split!r}: {shards} shards do not divide {total}; use other sizes")
