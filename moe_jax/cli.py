@@ -31,7 +31,8 @@ from moe_jax.config import Config, ConfigError, leaf_types, leaves, nearest, unk
 from moe_jax.config_file import describe, load_config, load_saved_config, load_study
 from moe_jax.config_help import command_help, config_help
 from moe_jax.config_study import Study
-from moe_jax.validation import example, validate
+from moe_jax.config_types import example
+from moe_jax.validation import validate
 
 _HELP = re.compile(r"--?(h|help|helpshort|helpfull)")
 _CONFIG_HELP = re.compile(r"--?config\.help")

@@ -14,7 +14,7 @@ from etils import epath
 
 from moe_jax.config import Config, ConfigError, from_dict, one_line
 from moe_jax.config_study import Study
-from moe_jax.validation import validate_types
+from moe_jax.config_types import validate_types
 
 
 def load_saved_config(workdir: epath.PathLike) -> Config:

@@ -4,30 +4,24 @@ Rules that need the devices' kind (attention kernels), the data on disk or a che
 those are opened; they raise `ConfigError` too.
 """
 
-import dataclasses
 import importlib.util
 import math
 import os
 import re
 from typing import Any
 
-from moe_jax.config import (
-    Config,
-    ConfigError,
-    DataConfig,
-    MoEConfig,
-    ModelConfig,
-    SourceConfig,
-    item_type,
-    leaves,
-    unknown_field,
+from moe_jax.config import Config, ConfigError, DataConfig, ModelConfig, MoEConfig, SourceConfig, leaves
+from moe_jax.config_blocks import (
+    RETRIEVING,
+    block_kinds,
+    expert_shards,
+    has_retrieval_blocks,
+    has_routed_blocks,
+    parse_inserts,
+    parse_pattern,
 )
+from moe_jax.config_types import check_limits, validate_types
 
-RETRIEVING = ("peer", "pkm")
-BLOCK_KINDS = ("dense", "routed", *RETRIEVING)
-_INSERT = re.compile(r"([A-Za-z_]\w*)=(\w+)@(\d+)", re.ASCII)
-# Keys that stand beside or in place of inserts in the trees of parameters, statistics and metrics.
-_TAKEN = re.compile(r"groups|counts|tokens|experts|pool|peer|moe|layer_\d+", re.ASCII)
 _SOURCE_NAME = re.compile(r"[\w.-]+", re.ASCII)
 _STEP_RANGE = re.compile(r"(\d+):(\d+)", re.ASCII)
 
@@ -47,7 +41,7 @@ def validate(config: Any, device_count: int | None = None) -> None:
     """
     validate_types(config)
     for path, owner, leaf in leaves(config):
-        _check_limits(path, getattr(owner, leaf.name), leaf.metadata)
+        check_limits(path, getattr(owner, leaf.name), leaf.metadata)
     _check_data(config.data)
     _check_blocks(config.model)
     _check_attention(config)
@@ -61,143 +55,6 @@ def _emulated_devices(config: Config) -> int:
     """Devices that the config asks to emulate, over all processes that the environment announces."""
     processes = os.environ.get("NUM_PROCESSES", "1")
     return config.mesh.cpu_devices * (int(processes) if processes.isdigit() else 1)
-
-
-def validate_types(config: Any) -> None:
-    """The part of `validate` that looks at each field alone: that it exists and has its type.
-
-    Raises:
-      ConfigError: as `validate`.
-    """
-    if not isinstance(config, Config):
-        raise ConfigError(
-            "config", repr(config), f"a {type(config).__name__}", "make a moe_jax.config.Config"
-        )
-    _check_types(config, "")
-
-
-def _check_types(section: Any, path: str) -> None:
-    entries = {entry.name: entry for entry in dataclasses.fields(section)}
-    for name in vars(section):
-        if name not in entries:  # plain classes take any attribute, so a misspelt one would be without effect
-            raise unknown_field(
-                f"{path}{name}", getattr(section, name), [f"{path}{known}" for known in entries]
-            )
-    for name, entry in entries.items():
-        value = getattr(section, name)
-        if item := item_type(entry):
-            if not isinstance(value, list | tuple):
-                raise ConfigError(
-                    path + name, repr(value), "not a tuple", f"write a tuple of {item.__name__}"
-                )
-            setattr(section, name, tuple(value))
-            for i, element in enumerate(value):
-                _check_section(element, item, f"{path}{name}[{i}]")
-        elif dataclasses.is_dataclass(entry.type):
-            _check_section(value, entry.type, path + name)
-        elif entry.type is float and type(value) is int:
-            setattr(section, name, float(value))
-        elif not isinstance(value, entry.type) or (isinstance(value, bool) and entry.type is not bool):
-            limit = f"a {type(value).__name__}, not {_with_article(entry.type)}"
-            raise ConfigError(path + name, repr(value), limit, f"write {example(entry)}")
-
-
-def _check_section(value: Any, kind: type, path: str) -> None:
-    if type(value) is not kind:
-        limit = f"a {type(value).__name__}, not a {kind.__name__}"
-        raise ConfigError(path, repr(value), limit, "set its fields instead")
-    _check_types(value, f"{path}.")
-
-
-def _with_article(kind: type) -> str:
-    return f"an {kind.__name__}" if kind is int else f"a {kind.__name__}"
-
-
-def example(leaf: dataclasses.Field) -> str:
-    """What to write into a leaf, for a message: '1 or more', 'true or false', 'one of gather, ring', ..."""
-    low, high, choices = leaf.metadata["low"], leaf.metadata["high"], leaf.metadata["choices"]
-    if choices:
-        return f"one of {', '.join(map(str, choices))}" if len(choices) > 1 else str(choices[0])
-    if leaf.type is bool:
-        return "true or false"
-    if low is not None and high is not None:
-        return f"{_with_article(leaf.type)} from {low} to {high}"
-    if low is not None:
-        return f"{_with_article(leaf.type)} of {low} or more"
-    return f"{_with_article(leaf.type)} of {high} or less" if high is not None else _with_article(leaf.type)
-
-
-def _check_limits(path: str, value: Any, limits: Any) -> None:
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(path, value, "not a finite number", "write a finite number")
-    low, high, choices = limits["low"], limits["high"], limits["choices"]
-    if choices and value not in choices:
-        raise ConfigError(path, value, "not a choice", f"choose {' or '.join(map(str, choices))}")
-    if low is not None and value < low:
-        raise ConfigError(path, value, f"at least {low}", f"raise it to {low} or more")
-    if high is not None and value > high:
-        raise ConfigError(path, value, f"at most {high}", f"lower it to {high} or less")
-
-
-def parse_pattern(model: ModelConfig) -> tuple[str, ...]:
-    """The feed-forward kinds of one repeating group, such as ('dense', 'routed').
-
-    Raises:
-      ConfigError: a kind that does not exist.
-    """
-    kinds = tuple(model.pattern.split(","))
-    for kind in kinds:
-        if kind not in BLOCK_KINDS:
-            fix = f"use {' and '.join(BLOCK_KINDS)}, separated by commas without spaces"
-            raise ConfigError("model.pattern", model.pattern, f"no block kind {kind!r}", fix)
-    return kinds
-
-
-def parse_inserts(model: ModelConfig) -> tuple[tuple[str, str, int], ...]:
-    """The extra blocks as (name, kind, index of the block they stand before), in the order written.
-
-    Raises:
-      ConfigError: bad syntax, a kind that does not exist, a name that is repeated or taken, or a place inside a group.
-    """
-    inserts, group = [], len(parse_pattern(model))
-    for text in model.inserts.split(",") if model.inserts else ():
-        match = _INSERT.fullmatch(text)
-        if not match or match[2] not in BLOCK_KINDS:
-            kinds = " or ".join(BLOCK_KINDS)
-            raise ConfigError(
-                "model.inserts",
-                model.inserts,
-                f"cannot read {text!r}",
-                f"write name=kind@block, kind {kinds}",
-            )
-        name, place = match[1], int(match[3])
-        if _TAKEN.fullmatch(name):
-            limit = f"the name {name} means something else among the blocks"
-            raise ConfigError("model.inserts", model.inserts, limit, "use another, such as first")
-        if name in (other for other, _, _ in inserts):
-            raise ConfigError("model.inserts", model.inserts, f"the name {name} is there twice", "rename one")
-        if place > model.layers or place % group:
-            limit = f"block {place} is not between groups of model.pattern={model.pattern}"
-            fix = f"use a multiple of {group} from 0 to model.layers={model.layers}"
-            raise ConfigError("model.inserts", model.inserts, limit, fix)
-        inserts.append((name, match[2], place))
-    return tuple(inserts)
-
-
-def block_kinds(model: ModelConfig) -> list[str]:
-    """The feed-forward kinds of all blocks: of the repeating groups in order, then of the inserts."""
-    kinds = parse_pattern(model)
-    return list(kinds) * (model.layers // len(kinds)) + [kind for _, kind, _ in parse_inserts(model)]
-
-
-def has_routed_blocks(model: ModelConfig) -> bool:
-    """Whether any block of the model is a mixture of experts."""
-    return "routed" in block_kinds(model)
-
-
-def has_retrieval_blocks(model: ModelConfig) -> bool:
-    """Whether any block retrieves one-neuron experts or values."""
-    return any(kind in RETRIEVING for kind in block_kinds(model))
 
 
 def _must_divide(field: str, value: int, total_field: str, total: int) -> None:
@@ -538,16 +395,3 @@ def _check_upcycle(config: Config) -> None:
             limit = f"not a multiple of model.ffn_width / model.moe.expert_width = {shards}, the shards of a dense layer"
             fix = f"use {-(-value // shards) * shards}, or another expert_width"
             raise ConfigError(f"model.moe.{name}", value, limit, fix)
-
-
-def expert_shards(model: ModelConfig) -> int:
-    """G, how many experts make up a dense feed-forward layer.
-
-    Raises:
-      ConfigError: no whole number of them.
-    """
-    width = model.moe.expert_width or model.ffn_width
-    if model.ffn_width % width:
-        limit = f"does not divide model.ffn_width={model.ffn_width}, whose layers init.upcycle_from makes experts of"
-        raise ConfigError("model.moe.expert_width", width, limit, "use a divisor, or 0 for whole layers")
-    return model.ffn_width // width

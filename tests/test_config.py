@@ -8,7 +8,8 @@ import pickle
 import pytest
 
 from moe_jax import config as c
-from moe_jax.validation import has_routed_blocks, parse_inserts, parse_pattern, validate
+from moe_jax.config_blocks import has_routed_blocks, parse_inserts, parse_pattern
+from moe_jax.validation import validate
 
 
 def different(config: c.Config) -> c.Config:

@@ -12,7 +12,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 # One way down: a room imports only rooms of its own line and of lines above.
 ROOMS = [
     (
-        "config", "config_field", "config_file", "config_help", "config_moe", "config_peer", "config_study", "validation", "cli", "types",
+        "config", "config_blocks", "config_field", "config_file", "config_help", "config_moe", "config_peer", "config_study",
+        "config_types", "validation", "cli", "types",
     ),  # fmt: skip
     ("compat",),
     ("ops",),

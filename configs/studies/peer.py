@@ -92,7 +92,8 @@ def get_config() -> Study:
     pool = "model.peer.experts"
     curves = (
         Curve("pool", "Larger pools", "experts N", {
-            "": {name: pool for name in ("peer_n1", "peer_n4", "peer", "peer_n64")}, "queries without norm": {"peer_no_norm": pool},
+            "BatchNorm of queries": {name: pool for name in ("peer_n1", "peer_n4", "peer", "peer_n64")},
+            "no norm": {"peer_no_norm": pool},
         }, ("loss", "unevenness", "usage")),
         Curve("granularity", "Finer experts, equal parameters, total and active", "hidden neurons of an expert", {
             "": {f"moe_{kind}_half": "model.moe.expert_width" for kind in ("8x1", "32x4", "64x8")} | {"peer_atoms_half": 1},

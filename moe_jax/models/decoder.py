@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config import ModelConfig
+from moe_jax.config_blocks import RETRIEVING, parse_inserts, parse_pattern
 from moe_jax.layers.block import BlockInputs
 from moe_jax.layers.embeddings import LearnedPositions, TokenEmbedding, row_ids
 from moe_jax.layers.norms import make_norm
 from moe_jax.models.stack import Stack, mean_losses, row_ids_tree, stats_tree
 from moe_jax.ops.retrieval import row_sink, rows_of_expert
-from moe_jax.validation import RETRIEVING, parse_inserts, parse_pattern
 
 
 class Output(NamedTuple):

@@ -6,9 +6,9 @@ from typing import Any
 import jax
 
 from moe_jax.config import ModelConfig
+from moe_jax.config_blocks import RETRIEVING, block_kinds, parse_inserts
 from moe_jax.ops.activations import is_gated
 from moe_jax.ops.retrieval import rows_of_expert
-from moe_jax.validation import RETRIEVING, block_kinds, parse_inserts
 
 
 def forward_flops_per_token(config: ModelConfig, vocab_size: int, sequence_length: int) -> float:

@@ -9,8 +9,14 @@ import jax
 
 from moe_jax import compat
 from moe_jax.config import Config, ConfigError
+from moe_jax.config_blocks import block_kinds, has_routed_blocks
 from moe_jax.models import MODELS
-from moe_jax.models.flops import experts_per_token, extra_insert_width, forward_flops_per_token, training_flops_per_token
+from moe_jax.models.flops import (
+    experts_per_token,
+    extra_insert_width,
+    forward_flops_per_token,
+    training_flops_per_token,
+)
 from moe_jax.parallel.mesh import AXES, mesh_from_config
 from moe_jax.plan import hlo
 from moe_jax.plan.collectives import Collective, collectives
@@ -20,7 +26,7 @@ from moe_jax.plan.topology import Topology
 from moe_jax.plan.traffic import hbm_bytes, largest_buffers
 from moe_jax.train.state import abstract_state
 from moe_jax.train.step import abstract_batch, compile_train_step
-from moe_jax.validation import block_kinds, has_routed_blocks, validate
+from moe_jax.validation import validate
 
 FIXES = "raise train.microbatches, set model.remat=true, or split over more chips with mesh.fsdp"
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from moe_jax import compat
 from moe_jax.config import Config, ModelConfig
+from moe_jax.config_blocks import RETRIEVING, has_routed_blocks, parse_inserts, parse_pattern
 from moe_jax.data.pipeline import EvaluationSet
 from moe_jax.layers.block import router_sizes
 from moe_jax.models.losses import per_token_cross_entropy
@@ -21,7 +22,6 @@ from moe_jax.parallel.rules import local_rows, put_batch
 from moe_jax.routing import ROUTERS
 from moe_jax.train.restore import LoadedRun
 from moe_jax.types import RouterInputs, SlotMix
-from moe_jax.validation import RETRIEVING, has_routed_blocks, parse_inserts, parse_pattern
 
 # Of the matrices of one batch, all layers together.
 _BATCH_BYTES = 2**28

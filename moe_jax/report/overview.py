@@ -7,12 +7,12 @@ import jax
 import numpy as np
 
 from moe_jax.config import ModelConfig
+from moe_jax.config_blocks import has_retrieval_blocks
 from moe_jax.report.analysis import LayerFacts
 from moe_jax.report.collect import Observed, column_names, routed_layers
 from moe_jax.report.history import Row, evaluations, series
 from moe_jax.report.page import number, paragraph, percent, table, text
 from moe_jax.train.restore import LoadedRun
-from moe_jax.validation import has_retrieval_blocks
 
 
 class Material(NamedTuple):

@@ -12,7 +12,6 @@ from moe_jax.routing.losses import z_loss
 from moe_jax.routing.statistics import choice_statistics, sums
 from moe_jax.types import RouterInputs, TokenChoice
 
-
 # The controller's range: from 0 no factor leads back, and infinity times 0 is not a number.
 WEIGHTS = (1e-20, 1e6)
 

@@ -8,7 +8,7 @@ import statistics
 from typing import Any
 
 from moe_jax.config import ConfigError
-from moe_jax.config_study import Arm, Study, study_to_dict
+from moe_jax.config_study import METRICS, Arm, Study, study_to_dict
 from moe_jax.study.child import VALIDATION
 from moe_jax.study.curves import Runs, collect_curve, paired
 from moe_jax.study.plan import load_description, run_folder
@@ -18,7 +18,7 @@ from moe_jax.train.metrics import read_metrics
 
 LAST_PART = 0.75  # of training: routing is averaged over the steps after it
 LOAD = "load_max_over_mean"
-USE = ("usage", "unevenness")  # of one-neuron experts, over the whole validation text of each source
+USE = tuple(name for name in METRICS if name != "loss")  # of one-neuron experts, over the whole validation text of each source
 
 
 def collect(workdir) -> dict[str, Any]:

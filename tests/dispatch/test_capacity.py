@@ -12,8 +12,8 @@ import pytest
 
 from moe_jax import compat
 from moe_jax.dispatch.capacity import PRIORITIES, limit_assignments, run_slots
-from moe_jax.ops.expert_ffn import expert_ffn
 from moe_jax.ops.counting import slots_per_expert
+from moe_jax.ops.expert_ffn import expert_ffn
 from moe_jax.types import TokenChoice
 
 T, K, E, D, F = 18, 2, 4, 6, 10

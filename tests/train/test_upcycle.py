@@ -21,7 +21,15 @@ from moe_jax.train import loop
 from moe_jax.train.checkpoint import Checkpoints
 from moe_jax.train.metrics import read_metrics
 from moe_jax.train.restore import load_run
-from moe_jax.train.upcycle import check_dense_run, departures, gate_sum, origins, to_experts, upcycle, upcycle_params
+from moe_jax.train.upcycle import (
+    check_dense_run,
+    departures,
+    gate_sum,
+    origins,
+    to_experts,
+    upcycle,
+    upcycle_params,
+)
 from moe_jax.validation import validate
 from tests.models.small import boxed_shapes, random_variables
 from tests.train.small import make_config
