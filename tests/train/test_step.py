@@ -31,7 +31,7 @@ def test_loss_falls(one_device):
     assert state["step"] == 20 and state["skipped"] == 0
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", [pytest.param("expert=8", marks=pytest.mark.slow), *list(MESHES)[1:]])
 def test_any_mesh_gives_the_losses_of_one_device(one_device, mesh):
     runner = Runner(make_config(**MESHES[mesh]), devices=8)
     np.testing.assert_allclose(runner.losses(20), one_device[0], rtol=1e-5)
@@ -143,7 +143,7 @@ EIGHT = {"mesh__expert": 2, "mesh__tensor": 2, "mesh__fsdp": 2}
 @pytest.mark.parametrize(
     "mesh, parts",
     [
-        ({}, 1),
+        pytest.param({}, 1, marks=pytest.mark.slow),
         (EIGHT, 2),
         pytest.param(EIGHT, 1, marks=pytest.mark.slow),
         pytest.param({}, 2, marks=pytest.mark.slow),
