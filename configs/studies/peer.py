@@ -14,8 +14,8 @@ The FLOPs of a step, routers included, are those of `dense`, whose middle block 
     small      -4.1 %   -2.7 %   +5.5 %   -6.2 %   +12.3 %  +5.4 %
     full       -1.1 %   -0.7 %   +1.5 %   -1.6 %   +3.3 %   +1.3 %
 
-`expert_choice` looks at later tokens in its evaluation too, which makes its loss too good; `expert_choice_causal` are the same
-runs with each token's best expert.
+`expert_choice` looks at later tokens in its evaluation too, which no model that writes text can; `expert_choice_causal` are the
+same runs with each token's best expert.
 """
 
 from moe_jax import config as c

@@ -149,7 +149,7 @@ def differences(result: dict[str, Any]):
     axis.set_yticks(range(len(rows)), labels, fontsize=9)
     axis.set_ylim(-0.6, len(rows) - 0.4)
     others = ", or that named" if any(row["baseline"] != baseline for row in rows) else ""
-    axis.set_xlabel(f"final validation loss minus {baseline}'s{others} (nats per token); left is better")
+    axis.set_xlabel(f"final validation loss minus {baseline}'s{others}\n(nats per token); left is better")
     axis.grid(axis="x", color="0.9")
     axis.set_axisbelow(True)
     if band is not None:
@@ -180,15 +180,31 @@ def load(result: dict[str, Any]):
 
 
 def curve(result: dict[str, Any], one: dict[str, Any]):
-    """Metrics of arms against a quantity, means and intervals over seeds."""
-    if not any(point["value"][metric] for line in one["lines"] for point in line["points"] for metric in one["metrics"]):
+    """Metrics of arms against a quantity, means and intervals over seeds.
+
+    A loss is drawn minus that of its arm's baseline, seed by seed: what a seed makes better or worse for all is no spread.
+    """
+    rows = {row["arm"]: row for row in result["rows"]}
+    own = {"mean": 0.0, "low": None, "high": None}
+
+    def interval(point, metric):
+        if metric != "loss" or not point["value"][metric]:
+            return point["value"][metric]
+        return own if rows[point["arm"]]["verdict"] == "baseline" else rows[point["arm"]]["difference"]
+
+    found = {
+        (i, metric): [(point["x"], value) for point in line["points"] if (value := interval(point, metric))]
+        for i, line in enumerate(one["lines"])
+        for metric in one["metrics"]
+    }
+    if not any(found.values()):
         return None
     count = len(one["metrics"])
-    figure, axes = plt.subplots(1, count, figsize=(1.5 + 4.5 * count, 4.4), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, count, figsize=(3 + 4 * count, 4.6), squeeze=False, layout="constrained")
     for axis, metric in zip(axes[0], one["metrics"]):
         name, scale, _, unit = METRICS[metric]
         for i, line in enumerate(one["lines"]):
-            points = [(point["x"], point["value"][metric]) for point in line["points"] if point["value"][metric]]
+            points = found[i, metric]
             x, means = [x for x, _ in points], [scale * value["mean"] for _, value in points]
             ends = [(value["mean"],) * 2 if value["low"] is None else (value["low"], value["high"]) for _, value in points]
             reach = [[scale * abs(end[side] - value["mean"]) for end, (_, value) in zip(ends, points)] for side in (0, 1)]
@@ -202,12 +218,14 @@ def curve(result: dict[str, Any], one: dict[str, Any]):
         axis.set_xticks(ticks, [f"{tick:,.6g}" for tick in ticks])
         axis.minorticks_off()
         axis.set_xlabel(one["x"])
-        axis.set_ylabel({"loss": "validation loss (nats per token)"}.get(metric, f"{name}{' (%)' if unit else ''}"))
+        axis.set_ylabel({"loss": "loss minus the baseline's (nats per token)"}.get(metric, f"{name}{' (%)' if unit else ''}"))
         axis.grid(color="0.9")
         axis.set_axisbelow(True)
+        if metric == "loss":
+            axis.axhline(0, color="0.4", linewidth=0.8)
     if len(one["lines"]) > 1:
-        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
-    _title(figure, result, f"{one['title']}, mean and 95 % t-interval over seeds")
+        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=9)
+    _title(figure, result, f"{one['title']}\nmean and 95 % t-interval over seeds")
     return figure
 
 

@@ -232,10 +232,12 @@ def test_pictures_of_curves(tmp_path):
     left, right = figure.axes
     assert left.get_xscale() == "log" and [text.get_text() for text in left.get_xticklabels()] == ["1", "4"]
     a, b = left.containers
-    np.testing.assert_allclose(a.lines[0].get_xydata(), [[1, 3.4], [4, 2.95]])
-    np.testing.assert_allclose(b.lines[0].get_xydata(), [[4, 3.1]])
+    # Losses of 3.4, 2.95 and 3.1, and 3.5 of the baseline, whose seeds differ as theirs do.
+    np.testing.assert_allclose(a.lines[0].get_xydata(), [[1, -0.1], [4, -0.55]])
+    np.testing.assert_allclose(b.lines[0].get_xydata(), [[4, -0.4]])
     ends = [path.vertices[:, 1] for path in a.lines[2][0].get_paths()]
-    np.testing.assert_allclose(ends[1], [2.95 - 0.45 * T1, 2.95 + 0.45 * T1])
+    difference = by_arm(result)["a4"]["difference"]
+    np.testing.assert_allclose(ends[1], [difference["low"], difference["high"]])
     np.testing.assert_allclose(right.containers[0].lines[0].get_xydata()[:, 1], [0.35, 0.7])
     plt.close(figure)
     for run in result["runs"]:
