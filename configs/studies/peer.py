@@ -8,11 +8,11 @@ times 32^2 experts (1,024, 4,096 and 65,536; `peer` has 16,384), 16 times as man
 tokens: their curves ask for an order at one budget, not for the best loss.
 
 The FLOPs of a step, routers included, are those of `dense`, whose middle block has width 192 (768), exactly (`peer`, `pkm`) or to
-1.5 %, except in the arms below; keys cost as sqrt(N):
+1 %, except in the arms below; keys cost as sqrt(N):
 
-    --scale    n1       n4       n64      h2       h8       atoms
-    small      -4.1 %   -2.7 %   +5.5 %   -6.2 %   +12.3 %  +5.4 %
-    full       -1.1 %   -0.7 %   +1.5 %   -1.6 %   +3.3 %   +1.3 %
+    --scale    n1       n4       n64      h2       h8       atoms    64x8
+    small      -4.1 %   -2.7 %   +5.5 %   -6.2 %   +12.3 %  +5.4 %   +1.4 %
+    full       -1.1 %   -0.7 %   +1.5 %   -1.6 %   +3.3 %   +1.3 %   +0.1 %
 
 `expert_choice` looks at later tokens in its evaluation too, which no model that writes text can; `expert_choice_causal` are the
 same runs with each token's best expert.
