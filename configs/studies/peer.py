@@ -16,12 +16,16 @@ The FLOPs of a step, routers included, are those of `dense`, whose middle block 
 
 `expert_choice` looks at later tokens in its evaluation too, which no model that writes text can; `expert_choice_causal` are the
 same runs with each token's best expert.
+
+`--config=configs/studies/peer.py:rate` asks, at half the tokens, whether the pool wants another learning rate than the rest.
 """
 
 from moe_jax import config as c
 from moe_jax.config_study import Arm, Curve, Settings, Study
 
 STEPS, STEPS_FULL = 500, 600  # 500: 1,000 visits of each of 65,536 experts, 32 to a token
+DENSE = {"model.inserts": "middle=dense@1", "model.insert_width": 192}
+DENSE_FULL = {"model.inserts": "middle=dense@4", "model.insert_width": 768}
 CAUSAL = {"model.moe.routers.expert_choice.evaluation": "tokens"}
 
 
@@ -39,7 +43,7 @@ def retrieving(kind: str, side: int, full: Settings | None = None, **fields: int
     return small, {"model.inserts": f"middle={kind}@4"} | of_peer({"experts": (4 * side) ** 2} | (full or {}))
 
 
-def get_config() -> Study:
+def base_config() -> c.Config:
     base = c.Config()
     base.data.vocab_size = 1024
     base.data.sequence_length, base.data.batch_size = 128, 32
@@ -57,11 +61,46 @@ def get_config() -> Study:
     base.train.checkpoint_every = 250
     base.train.max_to_keep = 1
     base.train.tensorboard = False
+    return base
 
-    dense = {"model.inserts": "middle=dense@1", "model.insert_width": 192}
+
+# Queries of 128 make the middle block's FLOPs those of width 768 again, with 512^2 experts.
+FULL = {
+    "data.vocab_size": 4096, "data.sequence_length": 512, "data.batch_size": 32, "model.layers": 7, "model.width": 512,
+    "model.heads": 8, "model.ffn_width": 2048, "model.dtype": "bfloat16", "model.init_std": 0.044,
+    "model.peer.heads": 8, "model.peer.top_k": 16, "model.peer.key_width": 128,
+    "optimizer.learning_rate": 1e-3, "train.steps": STEPS_FULL, "train.eval_every": 60,
+}  # fmt: skip
+
+
+def get_config(part: str = "") -> Study:
+    if part not in ("", "rate"):
+        raise ValueError(f"{part!r} is no part of the study; write peer.py or peer.py:rate")
+    return learning_rates() if part else comparison()
+
+
+def learning_rates() -> Study:
+    base, (small, full) = base_config(), retrieving("peer", 128)
+    base.train.steps = STEPS // 2
+    base.optimizer.groups = (c.ParameterGroup("embedding"),)  # a group without effect, for the baseline
+    arms = [Arm("dense", DENSE, full=DENSE_FULL)]
+    rates = {"third": 1 / 3, "same": 1.0, "triple": 3.0, "tenfold": 10.0}
+    for name, scale in rates.items():
+        group = {"optimizer.groups[0].path": "peer/experts$", "optimizer.groups[0].learning_rate_scale": scale}
+        arms.append(Arm(f"peer_{name}", small | group, full=full))
+    line = {"": {f"peer_{name}": round(scale, 2) for name, scale in rates.items()}}
+    curve = Curve("rate", "The pool's learning rate", "its learning rate / that of the rest", line, ("loss", "unevenness", "usage"))
+    return Study(
+        base, tuple(arms), baseline="dense", full=FULL | {"train.steps": STEPS_FULL // 2}, title="PEER at equal FLOPs, half the tokens",
+        curves=(curve,),
+    )  # fmt: skip
+
+
+def comparison() -> Study:
+    base = base_config()
     small, full = routed(8, 1)
     main = {
-        "dense": (dense, {"model.inserts": "middle=dense@4", "model.insert_width": 768}),
+        "dense": (DENSE, DENSE_FULL),
         "moe_8x1": (small, full),
         "moe_64x8": routed(64, 8),
         "expert_choice": (small | {"model.moe.router": "expert_choice", "model.moe.allow_noncausal": True}, full),
@@ -105,14 +144,7 @@ def get_config() -> Study:
             name: {f"{name}_half": "train.steps", name: "train.steps"} for name in (*main, "expert_choice_causal")
         }),
     )  # fmt: skip
-    # Queries of 128 make the middle block's FLOPs those of width 768 again, with 512^2 experts.
-    full = {
-        "data.vocab_size": 4096, "data.sequence_length": 512, "data.batch_size": 32, "model.layers": 7, "model.width": 512,
-        "model.heads": 8, "model.ffn_width": 2048, "model.dtype": "bfloat16", "model.init_std": 0.044,
-        "model.peer.heads": 8, "model.peer.top_k": 16, "model.peer.key_width": 128,
-        "optimizer.learning_rate": 1e-3, "train.steps": STEPS_FULL, "train.eval_every": 60,
-    }  # fmt: skip
     return Study(
-        base, tuple(arms), baseline="dense", seeds=(0, 1, 2), full=full, title="PEER at equal FLOPs", curves=curves,
+        base, tuple(arms), baseline="dense", seeds=(0, 1, 2), full=FULL, title="PEER at equal FLOPs", curves=curves,
         shown=(*main, "expert_choice_causal"),
     )  # fmt: skip

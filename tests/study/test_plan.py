@@ -168,6 +168,7 @@ def test_the_studies_of_this_repository():
     files = {file.stem: runpy.run_path(str(file)) for file in sorted(root.glob("*.py"))}
     studies = {name: file["get_config"]() for name, file in files.items()}
     assert {"peer", "routers"} <= set(studies)
+    studies["rate"] = files["peer"]["get_config"]("rate")
     stated = [line.split() for line in files["peer"]["__doc__"].splitlines()]
     for scale, percents in FLOPS.items():
         assert ["--scale", *percents] in stated
@@ -186,6 +187,8 @@ def test_the_studies_of_this_repository():
             percent = 100 * (value / flops["dense"] - 1)
             expected = FLOPS[scale].get(short)
             assert abs(percent) < 1 if expected is None else round(percent, 1) == expected, name
+        same, half = run_config(prepared["rate"], prepared["rate"].arm("peer_same"), 0), configs["peer_half"]
+        assert dataclasses.replace(same, optimizer=half.optimizer) == half
         data, steps = study.base.data, study.base.train.steps
         assert round(steps * data.batch_size * data.sequence_length / 1e6, 1) == {"small": 2.0, "full": 9.8}[scale]
         assert all(configs[f"{n}_half"].train.steps * 2 == configs[n].train.steps for n in study.shown)
