@@ -82,7 +82,7 @@ def get_config(part: str = "") -> Study:
 def learning_rates() -> Study:
     base, (small, full) = base_config(), retrieving("peer", 128)
     base.train.steps = STEPS // 2
-    base.optimizer.groups = (c.ParameterGroup("embedding"),)  # a group without effect, for the baseline
+    base.optimizer.groups = (c.ParameterGroup("embedding"),)  # without effect; arms with a pool make it theirs
     arms = [Arm("dense", DENSE, full=DENSE_FULL)]
     rates = {"third": 1 / 3, "same": 1.0, "triple": 3.0, "tenfold": 10.0}
     for name, scale in rates.items():
