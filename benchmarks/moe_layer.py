@@ -308,13 +308,9 @@ def default_groups(platform: str) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="FILE", help="write machine, versions, date and rows here")
-    parser.add_argument(
-        "--cases", default="", help=f"comma-separated, of {', '.join(GROUPS)}; default: the platform's"
-    )
+    parser.add_argument("--cases", default="", help=f"comma-separated, of {', '.join(GROUPS)}; default: the platform's")
     parser.add_argument("--rounds", type=int, default=15, help="runs of each layer; slow ones run less often")
     options = parser.parse_args(argv)
     names = options.cases.split(",") if options.cases else default_groups(jax.default_backend())

@@ -158,9 +158,15 @@ def torch_step(case: Case):
     except ImportError:
         return None
     layer = TorchPEER(
-        dim=case.width, heads=case.heads, num_experts=case.experts, num_experts_per_head=case.top_k,
-        dim_key=case.key_width // 2, product_key_topk=case.top_k, non_competing_scores=False, pre_rmsnorm=False,
-    )  # fmt: skip
+        dim=case.width,
+        heads=case.heads,
+        num_experts=case.experts,
+        num_experts_per_head=case.top_k,
+        dim_key=case.key_width // 2,
+        product_key_topk=case.top_k,
+        non_competing_scores=False,
+        pre_rmsnorm=False,
+    )
     optimizer = torch.optim.Adam(layer.parameters(), RATE)
     x, d_y = torch.randn(2, 1, case.tokens, case.width)
 
@@ -242,11 +248,17 @@ def measure_scaling(cases: list[Case], widths: tuple[int, ...], rounds: int, pro
             return y
 
         times, _ = timing.interleaved({name: run}, rounds, name, progress, minimum=rounds)
-        rows.append({
-            "case": name, "backend": kind, "ms": timing.median(times[name]), "state_bytes": state_bytes,
-            "parameters": size.experts * 2 * size.width if kind == "peer" else 2 * x.shape[1] * size,
-            "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes, "runs": len(times[name]),
-        })  # fmt: skip
+        rows.append(
+            {
+                "case": name,
+                "backend": kind,
+                "ms": timing.median(times[name]),
+                "state_bytes": state_bytes,
+                "parameters": size.experts * 2 * size.width if kind == "peer" else 2 * x.shape[1] * size,
+                "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+                "runs": len(times[name]),
+            }
+        )
         held.clear()
         gc.collect()
     return rows
@@ -295,7 +307,9 @@ def plot(rows: list[dict], path: str) -> None:
         axes, (("ms", 1, "time of a training step, ms"), ("temporary_bytes", 1e6, "memory beside the state, MB"))
     ):
         for backend, marker in (("peer", "o"), ("dense", "s")):
-            points = [(row["parameters"] / 1e6, row[key] / unit) for row in rows if row["backend"] == backend and "parameters" in row]
+            points = [
+                (row["parameters"] / 1e6, row[key] / unit) for row in rows if row["backend"] == backend and "parameters" in row
+            ]
             axis.plot(*zip(*points), marker=marker, label=labels[backend])
         axis.set(xscale="log", yscale="log", xlabel="parameters, millions", title=title)
         axis.grid(alpha=0.3)

@@ -49,9 +49,7 @@ def moe_layer(result: dict) -> str:
     """Tables of `benchmarks/moe_layer.py`: milliseconds, and in brackets the ratio to the dense layer."""
     rows = {(row["case"], row["backend"]): row for row in result["rows"]}
     passes = list(dict.fromkeys(case.partition("/")[2] for case, _ in rows if "/" in case))
-    parts = [
-        f"{conditions(result['environment'])}. Milliseconds (ratio to dense), medians of interleaved runs."
-    ]
+    parts = [f"{conditions(result['environment'])}. Milliseconds (ratio to dense), medians of interleaved runs."]
     cases = {name: case for name, case in result["cases"].items() if name not in SECOND}
     same = sizes(next(iter(cases.values()), None), cases.values())
     for kind in passes if cases else ():
@@ -95,9 +93,7 @@ def second(rows: dict, passes: list[str], cases: dict) -> str:
             texts.append(f"{kind} {MISSING}")
             continue
         work = part["gflop"] / full["gflop"]
-        texts.append(
-            f"{kind} {part['ms'] / full['ms']:.2f} ({number(part['ms'])} of {number(full['ms'])} ms)"
-        )
+        texts.append(f"{kind} {part['ms'] / full['ms']:.2f} ({number(part['ms'])} of {number(full['ms'])} ms)")
     case = cases[SECOND[0]]
     return (
         "A second expert for a quarter of the tokens instead of all, "
@@ -108,9 +104,7 @@ def second(rows: dict, passes: list[str], cases: dict) -> str:
 def ceiling(row: dict) -> str:
     """The rate of one large dense product."""
     size, dtype = row["case"].split("_")[1:]
-    rate = (
-        f"{number(1e3 * row['tflops'])} GFLOP/s" if row["tflops"] < 1 else f"{number(row['tflops'])} TFLOP/s"
-    )
+    rate = f"{number(1e3 * row['tflops'])} GFLOP/s" if row["tflops"] < 1 else f"{number(row['tflops'])} TFLOP/s"
     return f"One dense product of {size} x {size} in {dtype}: {rate}."
 
 
@@ -176,9 +170,7 @@ def replace_section(text: str, section: str, begin: str = BEGIN, end: str = END)
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", metavar="FILE.json", help="what benchmarks wrote with --json")
     parser.add_argument("--readme", default=str(ROOT / "README.md"), help="the file to rewrite")
     parser.add_argument("--study", metavar="study.json", help="what moe_jax.study wrote")

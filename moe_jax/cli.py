@@ -91,9 +91,7 @@ def run(
 def _show(text: str) -> None:
     try:
         print(text, flush=True)
-    except (
-        BrokenPipeError
-    ):  # the reader, such as `head`, has seen enough; Python would complain again at exit
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough; Python would complain again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -114,9 +112,7 @@ def parse(
     _parse_flags(arguments, values)
     if config_from == "file":
         if not file:
-            raise ConfigError(
-                "--config", None, "not given", "write --config=FILE, such as configs/quickstart.py"
-            )
+            raise ConfigError("--config", None, "not given", "write --config=FILE, such as configs/quickstart.py")
     elif config_from == "workdir" and file is not None:
         limit = "this command reads the config that training saved in --workdir"
         raise ConfigError("--config", file, limit, "change single fields with --config.a.b=VALUE")
@@ -143,9 +139,7 @@ def _open_study(file: str | None, overrides: Sequence[str]) -> Study | None:
     return dataclasses.replace(study, base=base, full=full)
 
 
-def own_flags(
-    define: Callable[[absl_flags.FlagValues], None] | None, workdir: bool = True
-) -> absl_flags.FlagValues:
+def own_flags(define: Callable[[absl_flags.FlagValues], None] | None, workdir: bool = True) -> absl_flags.FlagValues:
     """The flags of one command, unparsed and private: commands share none, and may run twice in a process."""
     values = absl_flags.FlagValues()
     values.set_gnu_getopt()
@@ -252,9 +246,7 @@ def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
         if path not in fields:
             raise _not_a_leaf(path, text, fields, config)
         if negated and (fields[path].type is not bool or text is not None):
-            raise ConfigError(
-                f"--noconfig.{path}", text, "only switches a bool off", f"write --config.{path}=VALUE"
-            )
+            raise ConfigError(f"--noconfig.{path}", text, "only switches a bool off", f"write --config.{path}=VALUE")
         texts[path] = text
     argv, values = ["", *overrides], absl_flags.FlagValues()
     try:

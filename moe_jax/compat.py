@@ -62,9 +62,11 @@ def tpu_topology(name: str, **options) -> list:
     """
     # No questions to a metadata server or about this machine, and no claim on a TPU or on libtpu's lock file.
     defaults = {
-        "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": "v5p-8",
-    }  # fmt: skip
+    }
     for variable, value in defaults.items():
         os.environ.setdefault(variable, value)
     from jax.experimental import topologies
@@ -158,6 +160,24 @@ def argsort(x: jax.Array) -> jax.Array:
 
 
 __all__ = [
-    "AxisType", "BATCH_AXES", "Mesh", "PartitionSpec", "argsort", "axis_size", "constrain", "current_mesh",
-    "empty", "inside_shard_map", "make_mesh", "pallas", "refuse_explicit_axes", "shard_map", "target_platform", "tpu_topology", "vary", "vary_alike", "varying_axes", "zeros",
-]  # fmt: skip
+    "AxisType",
+    "BATCH_AXES",
+    "Mesh",
+    "PartitionSpec",
+    "argsort",
+    "axis_size",
+    "constrain",
+    "current_mesh",
+    "empty",
+    "inside_shard_map",
+    "make_mesh",
+    "pallas",
+    "refuse_explicit_axes",
+    "shard_map",
+    "target_platform",
+    "tpu_topology",
+    "vary",
+    "vary_alike",
+    "varying_axes",
+    "zeros",
+]

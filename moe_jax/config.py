@@ -17,31 +17,45 @@ from moe_jax.config_moe import MoEConfig
 from moe_jax.config_peer import PeerConfig
 
 __all__ = [
-    "Config", "ConfigError", "DataConfig", "InitConfig", "MeshConfig", "MoEConfig", "ModelConfig", "OptimizerConfig",
-    "ParameterGroup", "PeerConfig", "SampleConfig", "SourceConfig", "TrainConfig", "differences", "field",
-    "from_dict", "item_type", "leaf_types", "leaves", "nearest", "one_line", "to_dict", "unknown_field",
-]  # fmt: skip
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "InitConfig",
+    "MeshConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParameterGroup",
+    "PeerConfig",
+    "SampleConfig",
+    "SourceConfig",
+    "TrainConfig",
+    "differences",
+    "field",
+    "from_dict",
+    "item_type",
+    "leaf_types",
+    "leaves",
+    "nearest",
+    "one_line",
+    "to_dict",
+    "unknown_field",
+]
 
 
 @dataclasses.dataclass
 class SourceConfig:
     """One named source of text."""
 
-    name: str = field(
-        "python_stdlib", "Label of the source in reports and metrics; letters, digits, '_', '-', '.'."
-    )
-    tfds: str = field(
-        "", "TFDS dataset with a text feature, such as 'python_stdlib'; exclusive with `files`."
-    )
+    name: str = field("python_stdlib", "Label of the source in reports and metrics; letters, digits, '_', '-', '.'.")
+    tfds: str = field("", "TFDS dataset with a text feature, such as 'python_stdlib'; exclusive with `files`.")
     files: str = field("", "Comma-separated globs of .txt, .jsonl or .gz files to train on.")
     validation_files: str = field("", "Globs of held-out files; empty: held out of `files` by a hash.")
     test_files: str = field("", "Globs of test files; empty: held out of `files` by a hash.")
     text_feature: str = field("text", "Name of the text in a TFDS example or a .jsonl row.")
     document: str = field("file", "What one document of a .txt is.", choices=("file", "paragraph", "line"))
     installed_packages: bool = field(False, "python_stdlib only: add the sources of the installed packages.")
-    weight: float = field(
-        1.0, "Share of training rows, relative to the other sources; 0: evaluation only.", low=0
-    )
+    weight: float = field(1.0, "Share of training rows, relative to the other sources; 0: evaluation only.", low=0)
 
 
 @dataclasses.dataclass
@@ -52,12 +66,8 @@ class DataConfig:
         default_factory=lambda: (SourceConfig(tfds="python_stdlib"),),
         metadata={"doc": "Named sources of text."},
     )
-    tokenizer: str = field(
-        "bpe", "bytes, or byte-level BPE trained on the training text.", choices=("bytes", "bpe")
-    )
-    vocab_size: int = field(
-        4096, "Vocabulary V of a BPE tokenizer; bytes always have 257.", low=300, high=2**20
-    )
+    tokenizer: str = field("bpe", "bytes, or byte-level BPE trained on the training text.", choices=("bytes", "bpe"))
+    vocab_size: int = field(4096, "Vocabulary V of a BPE tokenizer; bytes always have 257.", low=300, high=2**20)
     sequence_length: int = field(256, "Tokens S in a packed row.", low=8)
     batch_size: int = field(16, "Rows B in a global batch.", low=1)
     document_attention: bool = field(True, "Keep attention and positions inside a document of a packed row.")
@@ -79,46 +89,32 @@ class ModelConfig:
     pattern: str = field(
         "dense,routed", "Feed-forward kinds of one repeating group, comma-separated: dense, routed, peer, pkm."
     )
-    inserts: str = field(
-        "", "Extra named blocks, 'name=kind@i' before block i of the groups, comma-separated."
-    )
+    inserts: str = field("", "Extra named blocks, 'name=kind@i' before block i of the groups, comma-separated.")
     width: int = field(128, "Model width D.", low=1)
     ffn_width: int = field(512, "Hidden width F of a dense feed-forward layer.", low=1)
     insert_width: int = field(0, "Hidden width of dense inserts; 0: ffn_width.", low=0)
     heads: int = field(4, "Query heads H.", low=1)
-    kv_heads: int = field(
-        0, "Key and value heads of grouped-query attention; 0: as many as query heads.", low=0
-    )
+    kv_heads: int = field(0, "Key and value heads of grouped-query attention; 0: as many as query heads.", low=0)
     head_width: int = field(0, "Width of a head; 0: width / heads.", low=0)
     norm: str = field("rmsnorm", "Normalisation.", choices=("rmsnorm", "layernorm"))
     norm_epsilon: float = field(1e-6, "Added to the variance.", low=0)
     positions: str = field("rope", "Position information.", choices=("rope", "learned", "none"))
     rope_theta: float = field(10000.0, "Base of the rotary frequencies.", low=1)
-    rope_scaling: str = field(
-        "none", "Stretching of the rotary frequencies.", choices=("none", "linear", "llama3")
-    )
+    rope_scaling: str = field("none", "Stretching of the rotary frequencies.", choices=("none", "linear", "llama3"))
     rope_factor: float = field(8.0, "Stretch of rope_scaling.", low=1)
-    rope_low_frequency: float = field(
-        1.0, "llama3: wavelengths above original_length / this are fully stretched.", low=0
-    )
+    rope_low_frequency: float = field(1.0, "llama3: wavelengths above original_length / this are fully stretched.", low=0)
     rope_high_frequency: float = field(4.0, "llama3: wavelengths below original_length / this stay.", low=0)
     rope_original_length: int = field(8192, "llama3: context length before the stretch.", low=1)
     max_positions: int = field(2048, "Rows of the learned position table, offset excluded.", low=1)
     position_offset: int = field(0, "First row of the learned position table in use (OPT: 2).", low=0)
-    activation: str = field(
-        "swiglu", "Feed-forward nonlinearity.", choices=("gelu_tanh", "gelu", "relu", "swiglu")
-    )
+    activation: str = field("swiglu", "Feed-forward nonlinearity.", choices=("gelu_tanh", "gelu", "relu", "swiglu"))
     qkv_bias: bool = field(False, "Biases of the query, key and value projections.")
     output_bias: bool = field(False, "Bias of the attention output projection.")
     ffn_bias: bool = field(False, "Biases of feed-forward layers and experts.")
     qk_norm: bool = field(False, "RMSNorm over each head's query and key.")
     tied_embeddings: bool = field(True, "Use the token embedding as the output projection.")
-    row_gradients: bool = field(
-        False, "Row-wise gradients and updates of the token embedding; needs tied_embeddings=False."
-    )
-    init_std: float = field(
-        0.02, "Standard deviation of embeddings; other weights are scaled by fan-in.", low=0
-    )
+    row_gradients: bool = field(False, "Row-wise gradients and updates of the token embedding; needs tied_embeddings=False.")
+    init_std: float = field(0.02, "Standard deviation of embeddings; other weights are scaled by fan-in.", low=0)
     dtype: str = field("float32", "Compute dtype; parameters are float32.", choices=("float32", "bfloat16"))
     scan: bool = field(True, "Compile one group and loop over it; off: unrolled. Same parameters, same bits.")
     remat: bool = field(False, "Recompute each block in the backward pass instead of storing it. Same bits.")
@@ -148,9 +144,7 @@ class MeshConfig:
 class ParameterGroup:
     """Other optimizer settings for the parameters whose path matches."""
 
-    path: str = field(
-        "", "Regular expression, searched in the 'a/b/c' path of a parameter; the first match counts."
-    )
+    path: str = field("", "Regular expression, searched in the 'a/b/c' path of a parameter; the first match counts.")
     learning_rate_scale: float = field(1.0, "Multiplies the learning rate; 0: frozen.", low=0)
     weight_decay: float = field(-1.0, "Weight decay; -1: the optimizer's.", low=-1)
 
@@ -166,18 +160,14 @@ class OptimizerConfig:
     b1: float = field(0.9, "Decay of the first moment.", low=0, high=0.999999)
     b2: float = field(0.95, "Decay of the second moment.", low=0, high=0.999999)
     epsilon: float = field(1e-8, "Added to the root of the second moment.", low=0)
-    weight_decay: float = field(
-        0.1, "Decoupled weight decay of matrices; vectors and norms have none.", low=0
-    )
+    weight_decay: float = field(0.1, "Decoupled weight decay of matrices; vectors and norms have none.", low=0)
     row_optimizer: str = field(
         "adam",
         "For tables with row-wise gradients: adam, or adagrad with one accumulator for a row.",
         choices=("adam", "adagrad"),
     )
     clip_norm: float = field(1.0, "Limit of the gradient's global norm; 0: none.", low=0)
-    ema_decay: float = field(
-        0.0, "Decay of an average of the parameters that evaluation uses; 0: none.", low=0, high=0.999999
-    )
+    ema_decay: float = field(0.0, "Decay of an average of the parameters that evaluation uses; 0: none.", low=0, high=0.999999)
     groups: tuple[ParameterGroup, ...] = dataclasses.field(
         default=(), metadata={"doc": "Other settings for parameters by path."}
     )
@@ -192,18 +182,12 @@ class TrainConfig:
     log_every: int = field(20, "Steps between training rows in metrics.jsonl.", low=1)
     eval_every: int = field(500, "Steps between evaluations; 0: only at the end.", low=0)
     checkpoint_every: int = field(500, "Steps between checkpoints; 0: only at the end.", low=0)
-    eval_batches: int = field(
-        16, "Validation batches per source of an evaluation during training; 0: all.", low=0
-    )
+    eval_batches: int = field(16, "Validation batches per source of an evaluation during training; 0: all.", low=0)
     max_to_keep: int = field(2, "Checkpoints kept.", low=1)
     async_checkpoint: bool = field(True, "Write checkpoints while training goes on.")
-    max_skipped: int = field(
-        10, "Stop after this many steps in a row with a non-finite loss or gradient.", low=1
-    )
+    max_skipped: int = field(10, "Stop after this many steps in a row with a non-finite loss or gradient.", low=1)
     profile_steps: str = field("", "'10:13' writes a profiler trace of steps 10, 11 and 12.")
-    peak_tflops: float = field(
-        0.0, "Peak TFLOP/s of one device for the MFU; 0: known for common devices.", low=0
-    )
+    peak_tflops: float = field(0.0, "Peak TFLOP/s of one device for the MFU; 0: known for common devices.", low=0)
     tensorboard: bool = field(True, "Write TensorBoard events beside metrics.jsonl.")
 
 
@@ -211,9 +195,7 @@ class TrainConfig:
 class InitConfig:
     """Where parameters come from before the first step."""
 
-    checkpoint: str = field(
-        "", "Workdir of another run whose newest checkpoint, and tokenizer, to start from."
-    )
+    checkpoint: str = field("", "Workdir of another run whose newest checkpoint, and tokenizer, to start from.")
     include: str = field("", "Comma-separated path prefixes to fill; empty: all.")
     upcycle_from: str = field(
         "",
@@ -229,22 +211,16 @@ class SampleConfig:
     prompt: str = field("", "Text to continue at the end of training; empty: no sample.")
     tokens: int = field(128, "Tokens of the sample.", low=1)
     temperature: float = field(0.8, "Sampling temperature; 0: greedy.", low=0)
-    top_p: float = field(
-        0.95, "Sample from the smallest set of tokens with this probability.", low=0.01, high=1
-    )
+    top_p: float = field(0.95, "Sample from the smallest set of tokens with this probability.", low=0.01, high=1)
     stop: str = field("", "End the sample before this text.")
-    compare_compressors: bool = field(
-        False, "End with bits per byte on the test files beside gzip -9 and xz -9."
-    )
+    compare_compressors: bool = field(False, "End with bits per byte on the test files beside gzip -9 and xz -9.")
 
 
 @dataclasses.dataclass
 class Config:
     """A run."""
 
-    seed: int = field(
-        0, "Fixes initialisation and data order, and noise where noise_seed is -1.", low=0, high=2**31 - 1
-    )
+    seed: int = field(0, "Fixes initialisation and data order, and noise where noise_seed is -1.", low=0, high=2**31 - 1)
     noise_seed: int = field(-1, "Fixes the routers' noise alone; -1: `seed`.", low=-1, high=2**31 - 1)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -323,9 +299,7 @@ def from_dict(tree: dict[str, Any]) -> Config:
 
 def _section_from_dict(section: type, tree: Any, path: str) -> Any:
     if not isinstance(tree, dict):
-        raise ConfigError(
-            path.rstrip(".") or "config", tree, "not a section", "give its fields as a JSON object"
-        )
+        raise ConfigError(path.rstrip(".") or "config", tree, "not a section", "give its fields as a JSON object")
     entries = {entry.name: entry for entry in dataclasses.fields(section)}
     values = {}
     for name, value in tree.items():

@@ -4,13 +4,9 @@ import dataclasses
 from typing import Any
 
 
-def field(
-    default: Any, doc: str, *, choices: tuple = (), low: float | None = None, high: float | None = None
-):
+def field(default: Any, doc: str, *, choices: tuple = (), low: float | None = None, high: float | None = None):
     """A config leaf with its documentation and limits (`low` and `high` are inclusive)."""
-    return dataclasses.field(
-        default=default, metadata={"doc": doc, "choices": choices, "low": low, "high": high}
-    )
+    return dataclasses.field(default=default, metadata={"doc": doc, "choices": choices, "low": low, "high": high})
 
 
 class ConfigError(ValueError):

@@ -27,13 +27,9 @@ def load_saved_config(workdir: epath.PathLike) -> Config:
     try:
         tree = json.loads(path.read_text())
     except FileNotFoundError:
-        raise ConfigError(
-            "--workdir", str(workdir), "no config.json in it", "name a training run's folder"
-        ) from None
+        raise ConfigError("--workdir", str(workdir), "no config.json in it", "name a training run's folder") from None
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            "--workdir", str(workdir), f"config.json: {describe(error)}", "restore the file"
-        ) from None
+        raise ConfigError("--workdir", str(workdir), f"config.json: {describe(error)}", "restore the file") from None
     config = from_dict(tree)
     validate_types(config)
     return config

@@ -16,12 +16,8 @@ def command_help(doc: str, values: absl_flags.FlagValues, config_from: str) -> s
     names = {name: f"--[no]{name}" if values[name].boolean else f"--{name}=VALUE" for name in values}
     lines = [_row(names[name], _flag_text(values[name])) for name in values]
     if config_from != "workdir":
-        lines.insert(
-            0, _row("--config=FILE", "Python file with get_config(); FILE:TEXT calls get_config(TEXT).")
-        )
-    lines.append(
-        _row("--config.a.b=VALUE", "Sets one field of the config, such as --config.model.moe.top_k=1.")
-    )
+        lines.insert(0, _row("--config=FILE", "Python file with get_config(); FILE:TEXT calls get_config(TEXT)."))
+    lines.append(_row("--config.a.b=VALUE", "Sets one field of the config, such as --config.model.moe.top_k=1."))
     lines.append(_row("--config.help", "Lists every field of the config with its value and documentation."))
     lines.append(_row("--help", "Shows this."))
     return "\n".join([doc.strip(), "", "Flags:", *lines])
@@ -54,9 +50,7 @@ def _section_help(section: Any, path: str, note: str = "") -> list[str]:
             for i, element in enumerate(value):
                 sections += _section_help(element, f"{name}[{i}].")
             if not value:
-                sections += _section_help(
-                    item(), f"{name}[i].", " There is none; add items in the config file."
-                )
+                sections += _section_help(item(), f"{name}[i].", " There is none; add items in the config file.")
         elif dataclasses.is_dataclass(entry.type):
             sections += _section_help(value, f"{name}.")
         else:

@@ -35,9 +35,7 @@ def _z(default: float):
 
 
 def _jitter():
-    return field(
-        0.0, "In training the router sees its input times noise from 1 - jitter to 1 + jitter.", low=0, high=1
-    )
+    return field(0.0, "In training the router sees its input times noise from 1 - jitter to 1 + jitter.", low=0, high=1)
 
 
 @_options
@@ -45,9 +43,7 @@ class TopKConfig:
     """Options of the router `top_k`: the K best by score."""
 
     traits: ClassVar[Traits] = Traits()
-    score: str = field(
-        "softmax", "Score of an expert from its logit.", choices=("softmax", "sigmoid", "sqrt_softplus")
-    )
+    score: str = field("softmax", "Score of an expert from its logit.", choices=("softmax", "sigmoid", "sqrt_softplus"))
     order: str = field(
         "score_first",
         "score_first: scores of all experts, then the choice; top_k_first: softmax over the chosen logits.",
@@ -59,9 +55,7 @@ class TopKConfig:
         choices=("auto", "always", "never"),
     )
     scale: float = field(1.0, "Multiplies the gates.", low=1e-6)
-    groups: int = field(
-        1, "Equal groups of experts; the choice is limited to the best of them (DeepSeek-V3).", low=1
-    )
+    groups: int = field(1, "Equal groups of experts; the choice is limited to the best of them (DeepSeek-V3).", low=1)
     kept_groups: int = field(1, "Groups that a token may choose from.", low=1)
     jitter: float = _jitter()
     bias_rate: float = field(
@@ -193,17 +187,11 @@ class MoEConfig:
     expert_width: int = field(0, "Hidden width F of an expert; 0: model.ffn_width.", low=0)
     zero_experts: int = field(0, "Experts beside the E that add nothing and cost nothing (MoE++).", low=0)
     copy_experts: int = field(0, "Experts beside the E that return their input (MoE++).", low=0)
-    constant_experts: int = field(
-        0, "Experts beside the E that mix their input with a learned vector (MoE++).", low=0
-    )
+    constant_experts: int = field(0, "Experts beside the E that mix their input with a learned vector (MoE++).", low=0)
     shared_experts: int = field(0, "Experts that see every token, as one network of their summed width.", low=0)
     shared_gate: bool = field(False, "Multiply the shared experts' output by a sigmoid gate.")
-    allow_noncausal: bool = field(
-        False, "Accept a router that looks at later tokens in evaluation of a causal model."
-    )
-    execution: str = field(
-        "dropless", "Run every assignment, or at most C per expert.", choices=("dropless", "capacity")
-    )
+    allow_noncausal: bool = field(False, "Accept a router that looks at later tokens in evaluation of a causal model.")
+    execution: str = field("dropless", "Run every assignment, or at most C per expert.", choices=("dropless", "capacity"))
     capacity_factor: float = field(
         1.25, "C = ceil(factor * T * K / (E + V)) in training with execution=capacity; V: zero, copy and constant.", low=0.01
     )
@@ -223,9 +211,7 @@ class MoEConfig:
         "Room of all_to_all and ragged relative to an even load, else the call takes gather; 0: for all that can come.",
         low=0,
     )
-    backend: str = field(
-        "auto", "Grouped matmul.", choices=("auto", "blocks", "ragged_dot", "megablox", "tokamax", "loop")
-    )
+    backend: str = field("auto", "Grouped matmul.", choices=("auto", "blocks", "ragged_dot", "megablox", "tokamax", "loop"))
     routers: RoutersConfig = dataclasses.field(default_factory=RoutersConfig)
 
     @property

@@ -19,16 +19,16 @@ class PeerConfig:
         "Of the queries: over the real tokens of a batch, over each query, or none.",
         choices=("batchnorm", "layernorm", "none"),
     )
-    activation: str = field(
-        "gelu", "Of the neurons of kind peer.", choices=("gelu", "gelu_tanh", "relu", "swiglu")
-    )
+    activation: str = field("gelu", "Of the neurons of kind peer.", choices=("gelu", "gelu_tanh", "relu", "swiglu"))
     shared_width: int = field(0, "Hidden width of a dense network beside them that sees every token; 0: none.", low=0)
     share_pool: bool = field(False, "One pool for all blocks of this kind, each with a router of its own.")
     row_gradients: bool = field(
         True, "Gradients and updates of the pool by rows: time and memory follow what is retrieved, not N."
     )
     split: str = field(
-        "width", "What mesh.expert splits: the pool's width D, even for any usage, or its experts.", choices=("width", "experts")
+        "width",
+        "What mesh.expert splits: the pool's width D, even for any usage, or its experts.",
+        choices=("width", "experts"),
     )
     backend: str = field(
         "auto",

@@ -14,9 +14,7 @@ def validate_types(config: Any) -> None:
       ConfigError: one line with the field, its value, the limit and the fix.
     """
     if not isinstance(config, Config):
-        raise ConfigError(
-            "config", repr(config), f"a {type(config).__name__}", "make a moe_jax.config.Config"
-        )
+        raise ConfigError("config", repr(config), f"a {type(config).__name__}", "make a moe_jax.config.Config")
     _check_types(config, "")
 
 
@@ -24,16 +22,12 @@ def _check_types(section: Any, path: str) -> None:
     entries = {entry.name: entry for entry in dataclasses.fields(section)}
     for name in vars(section):
         if name not in entries:  # plain classes take any attribute, so a misspelt one would be without effect
-            raise unknown_field(
-                f"{path}{name}", getattr(section, name), [f"{path}{known}" for known in entries]
-            )
+            raise unknown_field(f"{path}{name}", getattr(section, name), [f"{path}{known}" for known in entries])
     for name, entry in entries.items():
         value = getattr(section, name)
         if item := item_type(entry):
             if not isinstance(value, list | tuple):
-                raise ConfigError(
-                    path + name, repr(value), "not a tuple", f"write a tuple of {item.__name__}"
-                )
+                raise ConfigError(path + name, repr(value), "not a tuple", f"write a tuple of {item.__name__}")
             setattr(section, name, tuple(value))
             for i, element in enumerate(value):
                 _check_section(element, item, f"{path}{name}[{i}]")

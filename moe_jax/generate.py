@@ -24,9 +24,7 @@ if TYPE_CHECKING:
     from moe_jax.train.restore import LoadedRun
 
 
-def sample_text(
-    run: "LoadedRun", prompts: Sequence[str], sample: SampleConfig | None = None, seed: int = 0
-) -> list[str]:
+def sample_text(run: "LoadedRun", prompts: Sequence[str], sample: SampleConfig | None = None, seed: int = 0) -> list[str]:
     """Each prompt with its continuation.
 
     A prompt may stop inside a word or after the space before one, where its last token is rare in training.
@@ -49,9 +47,16 @@ def sample_text(
     starts, first = _starts(run.tokenizer, prompts)
     with jax.set_mesh(run.mesh):
         new = generate(
-            run.model, run.variables, starts, tokens=sample.tokens + 1, end_id=run.tokenizer.bos,
-            temperature=sample.temperature, top_p=sample.top_p, key=jax.random.key(seed), first=first,
-        )  # fmt: skip
+            run.model,
+            run.variables,
+            starts,
+            tokens=sample.tokens + 1,
+            end_id=run.tokenizer.bos,
+            temperature=sample.temperature,
+            top_p=sample.top_p,
+            key=jax.random.key(seed),
+            first=first,
+        )
     texts = []
     for prompt, start, ids in zip(prompts, starts, new):
         ids = ids if prompt else ids[:-1]  # the first one stands for the prompt's last
@@ -81,15 +86,11 @@ def define_flags(values: absl_flags.FlagValues) -> None:
     text, options = "Text to continue.", {"flag_values": values}
     absl_flags.DEFINE_multi_string("prompt", None, text, **options)
     absl_flags.DEFINE_integer("tokens", None, "Tokens of a sample.", **options)
-    absl_flags.DEFINE_float(
-        "temperature", None, "Sampling temperature; 0: the most probable tokens.", **options
-    )
+    absl_flags.DEFINE_float("temperature", None, "Sampling temperature; 0: the most probable tokens.", **options)
     text = "Sample from the smallest set of tokens with this probability."
     absl_flags.DEFINE_float("top_p", None, text, **options)
     absl_flags.DEFINE_string("stop", None, "End a sample before this text.", **options)
-    absl_flags.DEFINE_integer(
-        "seed", 0, "Fixes the samples.", lower_bound=0, upper_bound=2**31 - 1, **options
-    )
+    absl_flags.DEFINE_integer("seed", 0, "Fixes the samples.", lower_bound=0, upper_bound=2**31 - 1, **options)
     absl_flags.DEFINE_integer("step", None, "Step of the checkpoint; without: the newest.", **options)
 
 
@@ -104,9 +105,7 @@ def main(config: Config, flags: absl_flags.FlagValues) -> None:
     validate(config)
     prompts = flags.prompt or [config.sample.prompt] * bool(config.sample.prompt)
     if not prompts:
-        raise ConfigError(
-            "--prompt", None, "not given, and config.sample.prompt is empty", 'write --prompt="def "'
-        )
+        raise ConfigError("--prompt", None, "not given, and config.sample.prompt is empty", 'write --prompt="def "')
 
     import jax
 

@@ -73,9 +73,7 @@ def _check_data(data: DataConfig) -> None:
             raise ConfigError(f"data.sources[{i}].name", source.name, limit, "rename one")
         _check_source(f"data.sources[{i}].", source, data.held_out_percent)
     if not any(source.weight for source in data.sources):
-        raise ConfigError(
-            "data.sources[0].weight", 0.0, "all weights are 0", "give one source a weight above 0"
-        )
+        raise ConfigError("data.sources[0].weight", 0.0, "all weights are 0", "give one source a weight above 0")
 
 
 def _check_source(path: str, source: SourceConfig, held_out_percent: float) -> None:
@@ -87,9 +85,7 @@ def _check_source(path: str, source: SourceConfig, held_out_percent: float) -> N
             raise ConfigError(path + name, globs, "an empty glob between commas", "remove the extra comma")
     held_out = source.validation_files, source.test_files
     if source.tfds and source.files:
-        raise ConfigError(
-            path + "files", source.files, f"excludes {path}tfds={source.tfds}", "empty one of them"
-        )
+        raise ConfigError(path + "files", source.files, f"excludes {path}tfds={source.tfds}", "empty one of them")
     if not source.tfds and not source.files and (source.weight or not any(held_out)):
         limit = f"the source {source.name} has no text, and neither has {path}tfds"
         raise ConfigError(path + "files", source.files, limit, "set one of them")
@@ -101,18 +97,14 @@ def _check_source(path: str, source: SourceConfig, held_out_percent: float) -> N
         limit = f"only for python_stdlib, not {path}tfds={source.tfds!r}"
         raise ConfigError(path + "installed_packages", True, limit, "switch it off")
     if not source.text_feature.strip():
-        raise ConfigError(
-            path + "text_feature", source.text_feature, "no name", "name the text, such as 'text'"
-        )
+        raise ConfigError(path + "text_feature", source.text_feature, "no name", "name the text, such as 'text'")
 
 
 def _check_blocks(model: ModelConfig) -> None:
     group = len(parse_pattern(model))
     if model.layers % group:
         limit = f"not a multiple of the {group} kinds in model.pattern={model.pattern}"
-        raise ConfigError(
-            "model.layers", model.layers, limit, f"use {model.layers // group * group or group}"
-        )
+        raise ConfigError("model.layers", model.layers, limit, f"use {model.layers // group * group or group}")
     parse_inserts(model)
 
 
@@ -133,9 +125,7 @@ def _check_attention(config: Config) -> None:
             raise ConfigError("model.head_width", model.head_width, limit, "set an even model.head_width")
     elif model.rope_scaling != "none":
         limit = f"model.positions={model.positions} has no frequencies to stretch"
-        raise ConfigError(
-            "model.rope_scaling", model.rope_scaling, limit, "use none, or model.positions=rope"
-        )
+        raise ConfigError("model.rope_scaling", model.rope_scaling, limit, "use none, or model.positions=rope")
     if model.rope_scaling == "llama3":
         low, high = model.rope_low_frequency, model.rope_high_frequency
         if not 0 < low < high:
@@ -144,9 +134,7 @@ def _check_attention(config: Config) -> None:
     if model.positions == "learned":
         limit = f"rows are fewer than data.sequence_length={config.data.sequence_length}"
         if model.max_positions < config.data.sequence_length:
-            raise ConfigError(
-                "model.max_positions", model.max_positions, limit, "raise it, or shorten the rows"
-            )
+            raise ConfigError("model.max_positions", model.max_positions, limit, "raise it, or shorten the rows")
         if config.sample.prompt and config.sample.tokens >= model.max_positions:
             limit = f"with the prompt, more than model.max_positions={model.max_positions}"
             raise ConfigError("sample.tokens", config.sample.tokens, limit, "lower it, or raise the other")
@@ -177,9 +165,7 @@ def _check_feed_forward(config: Config) -> None:
             fix = "use 1 or more, or 0 for a buffer that holds everything"
             raise ConfigError("model.moe.exchange_buffer", moe.exchange_buffer, limit, fix)
         if moe.backend == "tokamax" and importlib.util.find_spec("tokamax") is None:
-            raise ConfigError(
-                "model.moe.backend", "tokamax", "a package that is missing", "pip install tokamax"
-            )
+            raise ConfigError("model.moe.backend", "tokamax", "a package that is missing", "pip install tokamax")
         _must_divide("mesh.expert", mesh.expert, "model.moe.experts", moe.experts)
         if moe.expert_width:
             _must_divide("mesh.tensor", mesh.tensor, "model.moe.expert_width", moe.expert_width)
@@ -264,9 +250,7 @@ def _check_router(config: Config) -> None:
             limit = f"{router} has no use for it{later}"
             raise ConfigError("model.moe.eval_capacity", moe.eval_capacity, limit, "use 0")
     if moe.shared_gate and not moe.shared_experts:
-        raise ConfigError(
-            "model.moe.shared_gate", True, "model.moe.shared_experts=0", "raise it, or switch the gate off"
-        )
+        raise ConfigError("model.moe.shared_gate", True, "model.moe.shared_experts=0", "raise it, or switch the gate off")
     if moe.router == "top_k":
         _check_top_k(moe)
     if moe.router == "remoe":
@@ -294,9 +278,7 @@ def _check_top_k(moe: MoEConfig) -> None:
     if columns % o.groups:
         raise ConfigError(path + "groups", o.groups, f"does not divide the {columns} experts", "use a divisor")
     if o.kept_groups > o.groups:
-        raise ConfigError(
-            path + "kept_groups", o.kept_groups, f"more than {path}groups={o.groups}", "lower it"
-        )
+        raise ConfigError(path + "kept_groups", o.kept_groups, f"more than {path}groups={o.groups}", "lower it")
     if moe.top_k > columns // o.groups * o.kept_groups:
         limit = f"fewer than model.moe.top_k={moe.top_k} experts in {o.kept_groups} of {o.groups} groups"
         raise ConfigError(path + "kept_groups", o.kept_groups, limit, "raise it")
@@ -307,9 +289,7 @@ def _check_top_k(moe: MoEConfig) -> None:
 def _check_mesh(config: Config, device_count: int | None) -> None:
     mesh, train = config.mesh, config.train
     if mesh.data == 0:
-        raise ConfigError(
-            "mesh.data", 0, "no copy of the model", "use -1 for what the other axes leave, or 1 or more"
-        )
+        raise ConfigError("mesh.data", 0, "no copy of the model", "use -1 for what the other axes leave, or 1 or more")
     others = mesh.fsdp * mesh.expert * mesh.tensor
     axes = f"fsdp={mesh.fsdp} * expert={mesh.expert} * tensor={mesh.tensor}"
     data = mesh.data
@@ -327,18 +307,14 @@ def _check_mesh(config: Config, device_count: int | None) -> None:
     if config.data.batch_size % parts:
         limit = f"not a multiple of train.microbatches={train.microbatches} * {shards} shards = {parts}"
         near = max(config.data.batch_size // parts, 1) * parts
-        raise ConfigError(
-            "data.batch_size", config.data.batch_size, limit, f"use {near}, or change the other two"
-        )
+        raise ConfigError("data.batch_size", config.data.batch_size, limit, f"use {near}, or change the other two")
 
 
 def _check_optimizer(config: Config) -> None:
     optimizer = config.optimizer
     if optimizer.warmup_steps > config.train.steps:
         limit = f"more than train.steps={config.train.steps}"
-        raise ConfigError(
-            "optimizer.warmup_steps", optimizer.warmup_steps, limit, "lower it, or train longer"
-        )
+        raise ConfigError("optimizer.warmup_steps", optimizer.warmup_steps, limit, "lower it, or train longer")
     for i, group in enumerate(optimizer.groups):
         path = f"optimizer.groups[{i}]."
         if not group.path:
@@ -363,13 +339,9 @@ def _check_run(config: Config) -> None:
     if init.upcycle_from:
         _check_upcycle(config)
     if init.include and not init.checkpoint:
-        raise ConfigError(
-            "init.include", init.include, "init.checkpoint is empty", "name a checkpoint, or empty it"
-        )
+        raise ConfigError("init.include", init.include, "init.checkpoint is empty", "name a checkpoint, or empty it")
     if init.include and not all(prefix.strip() for prefix in init.include.split(",")):
-        raise ConfigError(
-            "init.include", init.include, "an empty prefix between commas", "remove the extra comma"
-        )
+        raise ConfigError("init.include", init.include, "an empty prefix between commas", "remove the extra comma")
 
 
 def _check_upcycle(config: Config) -> None:

@@ -60,7 +60,12 @@ BAD_OVERRIDES = [
     # No such field.
     (["--config.sed=1"], "config.sed=1", "did you mean config.seed?"),
     (
-        ["--config.model.pattern=peer", "--config.model.peer.backend=mosaic", "--config.model.width=192", "--config.model.heads=2"],
+        [
+            "--config.model.pattern=peer",
+            "--config.model.peer.backend=mosaic",
+            "--config.model.width=192",
+            "--config.model.heads=2",
+        ],
         "config.model.peer.backend=mosaic: 192 values of an expert's row on a device",
         "use model.peer.backend=auto",
     ),
@@ -189,7 +194,9 @@ BAD_OVERRIDES = [
     ),
     (
         [
-            "--config.model.moe.router=expert_choice", "--config.model.moe.allow_noncausal=true", "--config.sample.prompt=",
+            "--config.model.moe.router=expert_choice",
+            "--config.model.moe.allow_noncausal=true",
+            "--config.sample.prompt=",
             "--config.model.moe.exchange=ragged",
         ],
         "config.model.moe.exchange=ragged: without effect on model.moe.router=expert_choice, whose slots",
@@ -197,23 +204,31 @@ BAD_OVERRIDES = [
     ),
     (
         [
-            "--config.model.moe.router=expert_choice", "--config.model.moe.allow_noncausal=true", "--config.sample.prompt=",
-            "--config.model.moe.routers.expert_choice.evaluation=tokens", "--config.model.moe.backend=ragged_dot",
+            "--config.model.moe.router=expert_choice",
+            "--config.model.moe.allow_noncausal=true",
+            "--config.sample.prompt=",
+            "--config.model.moe.routers.expert_choice.evaluation=tokens",
+            "--config.model.moe.backend=ragged_dot",
         ],
         "config.model.moe.backend=ragged_dot: without effect on model.moe.router=expert_choice in training; evaluation by tokens is dropless",
         "use auto",
     ),
     (
         [
-            "--config.model.moe.router=expert_choice", "--config.model.moe.allow_noncausal=true", "--config.sample.prompt=",
-            "--config.model.moe.routers.expert_choice.evaluation=tokens", "--config.model.moe.eval_capacity=2",
+            "--config.model.moe.router=expert_choice",
+            "--config.model.moe.allow_noncausal=true",
+            "--config.sample.prompt=",
+            "--config.model.moe.routers.expert_choice.evaluation=tokens",
+            "--config.model.moe.eval_capacity=2",
         ],
         "config.model.moe.eval_capacity=2.0: model.moe.router=expert_choice has no use for it in training; evaluation by tokens",
         "use 0",
     ),
     (
         [
-            "--config.model.moe.router=expert_choice", "--config.model.moe.allow_noncausal=true", "--config.sample.prompt=def",
+            "--config.model.moe.router=expert_choice",
+            "--config.model.moe.allow_noncausal=true",
+            "--config.sample.prompt=def",
         ],
         "config.sample.prompt=def: model.moe.router=expert_choice looks at later tokens",
         "empty it",
@@ -540,9 +555,7 @@ def test_flagfile(files):
 def test_config_file_with_an_argument_and_a_class(files):
     text = "import dataclasses\nfrom moe_jax import config as c\n"
     text += "@dataclasses.dataclass\nclass Local:\n    x: 'int' = 1\n"
-    (files / "configs/sized.py").write_text(
-        text + "def get_config(size='2'):\n    return c.Config(seed=int(size))\n"
-    )
+    (files / "configs/sized.py").write_text(text + "def get_config(size='2'):\n    return c.Config(seed=int(size))\n")
     assert load_config("configs/sized.py").seed == 2
     assert load_config("configs/sized.py:7").seed == 7
     assert load_config(str(files / "configs/sized.py:8")).seed == 8

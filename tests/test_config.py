@@ -51,9 +51,7 @@ def test_leaf_types_names_every_leaf():
     assert set(names) == set(c.leaf_types())
 
 
-@pytest.mark.parametrize(
-    "config", [c.Config(), large(), different(large())], ids=["default", "large", "different"]
-)
+@pytest.mark.parametrize("config", [c.Config(), large(), different(large())], ids=["default", "large", "different"])
 def test_round_trip_through_json(config):
     assert c.from_dict(json.loads(json.dumps(c.to_dict(config)))) == config
 
@@ -260,9 +258,7 @@ def test_sources():
         validate(config)
 
 
-@pytest.mark.parametrize(
-    "config", [None, {}, c.ModelConfig(), c.Config], ids=["None", "dict", "section", "class"]
-)
+@pytest.mark.parametrize("config", [None, {}, c.ModelConfig(), c.Config], ids=["None", "dict", "section", "class"])
 def test_validate_refuses_what_is_no_config(config):
     with pytest.raises(c.ConfigError, match=r"^config="):
         validate(config)
@@ -271,9 +267,7 @@ def test_validate_refuses_what_is_no_config(config):
 def test_validate_refuses_a_misspelt_attribute():
     config = c.Config()
     config.model.moe.topk = 1
-    with pytest.raises(
-        c.ConfigError, match=r"config.model.moe.topk=1: no such field; did you mean config.model.moe.top_k\?"
-    ):
+    with pytest.raises(c.ConfigError, match=r"config.model.moe.topk=1: no such field; did you mean config.model.moe.top_k\?"):
         validate(config)
 
 

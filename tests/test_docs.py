@@ -34,11 +34,7 @@ def commands():
             r"python (?:-m )?((?:train\.py|moe_jax\.\w+)[^;\n]*)",
             block.replace("$TRAIN", TRAIN).replace("\\\n", " "),
         ):
-            words = (
-                shlex.split(line, comments=True)
-                if line.count('"') % 2 == 0
-                else shlex.split(line.rstrip('"'))
-            )
+            words = shlex.split(line, comments=True) if line.count('"') % 2 == 0 else shlex.split(line.rstrip('"'))
             yield [word for word in words if word not in ("&", "$@")]
 
 
@@ -52,9 +48,11 @@ def test_every_command_parses(monkeypatch, tmp_path):
     for words in found:
         of_run = words[0] in ("moe_jax.evaluate", "moe_jax.generate")
         config, flags = cli.parse(
-            words, flags=OWN_FLAGS[words[0]], config_from="workdir" if of_run else "file",
+            words,
+            flags=OWN_FLAGS[words[0]],
+            config_from="workdir" if of_run else "file",
             workdir=words[0] != "moe_jax.plan",
-        )  # fmt: skip
+        )
         if words[0] == "moe_jax.plan":
             sizes = flags.topology.partition(":")[2].split("x")
             assert sizes == ["2", "2", "4"]
@@ -76,19 +74,13 @@ def test_the_rehearsal(tmp_path):
     block = next(block for block in BLOCKS if "rehearse()" in block)
     with socket.socket() as s:
         s.bind(("localhost", 0))
-        block = block.replace("8476", str(s.getsockname()[1])).replace(
-            "runs/rehearsal", str(tmp_path / "run")
-        )
+        block = block.replace("8476", str(s.getsockname()[1])).replace("runs/rehearsal", str(tmp_path / "run"))
     env = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}",
     }
-    result = subprocess.run(
-        ["bash", "-c", block], cwd=ROOT, env=env, capture_output=True, text=True, timeout=580
-    )
+    result = subprocess.run(["bash", "-c", block], cwd=ROOT, env=env, capture_output=True, text=True, timeout=580)
     assert result.returncode == 0 and "8 cpu devices" in result.stderr, result.stderr[-3000:]
     assert result.stderr.count("complete: ") == 1 and "Traceback" not in result.stderr
-    assert (tmp_path / "run" / "metrics.jsonl").exists() and list(
-        (tmp_path / "run" / "profile").rglob("*.pb")
-    )
+    assert (tmp_path / "run" / "metrics.jsonl").exists() and list((tmp_path / "run" / "profile").rglob("*.pb"))

@@ -12,9 +12,19 @@ ROOT = pathlib.Path(__file__).parents[1]
 # One way down: a room imports only rooms of its own line and of lines above.
 ROOMS = [
     (
-        "config", "config_blocks", "config_field", "config_file", "config_help", "config_moe", "config_peer", "config_study",
-        "config_types", "validation", "cli", "types",
-    ),  # fmt: skip
+        "config",
+        "config_blocks",
+        "config_field",
+        "config_file",
+        "config_help",
+        "config_moe",
+        "config_peer",
+        "config_study",
+        "config_types",
+        "validation",
+        "cli",
+        "types",
+    ),
     ("compat",),
     ("ops",),
     ("routing",),
@@ -37,10 +47,17 @@ MOVING = {
     "train/checkpoint.py": ("jax.experimental.multihost_utils",),
 }
 MOVING_NAMES = (
-    "jax.experimental", "jax.shard_map", "jax.make_mesh", "jax.sharding.AxisType", "jax.sharding.Mesh",
-    "jax.sharding.AbstractMesh", "jax.sharding.get_abstract_mesh",
-    "jax.lax.pcast", "jax.lax.pvary", "jax.typeof",
-)  # fmt: skip
+    "jax.experimental",
+    "jax.shard_map",
+    "jax.make_mesh",
+    "jax.sharding.AxisType",
+    "jax.sharding.Mesh",
+    "jax.sharding.AbstractMesh",
+    "jax.sharding.get_abstract_mesh",
+    "jax.lax.pcast",
+    "jax.lax.pvary",
+    "jax.typeof",
+)
 
 
 def imports(tree: ast.AST, package: str) -> set[str]:

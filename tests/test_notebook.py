@@ -16,9 +16,7 @@ def test_quickstart_notebook_runs(tmp_path):
     assert "STEPS = 300" in parameters.source and 'WORKDIR = "runs/notebook"' in parameters.source
     parameters.source = parameters.source.replace("STEPS = 300", "STEPS = 6")
     parameters.source = parameters.source.replace("runs/notebook", str(tmp_path / "run"))
-    nbclient.NotebookClient(
-        notebook, timeout=600, resources={"metadata": {"path": str(ROOT / "notebooks")}}
-    ).execute()
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(ROOT / "notebooks")}}).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     text = "".join(output.get("text", "") for output in outputs)
     assert "step 6/6" in text or "6/6" in text

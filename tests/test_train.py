@@ -81,9 +81,7 @@ def start(config_file, workdir, *flags, driver=None, **env):
     command = [sys.executable] + (["-c", driver] if driver else [])
     command += [str(ROOT / "train.py"), f"--config={config_file}", f"--workdir={workdir}", *flags]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **env}
-    return subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
-    )
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
 
 
 def train(*args, expect=0, **options):
@@ -157,9 +155,7 @@ def test_what_may_change_on_resume(config_file, tmp_path):
     assert any(path.is_file() for path in (run / "profile").rglob("*"))
 
 
-@pytest.mark.parametrize(
-    "signum, code", [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_exits(config_file, tmp_path, signum, code):
     flags = ("--config.train.steps=5000", "--config.train.checkpoint_every=0", "--config.train.eval_every=0")
     process = start(config_file, tmp_path / "run", *flags)
@@ -195,9 +191,7 @@ def test_starts_from_another_run(config_file, tmp_path):
         f"--config.init.checkpoint={tmp_path / 'first'}",
         "--config.init.include=embed,stack/groups/block_0",
     )
-    err = train(
-        config_file, tmp_path / "second", *flags, "--config.train.steps=5", "--config.model.moe.experts=4"
-    )
+    err = train(config_file, tmp_path / "second", *flags, "--config.train.steps=5", "--config.model.moe.experts=4")
     assert "stack/groups/block_1/moe/experts/w_in" in err
 
 
@@ -242,9 +236,7 @@ def test_two_processes_train_are_killed_and_resume(config_file, tmp_path):
     pair(expect=(-signal.SIGKILL, -signal.SIGABRT, 1), driver=KILLED, KILL_AT="18")
     errors = pair(expect=(0,))
     assert "resumed at step 13" in "".join(errors)
-    one, two = (
-        [row["loss"] for row in read_metrics(tmp_path / name) if "loss" in row] for name in ("one", "two")
-    )
+    one, two = ([row["loss"] for row in read_metrics(tmp_path / name) if "loss" in row] for name in ("one", "two"))
     assert len(two) == 30
     np.testing.assert_allclose(two, one, rtol=1e-5)
 
@@ -256,15 +248,11 @@ def test_evaluate_and_generate_read_the_run(config_file, tmp_path):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
 
     def command(*words):
-        return subprocess.run(
-            [sys.executable, "-m", *words], env=env, capture_output=True, text=True, timeout=300
-        )
+        return subprocess.run([sys.executable, "-m", *words], env=env, capture_output=True, text=True, timeout=300)
 
     other = tmp_path / "other.txt"
     other.write_text("1 2 3 4\n" * 50)
-    result = command(
-        "moe_jax.evaluate", f"--workdir={workdir}", f"--source=other={other}", f"--source=again={other}"
-    )
+    result = command("moe_jax.evaluate", f"--workdir={workdir}", f"--source=other={other}", f"--source=again={other}")
     scores = json.loads(result.stdout)
     assert scores["step"] == 5 and set(scores["sources"]) == {"other", "again"}
     assert scores["sources"]["other"]["loss"] == scores["sources"]["again"]["loss"]

@@ -66,11 +66,22 @@ def base_config() -> c.Config:
 
 # Queries of 128 make the middle block's FLOPs those of width 768 again, with 512^2 experts.
 FULL = {
-    "data.vocab_size": 4096, "data.sequence_length": 512, "data.batch_size": 32, "model.layers": 7, "model.width": 512,
-    "model.heads": 8, "model.ffn_width": 2048, "model.dtype": "bfloat16", "model.init_std": 0.044,
-    "model.peer.heads": 8, "model.peer.top_k": 16, "model.peer.key_width": 128,
-    "optimizer.learning_rate": 1e-3, "train.steps": STEPS_FULL, "train.eval_every": 60,
-}  # fmt: skip
+    "data.vocab_size": 4096,
+    "data.sequence_length": 512,
+    "data.batch_size": 32,
+    "model.layers": 7,
+    "model.width": 512,
+    "model.heads": 8,
+    "model.ffn_width": 2048,
+    "model.dtype": "bfloat16",
+    "model.init_std": 0.044,
+    "model.peer.heads": 8,
+    "model.peer.top_k": 16,
+    "model.peer.key_width": 128,
+    "optimizer.learning_rate": 1e-3,
+    "train.steps": STEPS_FULL,
+    "train.eval_every": 60,
+}
 
 
 def get_config(part: str = "") -> Study:
@@ -89,11 +100,17 @@ def learning_rates() -> Study:
         group = {"optimizer.groups[0].path": "peer/experts$", "optimizer.groups[0].learning_rate_scale": scale}
         arms.append(Arm(f"peer_{name}", small | group, full=full))
     line = {"": {f"peer_{name}": round(scale, 2) for name, scale in rates.items()}}
-    curve = Curve("rate", "The pool's learning rate", "its learning rate / that of the rest", line, ("loss", "unevenness", "usage"))
+    curve = Curve(
+        "rate", "The pool's learning rate", "its learning rate / that of the rest", line, ("loss", "unevenness", "usage")
+    )
     return Study(
-        base, tuple(arms), baseline="dense", full=FULL | {"train.steps": STEPS_FULL // 2}, title="PEER at equal FLOPs, half the tokens",
+        base,
+        tuple(arms),
+        baseline="dense",
+        full=FULL | {"train.steps": STEPS_FULL // 2},
+        title="PEER at equal FLOPs, half the tokens",
         curves=(curve,),
-    )  # fmt: skip
+    )
 
 
 def comparison() -> Study:
@@ -130,21 +147,47 @@ def comparison() -> Study:
 
     pool = "model.peer.experts"
     curves = (
-        Curve("pool", "Larger pools", "experts N", {
-            "BatchNorm of queries": {name: pool for name in ("peer_n1", "peer_n4", "peer", "peer_n64")},
-            "no norm": {"peer_no_norm": pool},
-        }, ("loss", "unevenness", "usage")),
-        Curve("granularity", "Finer experts, equal parameters, total and active", "hidden neurons of an expert", {
-            "": {f"moe_{kind}_half": "model.moe.expert_width" for kind in ("8x1", "32x4", "64x8")} | {"peer_atoms_half": 1},
-        }),
-        Curve("heads", "More heads", "heads H", {
-            "": {name: "model.peer.heads" for name in ("peer_h2_half", "peer_half", "peer_h8_half")},
-        }, ("loss", "unevenness")),
-        Curve("budget", "Two budgets", "optimizer steps", {
-            name: {f"{name}_half": "train.steps", name: "train.steps"} for name in (*main, "expert_choice_causal")
-        }),
-    )  # fmt: skip
+        Curve(
+            "pool",
+            "Larger pools",
+            "experts N",
+            {
+                "BatchNorm of queries": {name: pool for name in ("peer_n1", "peer_n4", "peer", "peer_n64")},
+                "no norm": {"peer_no_norm": pool},
+            },
+            ("loss", "unevenness", "usage"),
+        ),
+        Curve(
+            "granularity",
+            "Finer experts, equal parameters, total and active",
+            "hidden neurons of an expert",
+            {
+                "": {f"moe_{kind}_half": "model.moe.expert_width" for kind in ("8x1", "32x4", "64x8")} | {"peer_atoms_half": 1},
+            },
+        ),
+        Curve(
+            "heads",
+            "More heads",
+            "heads H",
+            {
+                "": {name: "model.peer.heads" for name in ("peer_h2_half", "peer_half", "peer_h8_half")},
+            },
+            ("loss", "unevenness"),
+        ),
+        Curve(
+            "budget",
+            "Two budgets",
+            "optimizer steps",
+            {name: {f"{name}_half": "train.steps", name: "train.steps"} for name in (*main, "expert_choice_causal")},
+        ),
+    )
     return Study(
-        base, tuple(arms), baseline="dense", seeds=(0, 1, 2), full=FULL, title="PEER at equal FLOPs", curves=curves,
+        base,
+        tuple(arms),
+        baseline="dense",
+        seeds=(0, 1, 2),
+        full=FULL,
+        title="PEER at equal FLOPs",
+        curves=curves,
         shown=(*main, "expert_choice_causal"),
-    )  # fmt: skip
+    )

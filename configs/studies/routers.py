@@ -50,8 +50,18 @@ def get_config() -> Study:
     )
     # Four times through the text is the most that a study allows: more of it, and more steps, with data.sources[0].files.
     full = {
-        "data.vocab_size": 4096, "data.sequence_length": 512, "data.batch_size": 32, "model.layers": 8, "model.width": 512,
-        "model.heads": 8, "model.ffn_width": 2048, "model.dtype": "bfloat16", "model.init_std": 0.044, "model.scan": True,
-        "optimizer.learning_rate": 1e-3, "train.steps": 600, "train.eval_every": 60,
-    }  # fmt: skip
+        "data.vocab_size": 4096,
+        "data.sequence_length": 512,
+        "data.batch_size": 32,
+        "model.layers": 8,
+        "model.width": 512,
+        "model.heads": 8,
+        "model.ffn_width": 2048,
+        "model.dtype": "bfloat16",
+        "model.init_std": 0.044,
+        "model.scan": True,
+        "optimizer.learning_rate": 1e-3,
+        "train.steps": 600,
+        "train.eval_every": 60,
+    }
     return Study(base, arms, baseline="dense", seeds=(0, 1, 2), full=full, title="Routers at equal parameters")

@@ -34,18 +34,14 @@ def find_files(field: str, globs: str) -> list[tuple[str, epath.Path]]:
         root, tail = epath.Path(folder + slash or ".").expanduser(), pattern[len(folder + slash) :]
         remote = "://" in pattern
         if remote and "**" in tail:
-            raise ConfigError(
-                field, pattern, "has ** in a remote path", "name the folders, or use * for each"
-            )
+            raise ConfigError(field, pattern, "has ** in a remote path", "name the folders, or use * for each")
         if (root / tail).exists():
             paths = [root / tail]
         else:
             paths = root.glob(tail) if remote else map(epath.Path, pathlib.Path(root).glob(tail))
         paths = [path for path in paths if path.is_file()] if root.is_dir() else []
         if not paths:
-            raise ConfigError(
-                field, pattern, "matches no file", "give a path or a glob such as 'folder/**/*.txt'"
-            )
+            raise ConfigError(field, pattern, "matches no file", "give a path or a glob such as 'folder/**/*.txt'")
         found |= {str(path): (path.relative_to(root).as_posix(), path) for path in paths}
     return sorted(found.values(), key=lambda item: (item[0], str(item[1])))
 
@@ -59,9 +55,7 @@ def files_digest(files: list[tuple[str, epath.Path]]) -> str:
     return digest(rows)
 
 
-def file_documents(
-    files: list[tuple[str, epath.Path]], document: str, text_feature: str, field: str
-) -> Iterator[Document]:
+def file_documents(files: list[tuple[str, epath.Path]], document: str, text_feature: str, field: str) -> Iterator[Document]:
     """Documents of `files` in order: a row of a .jsonl, else what `document` says of the text of a file.
 
     Args:
@@ -96,9 +90,7 @@ def _rows(lines, name: str, text_feature: str, field: str) -> Iterator[Document]
             continue
         text = row.get(text_feature) if isinstance(row, dict) else None
         if not isinstance(text, str):
-            keys = (
-                [key for key, value in row.items() if isinstance(value, str)] if isinstance(row, dict) else []
-            )
+            keys = [key for key, value in row.items() if isinstance(value, str)] if isinstance(row, dict) else []
             raise ConfigError(
                 f"{field}.text_feature",
                 text_feature,

@@ -175,9 +175,7 @@ def open_data(
     for i, source in enumerate(sources):
         report[source.name] = {}
         for name in [name for name in splits if name in source.splits]:
-            stream = open_stream(
-                source.splits[name], tokenizer, cache_dir, f"{source.name} {name}", show_progress
-            )
+            stream = open_stream(source.splits[name], tokenizer, cache_dir, f"{source.name} {name}", show_progress)
             if not stream.documents:
                 fix = "give it text, or other files"
                 limit = f"has no text in {name} ({stream.undecodable} undecodable documents)"
@@ -199,9 +197,7 @@ def open_data(
                 rows = packed.rows
             report[source.name][name] = _counts(stream, rows)
     _log(report)
-    streams = [
-        (stream_digest(source.splits["train"], tokenizer), float(source.weight)) for source, _ in training
-    ]
+    streams = [(stream_digest(source.splits["train"], tokenizer), float(source.weight)) for source, _ in training]
     return TextData(
         tokenizer=tokenizer,
         fingerprint=digest("data", streams, config.sequence_length, config.document_attention),
@@ -251,9 +247,7 @@ def _tokenizer(config: DataConfig, sources: Sequence[Source], cache_dir: epath.P
         return Tokenizer.load(path)
     logging.info("Training a tokenizer of %d tokens.", config.vocab_size)
     total = sum(source.weight for source in sources)
-    samples = (
-        _sample(source.splits["train"], int(SAMPLE_BYTES * source.weight / total)) for source in sources
-    )
+    samples = (_sample(source.splits["train"], int(SAMPLE_BYTES * source.weight / total)) for source in sources)
     tokenizer = BPETokenizer.train((text for sample in samples for text in sample), config.vocab_size)
     tokenizer.save(path)
     return tokenizer

@@ -51,13 +51,8 @@ def open_sources(config: DataConfig, cache_dir: epath.Path) -> list[Source]:
     names = [source.name for source in config.sources]
     for i, name in enumerate(names):
         if name in names[:i]:
-            raise ConfigError(
-                f"data.sources[{i}].name", name, "is the name of another source", "choose another"
-            )
-    return [
-        _open_source(source, f"data.sources[{i}]", config, cache_dir)
-        for i, source in enumerate(config.sources)
-    ]
+            raise ConfigError(f"data.sources[{i}].name", name, "is the name of another source", "choose another")
+    return [_open_source(source, f"data.sources[{i}]", config, cache_dir) for i, source in enumerate(config.sources)]
 
 
 def _open_source(source: SourceConfig, field: str, config: DataConfig, cache_dir: epath.Path) -> Source:
@@ -66,25 +61,19 @@ def _open_source(source: SourceConfig, field: str, config: DataConfig, cache_dir
         limit = "is set beside `files`" if has_files else "is empty, and so is `files`"
         raise ConfigError(f"{field}.tfds", source.tfds, limit, "set one of tfds and files")
     if source.installed_packages and source.tfds != "python_stdlib":
-        raise ConfigError(
-            f"{field}.installed_packages", True, "is for tfds=python_stdlib only", "set it to False"
-        )
+        raise ConfigError(f"{field}.installed_packages", True, "is for tfds=python_stdlib only", "set it to False")
     if source.tfds:
         splits = _tfds_splits(source, field, float(config.held_out_percent), cache_dir)
     else:
         splits = file_splits(source, field, float(config.held_out_percent))
     if source.weight and "train" not in splits:
-        raise ConfigError(
-            f"{field}.weight", source.weight, "the source has no training text", "set weight to 0"
-        )
+        raise ConfigError(f"{field}.weight", source.weight, "the source has no training text", "set weight to 0")
     return Source(source.name, source.weight, splits)
 
 
 def file_splits(source: SourceConfig, field: str, percent: float) -> dict[str, Split]:
     """Splits of a source of local files; `field` is its config path, for errors."""
-    read = functools.partial(
-        file_documents, document=source.document, text_feature=source.text_feature, field=field
-    )
+    read = functools.partial(file_documents, document=source.document, text_feature=source.text_feature, field=field)
     settings = (source.document, source.text_feature)
 
     globs = {"train": source.files, "validation": source.validation_files, "test": source.test_files}
@@ -107,9 +96,7 @@ def file_splits(source: SourceConfig, field: str, percent: float) -> dict[str, S
     for split in ("validation", "test"):
         shared = [name for name, path in files.get(split, ()) if str(path) in training]
         if shared:
-            raise ConfigError(
-                fields[split], globs[split], f"{shared[0]} is in files too", "make the globs disjoint"
-            )
+            raise ConfigError(fields[split], globs[split], f"{shared[0]} is in files too", "make the globs disjoint")
     missing = [split for split in ("validation", "test") if split not in files]
     whole = functools.partial(read, files["train"])
     return splits | _held_out(whole, splits["train"].digest, missing, percent, f"{field}.files", source.files)
@@ -208,9 +195,7 @@ def _prepared_builder(source: SourceConfig, field: str, percent: float, cache_di
     except ConfigError:
         raise
     except tfds.core.DatasetNotFoundError as e:
-        raise ConfigError(
-            f"{field}.tfds", source.tfds, "is no TFDS dataset", f"check the name, or {local}"
-        ) from e
+        raise ConfigError(f"{field}.tfds", source.tfds, "is no TFDS dataset", f"check the name, or {local}") from e
     except ImportError as e:
         needs = (e.name or str(e)).partition(".")[0]
         fix = f"{local}, or install {needs}"
@@ -229,9 +214,7 @@ def _check_feature(features, source: SourceConfig, field: str) -> None:
     if source.text_feature not in features:
         texts = [name for name, feature in features.items() if isinstance(feature, tfds.features.Text)]
         fix = f"choose one of its texts: {', '.join(texts) or 'it has none'}"
-        raise ConfigError(
-            f"{field}.text_feature", source.text_feature, f"is no feature of {source.tfds}", fix
-        )
+        raise ConfigError(f"{field}.text_feature", source.text_feature, f"is no feature of {source.tfds}", fix)
 
 
 def prepare(make_builder: Callable[[], tfds.core.DatasetBuilder]) -> tfds.core.DatasetBuilder:

@@ -51,9 +51,7 @@ def _decode(path: str) -> tuple[bytes, str | None]:
         return data, None
 
 
-def python_stdlib_config(
-    held_out_percent: float = 3.0, installed_packages: bool = False, root: str = ""
-) -> PythonStdlibConfig:
+def python_stdlib_config(held_out_percent: float = 3.0, installed_packages: bool = False, root: str = "") -> PythonStdlibConfig:
     """Names the files of the standard library as they are now.
 
     Args:
@@ -91,9 +89,7 @@ class PythonStdlib(tfds.core.GeneratorBasedBuilder):
     # TFDS finds this itself with a package that neither it nor we depend on.
     code_path = epath.Path(__file__)
 
-    def __init__(
-        self, *, config: PythonStdlibConfig | None = None, file_format: str = "array_record", **kwargs
-    ):
+    def __init__(self, *, config: PythonStdlibConfig | None = None, file_format: str = "array_record", **kwargs):
         super().__init__(config=config or python_stdlib_config(), file_format=file_format, **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:

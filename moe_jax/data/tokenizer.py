@@ -127,9 +127,7 @@ class BPETokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         for text in texts:
             text.encode()
-        return [
-            np.array(e.ids, np.int32) for e in self._bpe.encode_batch_fast(texts, add_special_tokens=False)
-        ]
+        return [np.array(e.ids, np.int32) for e in self._bpe.encode_batch_fast(texts, add_special_tokens=False)]
 
     def to_json(self) -> dict:
         return self._json

@@ -110,9 +110,7 @@ def run_slots(
         return combine_rows(rows.reshape(experts * capacity, -1), gates, order, x.dtype)
 
 
-def slots_ffn(
-    rows: jax.Array, weights: Mapping[str, jax.Array], *, activation: str, norm_epsilon: float = 1e-5
-) -> jax.Array:
+def slots_ffn(rows: jax.Array, weights: Mapping[str, jax.Array], *, activation: str, norm_epsilon: float = 1e-5) -> jax.Array:
     """Equal groups of rows, each through its expert: [E, C, D] -> [E, C, D]. Arguments as in `expert_ffn`."""
     weights = {name: weight.astype(rows.dtype) for name, weight in weights.items()}
     norm = [weights[name][:, None] for name in ("norm_scale", "norm_bias") if name in weights]

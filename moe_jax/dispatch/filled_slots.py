@@ -13,9 +13,7 @@ from moe_jax.dispatch.capacity import slots_ffn
 from moe_jax.types import ExpertChoice, SlotMix
 
 
-def run_chosen(
-    x: jax.Array, choice: ExpertChoice, weights: Mapping[str, jax.Array], *, activation: str
-) -> jax.Array:
+def run_chosen(x: jax.Array, choice: ExpertChoice, weights: Mapping[str, jax.Array], *, activation: str) -> jax.Array:
     """Each expert over the tokens that it chose: x [T, D] -> [T, D] in the dtype of x.
 
     The outputs are added to their tokens in float32 at least. A token may be in any number of slots, so that this is a
@@ -33,9 +31,7 @@ def run_chosen(
         return compat.constrain(y.astype(x.dtype), compat.BATCH_AXES, ())
 
 
-def run_mixed(
-    x: jax.Array, mix: SlotMix, weights: Mapping[str, jax.Array], sequences: int, *, activation: str
-) -> jax.Array:
+def run_mixed(x: jax.Array, mix: SlotMix, weights: Mapping[str, jax.Array], sequences: int, *, activation: str) -> jax.Array:
     """Each expert over its mixtures of every sequence: x [T, D], T = B*S with B = `sequences` -> [T, D] in the dtype of x."""
     (experts, slots), width = mix.dispatch.shape[1:], x.shape[1]
     by_sequence = lambda a: a.reshape(sequences, -1, *a.shape[1:])
@@ -52,7 +48,5 @@ def run_mixed(
     with jax.named_scope("experts"):
         rows = slots_ffn(rows, weights, activation=activation).reshape(experts, sequences, slots, width)
     with jax.named_scope("combine"):
-        y = jnp.einsum(
-            "BSEC,EBCD->BSD", by_sequence(mix.combine).astype(x.dtype), rows, preferred_element_type=wide
-        )
+        y = jnp.einsum("BSEC,EBCD->BSD", by_sequence(mix.combine).astype(x.dtype), rows, preferred_element_type=wide)
         return compat.constrain(y.reshape(x.shape).astype(x.dtype), compat.BATCH_AXES, ())

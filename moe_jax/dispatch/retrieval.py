@@ -50,9 +50,12 @@ def sharded_passes(mesh, split: str, backend: str = "blocks") -> Passes:
             count, experts = arrays[0].shape[0], table.shape[0]
             arrays = [_pad(a, -count % shards, experts) for a in arrays]
             mapped = compat.shard_map(
-                lambda *args: run(*args, activation), mesh, (*[tokens] * len(arrays), table_spec), (tokens,) * outputs,
+                lambda *args: run(*args, activation),
+                mesh,
+                (*[tokens] * len(arrays), table_spec),
+                (tokens,) * outputs,
                 check=False,
-            )  # fmt: skip
+            )
             return tuple(a[:count] for a in mapped(*arrays, table))
 
         return call

@@ -42,18 +42,12 @@ def define_flags(values: absl_flags.FlagValues) -> None:
 def define_text_flags(values: absl_flags.FlagValues) -> None:
     """The flags of every command that reads a checkpoint and held-out text."""
     options = {"flag_values": values}
-    absl_flags.DEFINE_enum(
-        "split", "test", ["validation", "test"], "Held-out text of the config's sources.", **options
-    )
+    absl_flags.DEFINE_enum("split", "test", ["validation", "test"], "Held-out text of the config's sources.", **options)
     text = "NAME=GLOB[,GLOB...] of .txt, .jsonl or .gz files to read instead of the config's sources."
     absl_flags.DEFINE_multi_string("source", None, text, **options)
     kinds = ["file", "paragraph", "line"]
-    absl_flags.DEFINE_enum(
-        "document", "file", kinds, "What one document of a .txt of --source is.", **options
-    )
-    absl_flags.DEFINE_string(
-        "text_feature", "text", "Name of the text in a .jsonl row of --source.", **options
-    )
+    absl_flags.DEFINE_enum("document", "file", kinds, "What one document of a .txt of --source is.", **options)
+    absl_flags.DEFINE_string("text_feature", "text", "Name of the text in a .jsonl row of --source.", **options)
     absl_flags.DEFINE_integer("step", None, "Step of the checkpoint; without: the newest.", **options)
 
 
@@ -71,9 +65,7 @@ def main(config: Config, flags: absl_flags.FlagValues) -> None:
             try:
                 epath.Path(flags.output).expanduser().write_text(text + "\n")
             except OSError as error:
-                raise ConfigError(
-                    "--output", flags.output, str(error), "name a file that can be written"
-                ) from None
+                raise ConfigError("--output", flags.output, str(error), "name a file that can be written") from None
 
 
 def parse_sources(texts: list[str]) -> dict[str, str]:
@@ -124,9 +116,7 @@ def evaluation_sets(run: "LoadedRun", flags, sources: dict[str, str]) -> dict[st
         }
     opened = open_data(data, tokenizer=run.tokenizer, splits=(flags.split,))
     if opened.fingerprint != run.meta.get("data_fingerprint"):
-        logging.warning(
-            "The training text or its packing is not the run's any more: it may hold the held-out text."
-        )
+        logging.warning("The training text or its packing is not the run's any more: it may hold the held-out text.")
     sets = opened.evaluation(flags.split)
     if not sets:
         limit = f"no source of the config has text for {flags.split}"

@@ -56,9 +56,7 @@ def init_cache(batch: int, length: int, kv_heads: int, head_width: int, dtype: A
     return KVCache(kv, kv, jnp.zeros((batch, length), jnp.int32), jnp.zeros((batch,), jnp.int32))
 
 
-def update_cache(
-    cache: KVCache, k: jax.Array, v: jax.Array, segment_ids: jax.Array
-) -> tuple[KVCache, jax.Array]:
+def update_cache(cache: KVCache, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> tuple[KVCache, jax.Array]:
     """Appends the real tokens of each row; padding takes no slot, wherever it stands.
 
     Args:
@@ -166,11 +164,7 @@ def choose_backend(
         raise ValueError(f"attention={backend!r} is unknown; use one of {', '.join(BACKENDS)}")
     if backend == "xla":
         return "xla", "requested"
-    wanted = (
-        {"gpu": "cudnn", "cuda": "cudnn", "tpu": "splash"}.get(platform, "xla")
-        if backend == "auto"
-        else backend
-    )
+    wanted = {"gpu": "cudnn", "cuda": "cudnn", "tpu": "splash"}.get(platform, "xla") if backend == "auto" else backend
     obstacle = ""
     if wanted == "cudnn":
         obstacle = _cudnn_obstacle(platform, query_shape, key_shape, dtype, masked or segmented, capability)
@@ -231,9 +225,16 @@ def dot_product_attention(
     platform, mesh = compat.target_platform(), compat.current_mesh()
     shards = 1 if compat.inside_shard_map(mesh) else compat.axis_size(mesh, *BATCH_AXES)
     kind, reason = choose_backend(
-        backend, platform, q.shape, k.shape, q.dtype, masked=mask is not None,
-        segmented=segment_ids is not None, capability=_compute_capability(platform), batch_shards=shards,
-    )  # fmt: skip
+        backend,
+        platform,
+        q.shape,
+        k.shape,
+        q.dtype,
+        masked=mask is not None,
+        segmented=segment_ids is not None,
+        capability=_compute_capability(platform),
+        batch_shards=shards,
+    )
     _log_choice(kind, reason)
     if kind == "splash":
         return splash_attention(q, k, v, causal=causal, segment_ids=segment_ids)
@@ -299,21 +300,24 @@ def _local_splash(q, k, v, segment_ids, *, causal: bool, interpret: bool) -> jax
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     length, heads, width = q.shape[1:]
-    block = next(
-        size for size in (512, 256, 128) if length % size == 0
-    )  # 512 as in MaxText; the default 128 is slow
+    block = next(size for size in (512, 256, 128) if length % size == 0)  # 512 as in MaxText; the default 128 is slow
     head_mask = masks.CausalMask((length, length)) if causal else masks.FullMask((length, length))
     kernel = kernels.make_splash_mha(
         mask=masks.MultiHeadMask([head_mask] * heads),
         head_shards=1,
         q_seq_shards=1,
         block_sizes=kernels.BlockSizes(
-            block_q=block, block_kv=block, block_kv_compute=block,
-            block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
-            block_q_dq=block, block_kv_dq=block,
+            block_q=block,
+            block_kv=block,
+            block_kv_compute=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_kv_dkv_compute=block,
+            block_q_dq=block,
+            block_kv_dq=block,
         ),
         interpret=interpret,
-    )  # fmt: skip
+    )
 
     def row(q, k, v, segments):
         return kernel(q, k, v, segment_ids=kernels.SegmentIds(segments, segments))
@@ -324,9 +328,7 @@ def _local_splash(q, k, v, segment_ids, *, causal: bool, interpret: bool) -> jax
 
 
 def _fan_in(in_axis: int | tuple[int, ...], out_axis: int | tuple[int, ...]):
-    return nn.initializers.variance_scaling(
-        1.0, "fan_in", "truncated_normal", in_axis=in_axis, out_axis=out_axis
-    )
+    return nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=in_axis, out_axis=out_axis)
 
 
 class Attention(nn.Module):
@@ -365,33 +367,25 @@ class Attention(nn.Module):
     param_dtype: Any = jnp.float32
 
     def _parameter(self, name: str, init, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
-        return self.param(name, nn.with_logical_partitioning(init, axes), shape, self.param_dtype).astype(
-            self.dtype
-        )
+        return self.param(name, nn.with_logical_partitioning(init, axes), shape, self.param_dtype).astype(self.dtype)
 
     def _heads(self, x: jax.Array, name: str, heads: int, axis: str) -> jax.Array:
         """Projects x [B, S, D] to [B, S, heads, W], normalised where the options say so."""
         width = self.head_width or x.shape[-1] // self.heads
-        weight = self._parameter(
-            f"w_{name}", _fan_in(0, (1, 2)), (x.shape[-1], heads, width), ("embed", axis, "head")
-        )
+        weight = self._parameter(f"w_{name}", _fan_in(0, (1, 2)), (x.shape[-1], heads, width), ("embed", axis, "head"))
         # With one axis of tokens XLA's products and their gradients take less time on a CPU.
         y = x.reshape(-1, x.shape[-1]) @ weight.reshape(x.shape[-1], heads * width)
         y = y.reshape(*x.shape[:2], heads, width)
         if self.qkv_bias:
             y = y + self._parameter(f"b_{name}", nn.initializers.zeros_init(), (heads, width), (axis, "head"))
         if self.qk_norm and name != "v":
-            y = RMSNorm(
-                self.norm_epsilon, self.dtype, self.param_dtype, axis_name="head", name=f"{name}_norm"
-            )(y)
+            y = RMSNorm(self.norm_epsilon, self.dtype, self.param_dtype, axis_name="head", name=f"{name}_norm")(y)
         return y
 
     def _attend(self, q, k, v, segment_ids, cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
         if cache is None:
             backend = "xla" if self.is_initializing() else self.backend
-            return dot_product_attention(
-                q, k, v, causal=self.causal, segment_ids=segment_ids, backend=backend
-            ), None
+            return dot_product_attention(q, k, v, causal=self.causal, segment_ids=segment_ids, backend=backend), None
         if segment_ids is None:
             segment_ids = jnp.ones(q.shape[:2], jnp.int32)
         cache, slot = update_cache(cache, k, v, segment_ids)
@@ -427,9 +421,7 @@ class Attention(nn.Module):
         if self.heads % kv_heads:
             raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={kv_heads}")
         if not self.head_width and x.shape[-1] % self.heads:
-            raise ValueError(
-                f"width={x.shape[-1]} must be a multiple of heads={self.heads}; or set head_width"
-            )
+            raise ValueError(f"width={x.shape[-1]} must be a multiple of heads={self.heads}; or set head_width")
         if cache is not None and not self.causal:
             raise ValueError("a cache needs causal=True: later tokens would have changed the cached ones")
         width, x = x.shape[-1], x.astype(self.dtype)
@@ -441,9 +433,7 @@ class Attention(nn.Module):
                 frequencies = self.rotary.frequencies(q.shape[-1])
                 q, k = (apply_rotary(y, positions, frequencies) for y in (q, k))
             y, cache = self._attend(q, k, v, segment_ids, cache)
-            weight = self._parameter(
-                "w_o", _fan_in((0, 1), 2), (*q.shape[2:], width), ("heads", "head", "embed")
-            )
+            weight = self._parameter("w_o", _fan_in((0, 1), 2), (*q.shape[2:], width), ("heads", "head", "embed"))
             y = y.reshape(-1, weight.shape[0] * weight.shape[1]) @ weight.reshape(-1, width)
             y = y.reshape(x.shape)
             if self.output_bias:

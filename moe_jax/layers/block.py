@@ -76,12 +76,20 @@ class Block(nn.Module):
         if c.positions == "rope":
             rotary = Rotary(
                 c.rope_theta, c.rope_scaling, c.rope_factor, c.rope_low_frequency, c.rope_high_frequency, c.rope_original_length
-            )  # fmt: skip
+            )
         attention = Attention(
-            heads=c.heads, kv_heads=c.kv_heads, head_width=c.head_width, rotary=rotary, qk_norm=c.qk_norm,
-            norm_epsilon=c.norm_epsilon, qkv_bias=c.qkv_bias, output_bias=c.output_bias, backend=c.attention, dtype=dtype,
+            heads=c.heads,
+            kv_heads=c.kv_heads,
+            head_width=c.head_width,
+            rotary=rotary,
+            qk_norm=c.qk_norm,
+            norm_epsilon=c.norm_epsilon,
+            qkv_bias=c.qkv_bias,
+            output_bias=c.output_bias,
+            backend=c.attention,
+            dtype=dtype,
             name="attention",
-        )  # fmt: skip
+        )
         h = make_norm(c.norm, c.norm_epsilon, dtype, name="norm_attention")(x)
         h, cache = attention(h, inputs.positions, inputs.segment_ids, cache)
         x = x + h
@@ -98,10 +106,19 @@ class Block(nn.Module):
     def _peer(self) -> PEER:
         p = self.config.peer
         return PEER(
-            p.experts, p.heads, p.top_k, p.key_width, p.share_keys, p.query_norm,
-            activation=p.activation if self.kind == "peer" else None, replaces=self.config.activation,
-            shared_width=p.shared_width, split=p.split, backend=p.backend, name="peer",
-        )  # fmt: skip
+            p.experts,
+            p.heads,
+            p.top_k,
+            p.key_width,
+            p.share_keys,
+            p.query_norm,
+            activation=p.activation if self.kind == "peer" else None,
+            replaces=self.config.activation,
+            shared_width=p.shared_width,
+            split=p.split,
+            backend=p.backend,
+            name="peer",
+        )
 
     def _moe(self) -> MoE:
         c, m = self.config, self.config.moe

@@ -58,9 +58,7 @@ class TokenEmbedding(nn.Module):
             return jnp.take(self.embedding, token_ids, axis=0).astype(self.dtype)
         sink = self.get_variable("row_sinks", "embedding")
         if sink.shape != (token_ids.size, self.width):
-            raise ValueError(
-                f"row_sinks/embedding has shape {sink.shape}; it must be {(token_ids.size, self.width)}"
-            )
+            raise ValueError(f"row_sinks/embedding has shape {sink.shape}; it must be {(token_ids.size, self.width)}")
         rows = jnp.take(jax.lax.stop_gradient(self.embedding), token_ids, axis=0).astype(self.dtype)
         return rows + sink.reshape(rows.shape).astype(self.dtype)
 

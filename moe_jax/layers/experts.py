@@ -16,9 +16,7 @@ from moe_jax.ops.grouped_matmul import BACKENDS, resolve_backend
 from moe_jax.types import Assignment, ExpertChoice, SlotMix
 
 # Fan-in of one expert, not of all E together.
-EXPERT_INIT = nn.initializers.variance_scaling(
-    1.0, "fan_in", "truncated_normal", in_axis=-2, out_axis=-1, batch_axis=(0,)
-)
+EXPERT_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=-2, out_axis=-1, batch_axis=(0,))
 
 
 class Experts(nn.Module):
@@ -76,9 +74,15 @@ class Experts(nn.Module):
 
         def run_experts(x, weights, order, gates):
             return expert_ffn(
-                x, weights, order.group_sizes, activation=self.activation, gates=gates, order=order.order,
-                inverse=order.inverse, backend=self.backend,
-            )  # fmt: skip
+                x,
+                weights,
+                order.group_sizes,
+                activation=self.activation,
+                gates=gates,
+                order=order.order,
+                inverse=order.inverse,
+                backend=self.backend,
+            )
 
         mesh = compat.current_mesh()
         if mesh is None or mesh.size == 1 or compat.inside_shard_map(mesh):
@@ -86,6 +90,12 @@ class Experts(nn.Module):
                 return run_slots(x, choice.gates, slots, weights, activation=self.activation), {}
             return run_local(x, choice, weights, run_experts), {}
         return run_sharded(
-            mesh, x, choice, weights, run_experts, exchange=self.exchange, buffer_factor=self.exchange_buffer,
+            mesh,
+            x,
+            choice,
+            weights,
+            run_experts,
+            exchange=self.exchange,
+            buffer_factor=self.exchange_buffer,
             check=BACKENDS[resolve_backend(self.backend)].typed,
-        )  # fmt: skip
+        )

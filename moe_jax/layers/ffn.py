@@ -34,9 +34,7 @@ class FeedForward(nn.Module):
 
     def _parameter(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
         init = MATRIX_INIT if len(shape) > 1 else nn.initializers.zeros_init()
-        return self.param(name, nn.with_logical_partitioning(init, axes), shape, self.param_dtype).astype(
-            self.dtype
-        )
+        return self.param(name, nn.with_logical_partitioning(init, axes), shape, self.param_dtype).astype(self.dtype)
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -64,9 +64,7 @@ class MoE(nn.Module):
     dtype: Any = None
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, inputs: RouterInputs | None = None, *, train: bool = False
-    ) -> tuple[jax.Array, Aux]:
+    def __call__(self, x: jax.Array, inputs: RouterInputs | None = None, *, train: bool = False) -> tuple[jax.Array, Aux]:
         """x [..., S, D] -> (y [..., S, D], Aux). Padding and dropped tokens get nothing from the experts.
 
         `inputs` has an entry for each of the T leading positions of x, flattened; its `train` wins over the
@@ -94,16 +92,20 @@ class MoE(nn.Module):
             choice, slots, dropped = self._limit(choice, tokens.shape[0], virtual, inputs.train)
             stats = {**stats, "dropped": dropped.astype(jnp.float32)}
         run = Experts(
-            self.experts, self.width, self.activation, self.use_bias, self.backend,
-            exchange=self.exchange, exchange_buffer=self.exchange_buffer, name="experts",
-        )  # fmt: skip
+            self.experts,
+            self.width,
+            self.activation,
+            self.use_bias,
+            self.backend,
+            exchange=self.exchange,
+            exchange_buffer=self.exchange_buffer,
+            name="experts",
+        )
         tokens = tokens.astype(self.dtype or x.dtype)
         sequences = tokens.shape[0] // x.shape[-2] if x.ndim > 2 else 1
         y, sent = run(tokens, choice, slots, sequences)
         if virtual:
-            others = VirtualExperts(
-                self.experts, self.zero_experts, self.copy_experts, self.constant_experts, name="virtual"
-            )
+            others = VirtualExperts(self.experts, self.zero_experts, self.copy_experts, self.constant_experts, name="virtual")
             y = (y + others(tokens, choice)).astype(y.dtype)
         if self.shared_width:
             y = y + self._shared(tokens)

@@ -59,9 +59,7 @@ class LayerNorm(nn.Module):
         return layer_norm(x, scale, bias, self.epsilon).astype(self.dtype)
 
 
-def make_norm(
-    kind: str, epsilon: float = 1e-6, dtype: Any = jnp.float32, name: str | None = None
-) -> nn.Module:
+def make_norm(kind: str, epsilon: float = 1e-6, dtype: Any = jnp.float32, name: str | None = None) -> nn.Module:
     """The normalisation layer of that name.
 
     Args:

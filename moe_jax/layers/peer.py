@@ -56,9 +56,7 @@ class PEER(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, inputs: RouterInputs | None = None, *, train: bool = False
-    ) -> tuple[jax.Array, Aux]:
+    def __call__(self, x: jax.Array, inputs: RouterInputs | None = None, *, train: bool = False) -> tuple[jax.Array, Aux]:
         """x [..., S, D] -> (y [..., S, D], Aux). Padding gets nothing from the experts.
 
         `inputs` has an entry for each of the T leading positions of x, flattened; its `train` wins over the argument. With
@@ -86,7 +84,12 @@ class PEER(nn.Module):
         else:
             with jax.named_scope("experts"):
                 y = retrieve(
-                    tokens, *choice, pool, sink, activation=self.activation, passes=self._passes(width, jnp.result_type(tokens, pool))
+                    tokens,
+                    *choice,
+                    pool,
+                    sink,
+                    activation=self.activation,
+                    passes=self._passes(width, jnp.result_type(tokens, pool)),
                 )
         if self.shared_width:
             y = y + FeedForward(self.shared_width, self.replaces, False, tokens.dtype, name="shared")(tokens)

@@ -51,8 +51,7 @@ def rotary_frequencies(
         raise ValueError(f"rope_scaling={scaling!r} is unknown; use one of {', '.join(SCALINGS)}")
     if high_frequency <= low_frequency:
         raise ValueError(
-            f"rope_high_frequency={high_frequency} must be above "
-            f"rope_low_frequency={low_frequency} with llama3 scaling"
+            f"rope_high_frequency={high_frequency} must be above rope_low_frequency={low_frequency} with llama3 scaling"
         )
     turns = original_length * frequencies / (2 * math.pi)  # full turns within the original context
     kept = np.clip((turns - low_frequency) / (high_frequency - low_frequency), 0.0, 1.0)

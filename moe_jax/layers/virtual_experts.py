@@ -48,6 +48,4 @@ class VirtualExperts(nn.Module):
 
     def _parameter(self, name, init, *shape):
         names = (None, "embed", None)[: 1 + len(shape)]
-        return self.param(
-            name, nn.with_logical_partitioning(init, names), (self.constants, *shape), self.param_dtype
-        )
+        return self.param(name, nn.with_logical_partitioning(init, names), (self.constants, *shape), self.param_dtype)

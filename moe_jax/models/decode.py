@@ -82,9 +82,18 @@ def generate(
     limits = np.int32(tokens), np.int32(end_id)
     sampling = key, np.float32(temperature or 1), np.float32(top_p)
     new = _continue(
-        static, variables, logits, cache, lengths, limits, sampling, allowed,
-        new_tokens=new_tokens, greedy=temperature == 0, nucleus=top_p < 1,
-    )  # fmt: skip
+        static,
+        variables,
+        logits,
+        cache,
+        lengths,
+        limits,
+        sampling,
+        allowed,
+        new_tokens=new_tokens,
+        greedy=temperature == 0,
+        nucleus=top_p < 1,
+    )
     return np.asarray(new)[:rows, :tokens]
 
 

@@ -61,9 +61,9 @@ class Decoder(nn.Module):
         embed = TokenEmbedding(self.vocab_size, c.width, c.init_std, c.row_gradients, dtype, name="embed")
         x = embed(token_ids)
         if c.positions == "learned":
-            x = x + LearnedPositions(
-                c.max_positions, c.width, c.position_offset, c.init_std, dtype, name="positions"
-            )(positions)
+            x = x + LearnedPositions(c.max_positions, c.width, c.position_offset, c.init_std, dtype, name="positions")(
+                positions
+            )
         inputs = BlockInputs(token_ids, positions, segment_ids, key, step, train, record)
         x, aux, cache = Stack(c, self.vocab_size, name="stack")(x, inputs, cache)
         x = make_norm(c.norm, c.norm_epsilon, dtype, name="norm_final")(x)
@@ -74,9 +74,7 @@ class Decoder(nn.Module):
         return Output(x, table, mean_losses(aux), stats_tree(aux), cache, ids)
 
     def _output_table(self):
-        init = nn.with_logical_partitioning(
-            nn.initializers.variance_scaling(1.0, "fan_out", "normal"), ("vocab", "embed")
-        )
+        init = nn.with_logical_partitioning(nn.initializers.variance_scaling(1.0, "fan_out", "normal"), ("vocab", "embed"))
         return self.param("output", init, (self.vocab_size, self.config.width), jnp.float32)
 
 

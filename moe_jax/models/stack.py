@@ -62,9 +62,7 @@ class Stack(nn.Module):
                 auxes[name] = aux
         x, part = self._run_groups(x, inputs, stacked, pool, cache, kinds, done, groups)
         parts = [p for p in (*parts, part) if p is not None]
-        auxes["groups"], caches["groups"] = (
-            jax.tree.map(lambda *a: jnp.concatenate(a), *parts) if parts else ({}, None)
-        )
+        auxes["groups"], caches["groups"] = jax.tree.map(lambda *a: jnp.concatenate(a), *parts) if parts else ({}, None)
         return StackOutput(x, auxes, caches if cache is not None else None)
 
     def _variables(self, name, init):
@@ -89,10 +87,7 @@ class Stack(nn.Module):
     def _init_groups(self, key, kinds, groups, x, inputs):
         def one(g):
             group_key = jax.random.fold_in(key, g)
-            blocks = [
-                self._init_block(jax.random.fold_in(group_key, i), kind, x, inputs)
-                for i, kind in enumerate(kinds)
-            ]
+            blocks = [self._init_block(jax.random.fold_in(group_key, i), kind, x, inputs) for i, kind in enumerate(kinds)]
             return {c: {f"block_{i}": b[c] for i, b in enumerate(blocks) if c in b} for c in COLLECTIONS}
 
         def boxed(leaf):
@@ -100,9 +95,7 @@ class Stack(nn.Module):
 
         stacked = jax.vmap(one)(jnp.arange(groups))
         stacked = {c: tree for c, tree in stacked.items() if tree}
-        return jax.tree.map(
-            lambda b: b.add_axis(0, {nn.PARTITION_NAME: "layers"}) if boxed(b) else b, stacked, is_leaf=boxed
-        )
+        return jax.tree.map(lambda b: b.add_axis(0, {nn.PARTITION_NAME: "layers"}) if boxed(b) else b, stacked, is_leaf=boxed)
 
     def _block(self, kind, width=0):
         def run(variables, x, inputs, layer, cache):

@@ -137,9 +137,7 @@ def _project_in(x, w, static):
     """Rows [m, D] -> (normalised rows [m, D], {"in": [m, F], "gate": [m, F]} before the activation)."""
     n = _norm(x, w.vectors("norm_"), static)
     names = ("in", "gate") if is_gated(static.activation) else ("in",)
-    return n, {
-        name: _plus(w.product(n, "w_" + name), w.vectors("b_" + name)).astype(x.dtype) for name in names
-    }
+    return n, {name: _plus(w.product(n, "w_" + name), w.vectors("b_" + name)).astype(x.dtype) for name in names}
 
 
 def _activate(hidden, static):
@@ -210,10 +208,7 @@ class _OfBlock:
     def vectors(self, prefix):
         """{name: [m, X]} of those that there are, the same in each row, in float32 at least."""
         found = {name: self.block.of_group(v) for name, v in self.weights.items() if name.startswith(prefix)}
-        return {
-            name: jnp.broadcast_to(v, (self.block.size, v.shape[0])).astype(_wide(v.dtype))
-            for name, v in found.items()
-        }
+        return {name: jnp.broadcast_to(v, (self.block.size, v.shape[0])).astype(_wide(v.dtype)) for name, v in found.items()}
 
     def add(self, name, a, b):
         self.grads[name] = self.block.add_to_group(self.grads[name], blocks.dot(a, b, (0, 0)))
@@ -240,15 +235,11 @@ class _OfAll:
 
     def product_transposed(self, rows, name):
         out = _wide(rows.dtype) if "w_gate" in self.weights else rows.dtype
-        return self.backend.rows_times_groups(
-            rows, self.weights[name], self.group_sizes, out, transposed=True
-        )
+        return self.backend.rows_times_groups(rows, self.weights[name], self.group_sizes, out, transposed=True)
 
     def vectors(self, prefix):
         found = {name: v for name, v in self.weights.items() if name.startswith(prefix)}
-        return {
-            name: jnp.where(self.real, v.astype(_wide(v.dtype))[self.group], 0) for name, v in found.items()
-        }
+        return {name: jnp.where(self.real, v.astype(_wide(v.dtype))[self.group], 0) for name, v in found.items()}
 
     def add(self, name, a, b):
         self.grads[name] = self.backend.group_products(a, b, self.group_sizes, self.weights[name].dtype)
@@ -321,14 +312,14 @@ def _backward_blocks(x, weights, gates, group_sizes, order, hidden, d_y, static)
             jnp.where(block.valid, _block_rows(x, order, block), 0),
             {name: block.valid_rows(h) for name, h in hidden.items()},
             None if gates is None else block.valid_rows(gates),
-            jnp.where(block.valid, _block_rows(d_y, order, block), 0), w, static,
-        )  # fmt: skip
+            jnp.where(block.valid, _block_rows(d_y, order, block), 0),
+            w,
+            static,
+        )
         return block.write(d_rows, d), None if gates is None else block.write(d_gates, g), w.grads
 
     if rows > 0:
-        d_rows, d_gates, grads = blocks.for_each_block(
-            group_sizes, rows, body, (d_rows, d_gates, grads), empty_groups=True
-        )
+        d_rows, d_gates, grads = blocks.for_each_block(group_sizes, rows, body, (d_rows, d_gates, grads), empty_groups=True)
     grads = {name: grads[name].astype(w.dtype) for name, w in weights.items()}
     return d_rows, d_gates, grads
 

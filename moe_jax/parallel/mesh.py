@@ -77,7 +77,5 @@ def mesh_from_config(config: MeshConfig, devices=None) -> compat.Mesh:
     if math.prod(sizes.values()) != len(devices):
         shape = ", ".join(f"{name}={size}" for name, size in sizes.items())
         limit = f"the product must be the device count, {len(devices)}"
-        raise ConfigError(
-            "mesh", shape, limit, "change an axis, or set mesh.data=-1 to take what the others leave"
-        )
+        raise ConfigError("mesh", shape, limit, "change an axis, or set mesh.data=-1 to take what the others leave")
     return compat.make_mesh(np.asarray(devices), AXES, tuple(sizes.values()))

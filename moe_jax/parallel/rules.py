@@ -48,14 +48,10 @@ def shardings_of(boxed: Any, mesh) -> Any:
     def sharding(path, leaf):
         if not isinstance(leaf, nn.LogicallyPartitioned):
             return replicated(mesh)
-        spec = partition_spec(
-            jax.tree_util.keystr(path, simple=True, separator="/"), leaf.value.shape, leaf.names, mesh
-        )
+        spec = partition_spec(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.value.shape, leaf.names, mesh)
         return NamedSharding(mesh, spec)
 
-    return jax.tree_util.tree_map_with_path(
-        sharding, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
-    )
+    return jax.tree_util.tree_map_with_path(sharding, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
 
 
 def replicated(mesh) -> NamedSharding:

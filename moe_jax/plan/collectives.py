@@ -10,9 +10,14 @@ import numpy as np
 from moe_jax.plan.hlo import Array, Instruction, Program, scope_of
 
 COLLECTIVES = (
-    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
     "collective-broadcast",
-)  # fmt: skip
+)
 
 
 class Collective(NamedTuple):
@@ -103,11 +108,7 @@ def _axes(kind: str, attributes: str, mesh_shape: dict[str, int]) -> tuple[str, 
         chosen = [i for i in range(len(mesh_shape)) if subset >> i & 1]
         if math.prod(ids.shape[i] for i in chosen) != size or any(ids.shape[i] == 1 for i in chosen):
             continue
-        lines = (
-            np.moveaxis(ids, chosen, range(-len(chosen), 0)).reshape(-1, size)
-            if chosen
-            else ids.reshape(-1, 1)
-        )
+        lines = np.moveaxis(ids, chosen, range(-len(chosen), 0)).reshape(-1, size) if chosen else ids.reshape(-1, 1)
         if {frozenset(line) for line in lines.tolist()} == mine:
             return "+".join(name for i, name in enumerate(mesh_shape) if i in chosen), size
     return "?", size
@@ -125,9 +126,7 @@ def replica_groups(attributes: str, devices: int) -> np.ndarray | None:
         if match[3]:
             ids = ids.transpose([int(n) for n in match[3].split(",")])
         return ids.reshape(shape)
-    mesh = re.search(
-        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)]*(?:\([\d,]*\))?)\))? \{([^}]*)\}", attributes
-    )
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)]*(?:\([\d,]*\))?)\))? \{([^}]*)\}", attributes)
     if mesh is None:
         return None
     axes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", mesh[1])}

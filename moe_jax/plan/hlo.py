@@ -15,9 +15,7 @@ _NAME = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 _ARRAY = re.compile(r"(pred|[a-z]+\d+\w*)\[([\d,<=]*)\](\{[^}]*\})?")
 _OPERAND = re.compile(r"%([\w.\-]+)")
-_CALLS = re.compile(
-    r"(calls|to_apply|body|condition|true_computation|false_computation|async_computation)=%?([\w.\-]+)"
-)
+_CALLS = re.compile(r"(calls|to_apply|body|condition|true_computation|false_computation|async_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
 _TRIPS = re.compile(r'known_trip_count["\']?:\s*\{["\']?n["\']?:\s*["\']?(\d+)')
 # Instructions whose `to_apply` is a program and not the formula of a reduction.
@@ -125,9 +123,15 @@ def _parse_line(line: str) -> Instruction | None:
     # Kernels carry their whole code in the attributes.
     rest = rest if len(rest) < 20000 else rest[:4000]
     return Instruction(
-        match[2], opcode[1], parse_arrays(line[start:end]), tuple(_OPERAND.findall(inside)), rest,
-        path[1] if path else "", bool(match[1]), inside,
-    )  # fmt: skip
+        match[2],
+        opcode[1],
+        parse_arrays(line[start:end]),
+        tuple(_OPERAND.findall(inside)),
+        rest,
+        path[1] if path else "",
+        bool(match[1]),
+        inside,
+    )
 
 
 def parse(text: str) -> Program:

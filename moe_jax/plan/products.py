@@ -56,16 +56,19 @@ def _product(instructions, instruction: Instruction) -> float:
     holes, steps = numbers("lhs_dilate", "1"), numbers("rhs_dilate", "1")
     for d, label in enumerate(space):
         total *= _valid_positions(
-            lhs.shape[left.index(label)], out.shape[result.index(label)], int(sizes[d]), int(strides[d]),
-            int(pads[d].split("_")[0]), int(holes[d]), int(steps[d]),
-        )  # fmt: skip
+            lhs.shape[left.index(label)],
+            out.shape[result.index(label)],
+            int(sizes[d]),
+            int(strides[d]),
+            int(pads[d].split("_")[0]),
+            int(holes[d]),
+            int(steps[d]),
+        )
     return total
 
 
 @functools.cache
-def _valid_positions(
-    length: int, outputs: int, size: int, stride: int, pad: int, hole: int, step: int
-) -> int:
+def _valid_positions(length: int, outputs: int, size: int, stride: int, pad: int, hole: int, step: int) -> int:
     """Pairs of an output and a window position that meet an element of the operand."""
     at = np.arange(outputs)[:, None] * stride + np.arange(size)[None, :] * step - pad
     return int(np.sum((at >= 0) & (at % hole == 0) & (at <= (length - 1) * hole)))

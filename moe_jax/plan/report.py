@@ -38,18 +38,23 @@ def to_dict(plan: Plan) -> dict[str, Any]:
         "retrieved_bytes": plan.retrieved_bytes,
         "link_bytes": plan.link_bytes,
         "peaks": {
-            "flops": chip.flops, "hbm_bandwidth": chip.hbm_bandwidth, "link_bandwidth": chip.link_bandwidth,
+            "flops": chip.flops,
+            "hbm_bandwidth": chip.hbm_bandwidth,
+            "link_bandwidth": chip.link_bandwidth,
             "source": chip.source,
         },
-        "roofline": times._asdict() | {
-            "bound": times.bound, "step_overlapped": times.overlapped, "step_serial": times.serial,
+        "roofline": times._asdict()
+        | {
+            "bound": times.bound,
+            "step_overlapped": times.overlapped,
+            "step_serial": times.serial,
             "tokens_per_second": plan.tokens / times.overlapped,
             "mfu": plan.model_flops / chip.flops / times.overlapped,
         },
         "unknown_loops": list(plan.unknown_loops),
         "largest_buffers": [{"array": array, "scope": scope} for array, scope in plan.buffers],
         "compile_seconds": plan.seconds,
-    }  # fmt: skip
+    }
 
 
 def to_text(plan: Plan) -> str:
@@ -63,11 +68,7 @@ def warnings(plan: Plan) -> list[str]:
     """What a reader should not overlook."""
     lines, ratio = [], plan.compared_flops / plan.expected_flops
     if not 0.95 < ratio < 1.05:
-        more = (
-            "somewhere it computes what the model does not ask for"
-            if ratio > 1
-            else "some were not recognised"
-        )
+        more = "somewhere it computes what the model does not ask for" if ratio > 1 else "some were not recognised"
         lines.append(f"the program has {ratio:.2f} times the model's FLOPs: {more}")
     if plan.unknown_loops:
         lines.append(f"loops whose trips depend on data, counted once: {', '.join(plan.unknown_loops)}")
@@ -134,9 +135,7 @@ def _kernels(plan: Plan) -> list[str]:
 def _collectives(plan: Plan) -> list[str]:
     if not plan.collectives:
         return ["collectives: none"]
-    lines = [
-        f"{'collectives in a step':<24}{'axis':<14}{'where':<24}{'calls':>8}{'MiB':>11}{'MiB sent':>11}  largest array"
-    ]
+    lines = [f"{'collectives in a step':<24}{'axis':<14}{'where':<24}{'calls':>8}{'MiB':>11}{'MiB sent':>11}  largest array"]
     for c in plan.collectives:
         lines.append(
             f"  {c.kind:<22}{c.axes:<14}{c.scope:<24}{c.count:>8,.0f}{c.payload / MIB:>11,.1f}{c.sent / MIB:>11,.1f}  {c.largest}"
@@ -162,7 +161,7 @@ def _roofline(plan: Plan) -> list[str]:
         f"  {'step':<10}{t.overlapped * 1e3:>10.1f}  at least, bound by {t.bound}; {t.serial * 1e3:.1f} if nothing overlaps",
         f"  {plan.tokens / t.overlapped:,.0f} tokens/s at most on {plan.topology.chips} chips, "
         f"{plan.model_flops / chip.flops / t.overlapped:.0%} of the peak (MFU)",
-    ]  # fmt: skip
+    ]
 
 
 def ranking(plans: list[Plan], refused: list[tuple[dict[str, int], str]]) -> str:

@@ -30,14 +30,18 @@ class Chip:
 CHIPS = {
     # Links of v4: 6 of 50 GB/s (arXiv:2304.01433, table 4). One device a chip: both cores work as one.
     "v4": Chip(
-        275e12, 32 * GIB, 1200e9, 300e9, "cloud.google.com/tpu/docs/v4, arXiv:2304.01433",
+        275e12,
+        32 * GIB,
+        1200e9,
+        300e9,
+        "cloud.google.com/tpu/docs/v4, arXiv:2304.01433",
         {"chip_config_name": "megacore"},
     ),
     "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9, "cloud.google.com/tpu/docs/v5e"),
     "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9, "cloud.google.com/tpu/docs/v5p"),
     "v6e": Chip(918e12, 32 * GIB, 1638e9, 400e9, "cloud.google.com/tpu/docs/v6e"),
     "tpu7x": Chip(2307e12, 192 * GIB, 7380e9, 600e9, "cloud.google.com/tpu/docs/tpu7x"),
-}  # fmt: skip
+}
 
 
 class Roofline(NamedTuple):

@@ -136,10 +136,7 @@ def vocabulary(config: Config) -> int:
 
 def state_bytes(state: Any) -> int:
     """Bytes of a device's share of a tree of ShapeDtypeStructs with shardings."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(state)
-    )
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
 def analyse(config: Config, topology: Topology, compiled: Any, seconds: float) -> Plan:
@@ -189,9 +186,7 @@ def analyse(config: Config, topology: Topology, compiled: Any, seconds: float) -
         seconds=seconds,
     )
     if plan.peak > topology.chip.hbm:
-        parts = ", ".join(
-            f"{name} {memory[name] * per_chip / GIB:.2f}" for name in ("arguments", "temporaries")
-        )
+        parts = ", ".join(f"{name} {memory[name] * per_chip / GIB:.2f}" for name in ("arguments", "temporaries"))
         raise _too_large(topology, plan.peak, parts)
     return plan
 

@@ -7,9 +7,22 @@ from moe_jax.plan.hlo import Array, Instruction, Program, scope_of
 from moe_jax.plan.products import retrieval_estimate
 
 _FREE = (
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
-    "partition-id", "replica-id", "iota", "opt-barrier", "call-start", "async-start",
-)  # fmt: skip
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "while",
+    "conditional",
+    "call",
+    "after-all",
+    "partition-id",
+    "replica-id",
+    "iota",
+    "opt-barrier",
+    "call-start",
+    "async-start",
+)
 
 # Inside a fusion: results that were operands, and parts of collectives that run beside it.
 _HANDED_ON = ("tuple", *COLLECTIVES)

@@ -48,17 +48,11 @@ def main(config: Config, flags: absl_flags.FlagValues) -> None:
     import jax
 
     if jax.process_index() == 0:
-        output = (
-            epath.Path(flags.output).expanduser()
-            if flags.output
-            else epath.Path(flags.workdir) / "report.html"
-        )
+        output = epath.Path(flags.output).expanduser() if flags.output else epath.Path(flags.workdir) / "report.html"
         try:
             output.write_text(page)
         except OSError as error:
-            raise ConfigError(
-                "--output", str(output), str(error), "name a file that can be written"
-            ) from None
+            raise ConfigError("--output", str(output), str(error), "name a file that can be written") from None
         print(output, flush=True)
 
 
@@ -92,9 +86,7 @@ def _page(config: Config, flags: Any, sources: dict[str, str]) -> str:
     detailed = spread(list(observed.layers), min(max(DETAILED_COLUMNS // columns, few), many))
     facts = analyse(observed, before, detailed, pieces=12)
     material = Material(run, rows, observed, facts, detailed, words, why)
-    title = (
-        f"Routers of {epath.Path(flags.workdir).name}" if facts else f"Run {epath.Path(flags.workdir).name}"
-    )
+    title = f"Routers of {epath.Path(flags.workdir).name}" if facts else f"Run {epath.Path(flags.workdir).name}"
     head = lead(material, flags.workdir, "" if sources else flags.split)
     return frame(title, head, build(material, PAGE_BYTES))
 
@@ -123,9 +115,7 @@ def _older(flags: Any, run: "LoadedRun") -> tuple[_Older | None, str]:
             steps = checkpoints.steps()
         step = int(flags.against) if flags.against else steps[0]
         if step not in steps:
-            raise ConfigError(
-                "--against", step, f"no checkpoint of this step, only of {steps}", "name one of these"
-            )
+            raise ConfigError("--against", step, f"no checkpoint of this step, only of {steps}", "name one of these")
         if not flags.against and step >= run.step:
             why = "the run keeps no older checkpoint (config.train.max_to_keep), and --against names none"
             return None, why

@@ -60,9 +60,7 @@ def spread(names: list[str], limit: int) -> list[str]:
     return [names[i] for i in np.linspace(0, len(names) - 1, limit).round().astype(int)]
 
 
-def analyse(
-    observed: Observed, older: Observed | None, detailed: list[str], pieces: int
-) -> dict[str, LayerFacts]:
+def analyse(observed: Observed, older: Observed | None, detailed: list[str], pieces: int) -> dict[str, LayerFacts]:
     """`LayerFacts` of every layer; one layer's matrices are in memory at a time.
 
     Args:
@@ -77,9 +75,7 @@ def analyse(
     }
 
 
-def _layer(
-    observed: Observed, choices: Choices, older: Choices | None, detailed: bool, limit: int
-) -> LayerFacts:
+def _layer(observed: Observed, choices: Choices, older: Choices | None, detailed: bool, limit: int) -> LayerFacts:
     chosen, ids = choices.chosen(), observed.ids
     counts, sizes = chosen.sum(axis=0), chosen.sum(axis=1)
     several = len(observed.names) > 1

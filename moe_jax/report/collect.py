@@ -81,9 +81,7 @@ def is_dense(config: ModelConfig, vocab_size: int) -> bool:
     ids = jnp.zeros(config.moe.experts, jnp.int32)  # enough tokens for any K
     inputs = RouterInputs(token_ids=ids, positions=ids, segment_ids=ids + 1, valid=ids == 0, sequences=ids)
     x = jnp.zeros((len(ids), config.width))
-    (assignment, _, _), _ = jax.eval_shape(
-        lambda key: router.init_with_output(key, x, inputs), jax.random.key(0)
-    )
+    (assignment, _, _), _ = jax.eval_shape(lambda key: router.init_with_output(key, x, inputs), jax.random.key(0))
     return isinstance(assignment, SlotMix)
 
 
@@ -98,9 +96,7 @@ def layers_of(config: ModelConfig, *wanted: str) -> list[str]:
     blocks = [f"layer_{i:02d}" for i in range(config.layers) if kinds[i % len(kinds)] in wanted]
     inserts = [name for name, kind, _ in parse_inserts(config) if kind in wanted]
     places = {name: (place, 0, i) for i, (name, _, place) in enumerate(parse_inserts(config))}
-    return sorted(
-        [*blocks, *inserts], key=lambda name: places.get(name) or (int(name.removeprefix("layer_")), 1, 0)
-    )
+    return sorted([*blocks, *inserts], key=lambda name: places.get(name) or (int(name.removeprefix("layer_")), 1, 0))
 
 
 def batch_rows(config: Config, mesh, tokens: int) -> int:
@@ -150,9 +146,7 @@ def observe(
     recorder = _Recorder(run, passage, dense)
     hidden = jax.process_index() != 0
     pause = 0.1 if sys.stderr.isatty() else 10.0  # a log file gets a line now and then
-    bar = tqdm(
-        total=sum(counts.values()), desc=label, unit="batch", disable=hidden, mininterval=pause, delay=1
-    )
+    bar = tqdm(total=sum(counts.values()), desc=label, unit="batch", disable=hidden, mininterval=pause, delay=1)
     with jax.set_mesh(run.mesh), contextlib.closing(bar):
         for name, one in sets.items():
             for i, batch in enumerate(one.batches(rows, limit)):
@@ -225,10 +219,16 @@ class _Recorder:
             for name, total in self.totals.items()
         }
         return Observed(
-            tuple(self.totals), np.concatenate(self.ids), np.concatenate(self.sources), self.passages,
-            scores, layers, batch, self.dense,
+            tuple(self.totals),
+            np.concatenate(self.ids),
+            np.concatenate(self.sources),
+            self.passages,
+            scores,
+            layers,
+            batch,
+            self.dense,
             {name: self.retrieved[name] for name in layers_of(self.run.config.model, *RETRIEVING)},
-        )  # fmt: skip
+        )
 
 
 def _added(total: Any, new: Any) -> Any:

@@ -26,9 +26,7 @@ def series(rows: list[Row], name: str) -> Series:
     """The rows that have `name`, a number or a list of numbers."""
     found = [(row["step"], row[name]) for row in rows if name in row]
     values = [np.asarray(value, np.float64) for _, value in found]  # None becomes NaN
-    return Series(
-        np.array([step for step, _ in found], np.int64), np.stack(values) if values else np.zeros(0)
-    )
+    return Series(np.array([step for step, _ in found], np.int64), np.stack(values) if values else np.zeros(0))
 
 
 def layer_names(rows: list[Row]) -> list[str]:
@@ -38,9 +36,7 @@ def layer_names(rows: list[Row]) -> list[str]:
 
 def evaluations(rows: list[Row], metric: str) -> dict[str, Series]:
     """By source, a metric of the evaluations during training."""
-    names = {
-        name: m[1] for row in rows for name in row if (m := _EVALUATION.fullmatch(name)) and m[2] == metric
-    }
+    names = {name: m[1] for row in rows for name in row if (m := _EVALUATION.fullmatch(name)) and m[2] == metric}
     return {source: series(rows, name) for name, source in sorted(names.items())}
 
 

@@ -42,9 +42,7 @@ class Material(NamedTuple):
 
 def lead(m: Material, workdir: str, split: str) -> str:
     """What the page shows, below its title."""
-    per_source = ", ".join(
-        f"{text(name)} {int((m.observed.sources == i).sum()):,}" for i, name in enumerate(m.observed.names)
-    )
+    per_source = ", ".join(f"{text(name)} {int((m.observed.sources == i).sum()):,}" for i, name in enumerate(m.observed.names))
     rows, length = m.observed.batch
     return paragraph(
         f"Run <code>{text(workdir)}</code>, checkpoint of step {m.run.step:,}. Choices were recorded on held-out text"
@@ -74,12 +72,17 @@ def summary(m: Material) -> str:
     ]
     rows = [
         (
-            text(name), number(f.sums["load_max_over_mean"], 2), f"{number(f.sums['entropy'])} nats",
-            f"{f.sums['dead_experts']} of {m.model.moe.experts}", number(f.set_size, 2), percent(f.alone),
-            bits(f.piece.bits), percent(f.piece.share, 0),
+            text(name),
+            number(f.sums["load_max_over_mean"], 2),
+            f"{number(f.sums['entropy'])} nats",
+            f"{f.sums['dead_experts']} of {m.model.moe.experts}",
+            number(f.set_size, 2),
+            percent(f.alone),
+            bits(f.piece.bits),
+            percent(f.piece.share, 0),
         )
         for name, f in m.facts.items()
-    ]  # fmt: skip
+    ]
     out += table(head, rows, kinds=".nnnnnnn")
     out += paragraph(
         "max/mean load: 1 is balanced, E is everything to one expert. entropy: of the router's distribution over experts, mean over "
@@ -107,18 +110,14 @@ def _run_facts(m: Material) -> list[tuple[str, str]]:
     sizes = [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.size) for path, leaf in leaves]
     total, experts = sum(n for _, n in sizes), sum(n for path, n in sizes if "/experts" in path)
     skipped = series(m.rows, "skipped")
-    blocks = f"{c.layers} blocks, repeating {text(c.pattern)}" + (
-        f"; inserts {text(c.inserts)}" if c.inserts else ""
-    )
+    blocks = f"{c.layers} blocks, repeating {text(c.pattern)}" + (f"; inserts {text(c.inserts)}" if c.inserts else "")
     facts = [
         ("parameters", f"{total:,}" + (f", of experts {experts:,}" if experts else "")),
         ("blocks", blocks),
     ]
     if routed_layers(c):
         virtual = f", and {', '.join(m.columns[moe.experts :])}" if moe.virtual_experts else ""
-        execution = moe.execution + (
-            f", factor {moe.capacity_factor:g}" if moe.execution == "capacity" else ""
-        )
+        execution = moe.execution + (f", factor {moe.capacity_factor:g}" if moe.execution == "capacity" else "")
         shared = f"; {moe.shared_experts} shared" if moe.shared_experts else ""
         facts += [
             ("router", f"<code>{text(moe.router)}</code>, {text(execution)}"),
@@ -155,7 +154,5 @@ def _losses(m: Material) -> str:
         )
     for source, score in m.observed.scores.items():
         name = f"held out {text(source)}, step {m.run.step:,}, these tokens"
-        rows.append(
-            (name, number(score["loss"]), number(score["bits_per_byte"]), number(int(score["tokens"])))
-        )
+        rows.append((name, number(score["loss"]), number(score["bits_per_byte"]), number(int(score["tokens"]))))
     return table(["", "nats a token", "bits a byte", "tokens"], rows, kinds=".nnn")

@@ -76,9 +76,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, kinds: str = ""
     """
     classes = [f' class="{kind}"' if kind in "nw" else "" for kind in kinds.ljust(len(head), ".")]
     top = "".join(f"<th{c}>{cell}</th>" for c, cell in zip(classes, head))
-    body = "".join(
-        "<tr>" + "".join(f"<td{c}>{cell}</td>" for c, cell in zip(classes, row)) + "</tr>" for row in rows
-    )
+    body = "".join("<tr>" + "".join(f"<td{c}>{cell}</td>" for c, cell in zip(classes, row)) + "</tr>" for row in rows)
     header = f"<thead><tr>{top}</tr></thead>" if any(head) else ""
     return f'<div class="wide"><table>{header}<tbody>{body}</tbody></table></div>\n'
 
@@ -104,10 +102,7 @@ def frame(title: str, lead: str, sections: Sequence[tuple[str, str, str]]) -> st
       sections: (anchor, title as plain text, HTML).
     """
     links = "".join(f'<a href="#{anchor}">{text(name)}</a>' for anchor, name, _ in sections)
-    body = "".join(
-        f'<section id="{anchor}"><h2>{text(name)}</h2>\n{inside}</section>\n'
-        for anchor, name, inside in sections
-    )
+    body = "".join(f'<section id="{anchor}"><h2>{text(name)}</h2>\n{inside}</section>\n' for anchor, name, inside in sections)
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'

@@ -10,9 +10,23 @@ from moe_jax.report.collect import Observed
 from moe_jax.report.page import text
 
 _PALETTE = (
-    "#ffd27f", "#9fd3f5", "#b8e3a0", "#f5a9b8", "#cdb6ee", "#f2ee8a", "#8fe0cf", "#e3c3a0",
-    "#c6ccd6", "#f59e6c", "#7fb4e6", "#86c489", "#e07f9a", "#a58be0", "#d1c24d", "#4fc0b5",
-)  # fmt: skip
+    "#ffd27f",
+    "#9fd3f5",
+    "#b8e3a0",
+    "#f5a9b8",
+    "#cdb6ee",
+    "#f2ee8a",
+    "#8fe0cf",
+    "#e3c3a0",
+    "#c6ccd6",
+    "#f59e6c",
+    "#7fb4e6",
+    "#86c489",
+    "#e07f9a",
+    "#a58be0",
+    "#d1c24d",
+    "#4fc0b5",
+)
 _GOLDEN = 0.381966  # of the circle of hues: neighbours differ most
 _TITLE_EXPERTS = 4
 
@@ -41,16 +55,12 @@ def _darker(colour: str) -> str:
     return "#" + "".join(f"{int(colour[i : i + 2], 16) * 7 // 10:02x}" for i in (1, 3, 5))
 
 
-def passages_html(
-    observed: Observed, layers: Sequence[str], columns: Sequence[str], tokenizer: Tokenizer, tokens: int
-) -> str:
+def passages_html(observed: Observed, layers: Sequence[str], columns: Sequence[str], tokenizer: Tokenizer, tokens: int) -> str:
     """A selector of layers, a legend, and of each source the first `tokens` tokens of its passage in each layer."""
     inputs, styles, parts, used = [], [], [], set()
     for i, layer in enumerate(layers):
         checked = " checked" if i == 0 else ""
-        inputs.append(
-            f'<input type="radio" name="layer" id="at{i}"{checked}><label for="at{i}">{text(layer)}</label>\n'
-        )
+        inputs.append(f'<input type="radio" name="layer" id="at{i}"{checked}><label for="at{i}">{text(layer)}</label>\n')
         styles.append(f"#at{i}:checked~.at{i}{{display:block}}")
         inside = []
         for source, gates in observed.layers[layer].gates.items():

@@ -98,9 +98,14 @@ def _draw_lines(axis, panel: Panel) -> None:
         marker = "o" if len(one.steps) < 3 else None
         values = thinned(one, 2000)
         axis.plot(
-            values.steps, values.values, color=colour, label=plain(label), marker=marker, markersize=3,
+            values.steps,
+            values.values,
+            color=colour,
+            label=plain(label),
+            marker=marker,
+            markersize=3,
             linewidth=0.9 if many else None,
-        )  # fmt: skip
+        )
         positive |= bool(np.any(values.values > 0))
     axis.set_title(plain(panel.title, 44))
     axis.set_ylabel(panel.unit)
@@ -111,9 +116,7 @@ def _draw_lines(axis, panel: Panel) -> None:
     axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, integer=True))
     if len(panel.lines) > 1:
         if many:
-            axis.text(
-                1, 1.02, "dark: first layer", transform=axis.transAxes, ha="right", va="bottom", fontsize=7
-            )
+            axis.text(1, 1.02, "dark: first layer", transform=axis.transAxes, ha="right", va="bottom", fontsize=7)
         else:
             axis.legend(loc="best", ncols=1 if len(panel.lines) < 5 else 2, fontsize=7, handlelength=1.2)
 
@@ -220,9 +223,7 @@ def pairs_by_layer(lifts: dict[str, np.ndarray], columns: Sequence[str]) -> Figu
         axis.grid(False)
         _name_ticks(axis.xaxis, columns, 9)
         _name_ticks(axis.yaxis, columns, 9)
-    bar = figure.colorbar(
-        image, ax=list(axes), shrink=0.75, aspect=25, extend="both", ticks=[-2, -1, 0, 1, 2]
-    )
+    bar = figure.colorbar(image, ax=list(axes), shrink=0.75, aspect=25, extend="both", ticks=[-2, -1, 0, 1, 2])
     bar.ax.set_yticklabels(["1/4", "1/2", "1", "2", "4"])
     bar.set_label("pairs / pairs expected")
     return figure
@@ -239,9 +240,7 @@ def sources_by_layer(shares: dict[str, np.ndarray], sources: Sequence[str], colu
     figure = Figure(figsize=(WIDTH, min(height * rows, 24)), layout="constrained")
     axes = figure.subplots(rows, across, squeeze=False).flatten()
     for axis, (layer, share) in zip(axes, shares.items()):
-        image = axis.imshow(
-            share, cmap="Blues", vmin=0, vmax=top or 1, aspect="auto", interpolation="nearest"
-        )
+        image = axis.imshow(share, cmap="Blues", vmin=0, vmax=top or 1, aspect="auto", interpolation="nearest")
         axis.set_title(plain(layer))
         axis.set_xlabel("expert")
         axis.grid(False)

@@ -18,8 +18,15 @@ def retrieval(m: Material) -> str:
     """Use of the pools on the held-out tokens, and in the evaluations during training."""
     peer = m.model.peer
     head = [
-        "layer", "experts N", "used", "if all were even", "unevenness", "as many as even", "of the top 1 %", "entropy of gates",
-    ]  # fmt: skip
+        "layer",
+        "experts N",
+        "used",
+        "if all were even",
+        "unevenness",
+        "as many as even",
+        "of the top 1 %",
+        "entropy of gates",
+    ]
     rows, shares = [], {}
     for name, sums in m.observed.retrieved.items():
         mass, tokens = sums["mass"], max(float(sums["tokens"]), 1.0)
@@ -28,10 +35,18 @@ def retrieval(m: Material) -> str:
         top = np.sort(shares[name])[::-1][: max(int(TOP * count), 1)].sum()
         # Of N equally likely experts, after so many independent draws.
         even = -math.expm1(tokens * peer.heads * peer.top_k * math.log1p(-1 / count)) if count > 1 else 1.0
-        rows.append((
-            text(name), f"{count:,}", percent(found["usage"]), percent(even), f"{number(found['unevenness'])} nats",
-            number(count * math.exp(-found["unevenness"]), 0), percent(top), f"{number(sums['entropy_sum'] / tokens)} nats",
-        ))  # fmt: skip
+        rows.append(
+            (
+                text(name),
+                f"{count:,}",
+                percent(found["usage"]),
+                percent(even),
+                f"{number(found['unevenness'])} nats",
+                number(count * math.exp(-found["unevenness"]), 0),
+                percent(top),
+                f"{number(sums['entropy_sum'] / tokens)} nats",
+            )
+        )
     out = table(head, rows, kinds=".nnnnnnn") + paragraph(
         "used: experts that any of these tokens retrieves. if all were even: what independent draws, equally likely, would use of so "
         "few tokens. unevenness: divergence of the experts' shares of all gates from even ones; 0 is even, ln N one expert with all. "
@@ -40,9 +55,10 @@ def retrieval(m: Material) -> str:
         note=True,
     )
     out += picture(
-        pictures.mass_by_rank(shares), "Shares of the gates of every expert, sorted, beside even ones",
+        pictures.mass_by_rank(shares),
+        "Shares of the gates of every expert, sorted, beside even ones",
         "Each expert's part of all gates on these tokens, in multiples of 1/N. A line that ends in a fall leaves the rest unused.",
-    )  # fmt: skip
+    )
     return out + _over_time(m, list(shares))
 
 

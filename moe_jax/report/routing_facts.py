@@ -83,9 +83,7 @@ def lift(counts: np.ndarray, prior: float = 0.0) -> np.ndarray:
     return np.divide(counts + prior * share, expected, out=np.zeros(counts.shape), where=expected > 0)
 
 
-def most_specific(
-    counts: np.ndarray, limit: int, *, minimum: int = 5, prior: float = 10.0
-) -> list[list[int]]:
+def most_specific(counts: np.ndarray, limit: int, *, minimum: int = 5, prior: float = 10.0) -> list[list[int]]:
     """For each of the N columns the rows that belong to it most: by `lift` with `prior`, above 1, at most `limit`.
 
     Rows with fewer than `minimum` assignments to the column are left out; of equal ones the more frequent comes first.

@@ -37,9 +37,7 @@ def training(m: Material) -> str:
         panels.append(Panel("Skipped steps, in all", "steps", {"": skipped}))
     nulls = sum(value is None for row in m.rows for value in row.values())
     out = picture(pictures.curves(panels), "Loss, learning rate, gradient norm and speed over the steps")
-    return out + (
-        paragraph(f"Figures that were not finite and are left out: {nulls:,}.", note=True) if nulls else ""
-    )
+    return out + (paragraph(f"Figures that were not finite and are left out: {nulls:,}.", note=True) if nulls else "")
 
 
 def routing_over_time(m: Material) -> str:
@@ -61,17 +59,12 @@ def routing_over_time(m: Material) -> str:
         ("Experts without a token", "dead_experts", "experts"),
         ("Dropped", "dropped", "share of assignments"),
     )
-    panels = [
-        Panel(t, unit, {name: series(m.rows, f"router/{name}/{key}") for name in layers})
-        for t, key, unit in figures
-    ]
+    panels = [Panel(t, unit, {name: series(m.rows, f"router/{name}/{key}") for name in layers}) for t, key, unit in figures]
     for name, lines in other_sums(m.rows, layers).items():
         lines = {layer or "all layers": lines[layer] for layer in ["", *layers] if layer in lines}
         unit = "" if name.endswith("_loss") else "a step"
         panels.append(Panel(name.replace("_", " ").capitalize(), unit, lines))
-    zero = [
-        p.title for p in panels if all(np.all(np.nan_to_num(one.values) == 0) for one in p.lines.values())
-    ]
+    zero = [p.title for p in panels if all(np.all(np.nan_to_num(one.values) == 0) for one in p.lines.values())]
     panels = [panel for panel in panels if panel.title not in zero]
     out += picture(pictures.curves(panels), "Figures of the routers over the steps")
     return out + (paragraph(f"Always 0: {text(', '.join(zero).lower())}.", note=True) if zero else "")
@@ -110,11 +103,12 @@ def pieces(m: Material, limit: int, experts: int) -> str:
     ]
     rows = [
         (
-            text(name), *map(bits, (f.piece.bits, f.piece.chance, f.piece.entropy, f.piece.ceiling)),
+            text(name),
+            *map(bits, (f.piece.bits, f.piece.chance, f.piece.entropy, f.piece.ceiling)),
             percent(f.piece.share),
         )
         for name, f in m.facts.items()
-    ]  # fmt: skip
+    ]
     out = table(head, rows, kinds=".nnnnn") + paragraph(
         "Mutual information of a token's expert and its piece, over assignments (pairs of token and expert). by chance: with the "
         "pieces dealt out anew among the same tokens, mean of 3 shuffles, which is what so few tokens show without any link. most "
@@ -133,14 +127,14 @@ def pieces(m: Material, limit: int, experts: int) -> str:
         keep = sorted(int(e) for e in order)
         body = [(text(m.columns[e]), percent(f.shares[e]), _piece_list(m, f.pieces[e][:limit])) for e in keep]
         left = len(m.columns) - len(keep)
-        note = (
-            paragraph(f"The {len(keep)} most loaded of {len(m.columns)} experts.", note=True) if left else ""
-        )
+        note = paragraph(f"The {len(keep)} most loaded of {len(m.columns)} experts.", note=True) if left else ""
         opened = " open" if i == 0 and len(keep) <= 32 else ""
         out += (
             f"<details{opened}><summary>{text(name)}</summary>\n"
-            + table(["expert", "of choices", "pieces"], body, kinds=".nw") + note + "</details>\n"
-        )  # fmt: skip
+            + table(["expert", "of choices", "pieces"], body, kinds=".nw")
+            + note
+            + "</details>\n"
+        )
     return out
 
 
@@ -156,19 +150,12 @@ def _piece_list(m: Material, found) -> str:
 def sources(m: Material) -> str:
     """Which source goes to which expert."""
     if len(m.observed.names) < 2:
-        return paragraph(
-            "There is one source of text. More can be named with <code>--source NAME=GLOB</code>."
-        )
+        return paragraph("There is one source of text. More can be named with <code>--source NAME=GLOB</code>.")
     head = ["layer", "I(expert; source)", "by chance", "share of what it could tell, corrected"]
-    rows = [
-        (text(name), bits(f.source.bits), bits(f.source.chance), percent(f.source.share))
-        for name, f in m.facts.items()
-    ]
+    rows = [(text(name), bits(f.source.bits), bits(f.source.chance), percent(f.source.share)) for name, f in m.facts.items()]
     shares = {name: m.facts[name].source_shares for name in m.detailed}
     png = pictures.sources_by_layer(shares, m.observed.names, m.columns)
-    caption = "Percent of a source's choices that go to each expert; a row sums to 100." + _only(
-        m.detailed, list(m.facts)
-    )
+    caption = "Percent of a source's choices that go to each expert; a row sums to 100." + _only(m.detailed, list(m.facts))
     return table(head, rows, kinds=".nnn") + picture(png, "Heat maps of sources and experts", caption)
 
 
@@ -217,9 +204,10 @@ def changes(m: Material) -> str:
         + table(head, rows, kinds=".nnnw")
         + paragraph(
             "first expert: the one with the largest gate. by chance: if the older first experts were dealt out anew among the "
-            "tokens.", note=True,
+            "tokens.",
+            note=True,
         )
-    )  # fmt: skip
+    )
 
 
 def passages(m: Material, spans: int) -> str:
@@ -228,9 +216,10 @@ def passages(m: Material, spans: int) -> str:
     return paragraph(
         "A passage from the middle of each source. The colour is the expert with the largest gate, the line below the second; "
         "a token without colour has no expert. "
-        "Point at a token for its experts and gates; press an expert to see it alone." + _only(m.detailed, list(m.facts))
+        "Point at a token for its experts and gates; press an expert to see it alone."
+        + _only(m.detailed, list(m.facts))
         + (" Of so many experts some colours are close." if len(m.columns) > 16 else "")
-    ) + passages_html(m.observed, m.detailed, m.columns, m.run.tokenizer, each)  # fmt: skip
+    ) + passages_html(m.observed, m.detailed, m.columns, m.run.tokenizer, each)
 
 
 def build(m: Material, size: int) -> list[tuple[str, str, str]]:

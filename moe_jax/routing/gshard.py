@@ -55,9 +55,7 @@ class GShard(nn.Module):
         kept = keep_second(gates[:, 1], policy, o.threshold, inputs.key if inputs.train else None)
         choice = token_choice(ids, gates, routed, self.experts)
         kept = jnp.stack([jnp.ones_like(kept), kept], axis=1)
-        choice = TokenChoice(
-            jnp.where(kept, choice.expert_ids, self.experts), jnp.where(kept, choice.gates, 0)
-        )
+        choice = TokenChoice(jnp.where(kept, choice.expert_ids, self.experts), jnp.where(kept, choice.gates, 0))
         stats = choice_statistics(choice.expert_ids, probabilities, routed, finite, self.experts)
         first = jnp.sum(jnp.where(routed[:, None], one_hot_sum(ids[:, :1], columns), 0), axis=0)
         losses = {"balance": balance_loss(probabilities, first, routed), "z": z_loss(logits, routed)}

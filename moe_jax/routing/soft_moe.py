@@ -25,9 +25,7 @@ class SoftMoE(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, inputs: RouterInputs) -> tuple[SlotMix, dict, dict]:
         """x [T, D] -> (SlotMix, no losses, stats). Counts are those of the tokens' mass in the experts' outputs."""
-        init = nn.with_logical_partitioning(
-            nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2)), ("embed", None, None)
-        )
+        init = nn.with_logical_partitioning(nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2)), ("embed", None, None))
         kernel = self.param("kernel", init, (x.shape[-1], self.experts, self.slots), self.param_dtype)
         scale = self.param("scale", nn.initializers.ones_init(), (), self.param_dtype)
         dtype = jnp.promote_types(x.dtype, jnp.float32)

@@ -84,10 +84,7 @@ def run(study: Study, flags: absl_flags.FlagValues) -> int:
         for line in announcement(study, timing, flags.jobs):
             say(line)
         pairs = [(seed, arm) for seed in study.seeds for arm in study.arms]
-        todo = [
-            pair for pair in pairs
-            if not (run_folder(flags.workdir, pair[1].name, pair[0]) / child.VALIDATION).exists()
-        ]  # fmt: skip
+        todo = [pair for pair in pairs if not (run_folder(flags.workdir, pair[1].name, pair[0]) / child.VALIDATION).exists()]
         todo.sort(key=lambda pair: bool(pair[1].scores))  # what scores the runs of others comes after them
         jobs = [_job(flags.workdir, arm, seed, timing) for seed, arm in todo]
         codes = run_jobs(jobs, flags.jobs, children, len(pairs) - len(todo)) if jobs else {}

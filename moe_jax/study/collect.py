@@ -33,9 +33,7 @@ def collect(workdir) -> dict[str, Any]:
       ConfigError: no study there, a file that cannot be read, or runs that were scored on different text.
     """
     study, about = load_description(workdir)
-    runs = {
-        (arm.name, seed): read_run(run_folder(workdir, arm.name, seed)) for arm in study.arms for seed in study.seeds
-    }  # fmt: skip
+    runs = {(arm.name, seed): read_run(run_folder(workdir, arm.name, seed)) for arm in study.arms for seed in study.seeds}
     _check_text(workdir, runs)
     timing = {phase: _timing(workdir, phase) for phase in ("before", "after")}
     target = find_target(study, runs)
@@ -58,7 +56,7 @@ def collect(workdir) -> dict[str, Any]:
         "curves": _plain(curves),
         "runs": [{"arm": arm, "seed": seed, **run} for (arm, seed), run in runs.items()],
         "timing": timing,
-    }  # fmt: skip
+    }
 
 
 def read_run(folder: pathlib.Path) -> dict[str, Any]:
@@ -131,9 +129,11 @@ def routing(training: list[dict[str, Any]]) -> dict[str, Any]:
     layers = {n.split("/")[1]: mean(n) for n in rows[-1] if n.count("/") == 2 and n.endswith(f"/{LOAD}")}
     worst = max(layers, key=layers.get)
     return {
-        "load": mean(f"router/{LOAD}"), "load_worst": layers[worst], "worst_layer": worst,
+        "load": mean(f"router/{LOAD}"),
+        "load_worst": layers[worst],
+        "worst_layer": worst,
         **{name: mean(f"router/{name}") for name in ("dead_experts", "dropped", "entropy")},
-    }  # fmt: skip
+    }
 
 
 def find_target(study: Study, runs: Runs) -> dict[str, Any]:
@@ -141,9 +141,10 @@ def find_target(study: Study, runs: Runs) -> dict[str, Any]:
     if study.target_loss:
         return {"loss": study.target_loss, "how": "set by the study"}
     last = [
-        run["curve"][-1][1] for (arm, _), run in runs.items()
+        run["curve"][-1][1]
+        for (arm, _), run in runs.items()
         if arm == study.baseline and run["state"] == "done" and run["curve"]
-    ]  # fmt: skip
+    ]
     how = f"the highest last validation loss in training among the runs of {study.baseline}"
     return {"loss": max(last, default=None), "how": how}
 
@@ -158,9 +159,7 @@ def twin_interval(study: Study, twin: Arm, runs: Runs) -> dict[str, Any] | None:
     return {"interval": t_interval([a["loss"] - b["loss"] for a, b in pairs]), "identical": same}
 
 
-def make_row(
-    study: Study, arm: Arm, runs: Runs, timing: dict, band: float | None, aa: dict | None
-) -> dict[str, Any]:
+def make_row(study: Study, arm: Arm, runs: Runs, timing: dict, band: float | None, aa: dict | None) -> dict[str, Any]:
     """The row of one arm, without its time to the target."""
     done = [run for (name, _), run in runs.items() if name == arm.name and run["state"] == "done"]
     states = collections.Counter(run["state"] for (name, _), run in runs.items() if name == arm.name)
@@ -210,9 +209,15 @@ def _costs(study: Study, arm: Arm, timing: dict) -> dict[str, Any]:
     trained = arm.scores or arm.name
     facts = (timing["before"] or {"arms": {}})["arms"].get(trained, {})
     names = (
-        "steps", "tokens", "epochs", "training_flops_per_token", "router_flops_per_token", "parameters",
-        "active_parameters", "tokens_per_step",
-    )  # fmt: skip
+        "steps",
+        "tokens",
+        "epochs",
+        "training_flops_per_token",
+        "router_flops_per_token",
+        "parameters",
+        "active_parameters",
+        "tokens_per_step",
+    )
     costs = {name: facts.get(name) for name in names}
     phase = "after" if timing["after"] and "ms" in timing["after"]["arms"].get(trained, {}) else "before"
     arms = (timing[phase] or {"arms": {}})["arms"]
@@ -232,18 +237,15 @@ def _add_times(rows: list[dict], study: Study, runs: Runs, target: float | None)
     """
     for row in rows:
         done = [run for (name, _), run in runs.items() if name == row["arm"] and run["state"] == "done"]
-        steps = [
-            first_reached(*zip(*run["curve"]), target) for run in done if run["curve"] and target is not None
-        ]
+        steps = [first_reached(*zip(*run["curve"]), target) for run in done if run["curve"] and target is not None]
         reached = [step for step in steps if step is not None]
         # What scores the runs of another has no curve of training.
         of = 0 if row["scores"] else row["runs"] + row["failed"]
         row["time"] = {"reached": len(reached), "of": of, "rank": None, "steps": t_interval(reached)}
         row["time"]["seconds"] = t_interval([s * row["ms"] / 1e3 for s in reached]) if row["ms"] else None
     ranked = [
-        row for row in rows
-        if row["time"]["seconds"] and row["time"]["reached"] == row["time"]["of"] and not row["twin_of"]
-    ]  # fmt: skip
+        row for row in rows if row["time"]["seconds"] and row["time"]["reached"] == row["time"]["of"] and not row["twin_of"]
+    ]
     for rank, row in enumerate(sorted(ranked, key=lambda row: row["time"]["seconds"].mean), 1):
         row["time"]["rank"] = rank
 
@@ -255,9 +257,7 @@ def _check_text(workdir, runs: Runs) -> None:
         for name, source in run.get("sources", {}).items():
             first = seen.setdefault(name, (source["digest"], arm, seed))
             if first[0] != source["digest"]:
-                limit = (
-                    f"{arm} seed {seed} was scored on other text of {name} than {first[1]} seed {first[2]}"
-                )
+                limit = f"{arm} seed {seed} was scored on other text of {name} than {first[1]} seed {first[2]}"
                 fix = "put the text back and delete the folders of those runs, or start another study"
                 raise ConfigError("--workdir", str(workdir), limit, fix)
 

@@ -43,6 +43,10 @@ def collect_curve(curve: Curve, runs: Runs, seeds: Sequence[int]) -> dict[str, A
         first = first or {point["x"]: point["arm"] for point in points}
         lines.append({"label": label, "points": points})
     return {
-        "name": curve.name, "title": curve.title, "x": curve.x, "log": curve.log, "metrics": list(curve.metrics),
+        "name": curve.name,
+        "title": curve.title,
+        "x": curve.x,
+        "log": curve.log,
+        "metrics": list(curve.metrics),
         "lines": lines,
-    }  # fmt: skip
+    }

@@ -47,10 +47,7 @@ class Stepper:
             else:
                 self.state = place_state(model, config, mesh)
             first, rows = int(self.state["step"]), local_rows(mesh, size)
-            self.batches = [
-                put_batch(data.train_batch(config.seed, size, first + i, rows), mesh, size)
-                for i in range(BATCHES)
-            ]
+            self.batches = [put_batch(data.train_batch(config.seed, size, first + i, rows), mesh, size) for i in range(BATCHES)]
             began = time.perf_counter()
             self.step = compile_train_step(model, config, mesh, self.state, self.batches[0])
             self.compile_seconds, self.mesh, self.count = time.perf_counter() - began, mesh, 0
@@ -103,9 +100,7 @@ def facts(config: Config, data: TextData) -> dict[str, Any]:
         "tokens": config.train.steps * tokens,
         "epochs": epochs(config, data),
         **evaluation_batches(config, data),
-        "training_flops_per_token": training_flops_per_token(
-            config.model, vocabulary, config.data.sequence_length
-        ),
+        "training_flops_per_token": training_flops_per_token(config.model, vocabulary, config.data.sequence_length),
         "router_flops_per_token": 3 * router_flops_per_token(config.model),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state["params"])),
         "active_parameters": active_parameters(config.model, state["params"]),
@@ -136,9 +131,7 @@ def measure(
     arms = {name: facts(config, texts[name]) for name, config in configs.items()}
     for name, arm in arms.items():
         if arm["epochs"] > epochs_limit:
-            limit = (
-                f"{arm['epochs']:.1f} passes over the training text, more than epochs_limit={epochs_limit:g}"
-            )
+            limit = f"{arm['epochs']:.1f} passes over the training text, more than epochs_limit={epochs_limit:g}"
             fix = "train fewer steps, on more text, or raise the study's epochs_limit if repetition is the subject"
             raise ConfigError(f"arm {name} config.train.steps", arm["steps"], limit, fix)
     conditions = environment()

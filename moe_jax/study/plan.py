@@ -19,18 +19,35 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.+-]*", re.ASCII)
 _TRAINED = ("train", "optimizer", "init", "data", "mesh")
 # What it can change of the model: none has a part in the shapes of what was trained.
 SCORED = (
-    "dtype", "scan", "remat", "attention", "loss_chunk", "peer.top_k", "peer.backend",
+    "dtype",
+    "scan",
+    "remat",
+    "attention",
+    "loss_chunk",
+    "peer.top_k",
+    "peer.backend",
     *(f"moe.{name}" for name in ("top_k", "allow_noncausal", "execution", "eval_capacity", "capacity_priority")),
     *(f"moe.{name}" for name in ("exchange", "exchange_buffer", "backend")),
     *(f"moe.routers.top_k.{name}" for name in ("order", "renormalise", "scale", "kept_groups")),
-    "moe.routers.gshard.eval_second_expert", "moe.routers.gshard.threshold", "moe.routers.expert_choice.evaluation",
+    "moe.routers.gshard.eval_second_expert",
+    "moe.routers.gshard.threshold",
+    "moe.routers.expert_choice.evaluation",
     "moe.routers.remoe.max_k",
-)  # fmt: skip
+)
 # What all arms of a pair share, or what fixes the text that is compared.
 _SHARED = (
-    "seed", "noise_seed", "data.sources", "data.tokenizer", "data.vocab_size", "data.held_out_percent",
-    "data.sequence_length", "data.document_attention", "data.cache_dir", "train.eval_batches", "mesh.cpu_devices",
-)  # fmt: skip
+    "seed",
+    "noise_seed",
+    "data.sources",
+    "data.tokenizer",
+    "data.vocab_size",
+    "data.held_out_percent",
+    "data.sequence_length",
+    "data.document_attention",
+    "data.cache_dir",
+    "train.eval_batches",
+    "mesh.cpu_devices",
+)
 
 
 def prepare(study: Study, scale: str) -> Study:
@@ -58,9 +75,7 @@ def prepare(study: Study, scale: str) -> Study:
 def _check_types(study: Study) -> None:
     arms, seeds = study.arms, study.seeds
     if not isinstance(arms, tuple | list) or not arms or not all(isinstance(arm, Arm) for arm in arms):
-        raise ConfigError(
-            "study arms", repr(arms), "not a tuple of Arm", "add an Arm(name, settings) for each"
-        )
+        raise ConfigError("study arms", repr(arms), "not a tuple of Arm", "add an Arm(name, settings) for each")
     fix = "write such as (0, 1, 2)"
     if not isinstance(seeds, tuple | list) or not seeds:
         raise ConfigError("study seeds", repr(seeds), "not a tuple of seeds", fix)
@@ -68,11 +83,7 @@ def _check_types(study: Study) -> None:
         raise ConfigError("study seeds", repr(seeds), "not different integers from 0 to 2147483647", fix)
     for name, low in (("target_loss", "0 or more"), ("epochs_limit", "above 0")):
         value = getattr(study, name)
-        if (
-            type(value) not in (int, float)
-            or not 0 <= value < math.inf
-            or (name == "epochs_limit" and not value)
-        ):
+        if type(value) not in (int, float) or not 0 <= value < math.inf or (name == "epochs_limit" and not value):
             raise ConfigError(f"study {name}", repr(value), f"not a number {low}", "write one")
 
 

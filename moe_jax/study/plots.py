@@ -41,8 +41,7 @@ def style(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Colour and dashes of every arm, the same in all pictures; an A/A arm has its twin's colour, dotted."""
     own = [row["arm"] for row in result["rows"] if not row["twin_of"]]
     styles = {
-        name: {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i // len(COLOURS) % 3]}
-        for i, name in enumerate(own)
+        name: {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i // len(COLOURS) % 3]} for i, name in enumerate(own)
     }
     for row in result["rows"]:
         if row["twin_of"]:
@@ -60,15 +59,14 @@ def bands(result: dict[str, Any], key: str) -> dict[str, np.ndarray]:
         if shown and row["arm"] not in shown:
             continue
         curves = [
-            dict(map(tuple, run[key])) for run in result["runs"]
+            dict(map(tuple, run[key]))
+            for run in result["runs"]
             if run["arm"] == row["arm"] and run["state"] == "done" and run[key]
-        ]  # fmt: skip
+        ]
         steps = sorted(set.intersection(*map(set, curves))) if curves else []
         values = [[curve[step] for curve in curves] for step in steps]
         if steps:
-            found[row["arm"]] = np.array(
-                [[s, np.mean(v), np.min(v), np.max(v)] for s, v in zip(steps, values)]
-            )
+            found[row["arm"]] = np.array([[s, np.mean(v), np.min(v), np.max(v)] for s, v in zip(steps, values)])
     return found
 
 
@@ -142,7 +140,8 @@ def differences(result: dict[str, Any]):
         )
     same = {row["arm"] for row in rows if row["twin_of"] == baseline and row["aa"] and row["aa"]["identical"]}
     labels = [
-        row["arm"] + (f" - {row['baseline']}" if row["baseline"] != baseline else "")
+        row["arm"]
+        + (f" - {row['baseline']}" if row["baseline"] != baseline else "")
         + f" ({'no noise: identical' if row['arm'] in same else 'n=' + str(row['difference']['n'])})"
         for row in rows
     ]
@@ -209,9 +208,17 @@ def curve(result: dict[str, Any], one: dict[str, Any]):
             ends = [(value["mean"],) * 2 if value["low"] is None else (value["low"], value["high"]) for _, value in points]
             reach = [[scale * abs(end[side] - value["mean"]) for end, (_, value) in zip(ends, points)] for side in (0, 1)]
             axis.errorbar(
-                x, means, reach if points else None, label=line["label"], color=COLOURS[i % len(COLOURS)], marker="o",
-                linestyle=DASHES[i // len(COLOURS) % len(DASHES)], linewidth=1.6, markersize=5, capsize=3,
-            )  # fmt: skip
+                x,
+                means,
+                reach if points else None,
+                label=line["label"],
+                color=COLOURS[i % len(COLOURS)],
+                marker="o",
+                linestyle=DASHES[i // len(COLOURS) % len(DASHES)],
+                linewidth=1.6,
+                markersize=5,
+                capsize=3,
+            )
         ticks = sorted({point["x"] for line in one["lines"] for point in line["points"]})
         if one["log"]:
             axis.set_xscale("log", base=2)

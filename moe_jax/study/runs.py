@@ -76,9 +76,13 @@ class Children:
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         output = sys.stderr.fileno() if log is None else log
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
             env={**os.environ, "PYTHONPATH": path},
-        )  # fmt: skip
+        )
         self._running[process] = True
         if cores:
             with contextlib.suppress(ProcessLookupError):  # it has ended already
@@ -182,10 +186,11 @@ class Bar:
         self.first = {job.name: steps_done(job.folder) for job in jobs}
         self.finished, self.live = 0.0, sys.stderr.isatty()
         self.tqdm = tqdm.tqdm(
-            total=sum(self._left(job, self.first[job.name]) for job in jobs) or 1.0, dynamic_ncols=True,
+            total=sum(self._left(job, self.first[job.name]) for job in jobs) or 1.0,
+            dynamic_ncols=True,
             file=sys.stderr if self.live else open(os.devnull, "w"),
             bar_format="{desc} {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]",
-        )  # fmt: skip
+        )
         self._describe()
 
     def __enter__(self):
@@ -201,9 +206,7 @@ class Bar:
         if time.monotonic() - self.looked < BAR_SECONDS:
             return
         self.looked = time.monotonic()
-        part = sum(
-            self._left(job, self.first[job.name]) - self._left(job, steps_done(job.folder)) for job in running
-        )
+        part = sum(self._left(job, self.first[job.name]) - self._left(job, steps_done(job.folder)) for job in running)
         self._move(self.finished + part)
 
     def finish(self, job: Job, code: int, seconds: float) -> None:

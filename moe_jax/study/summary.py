@@ -30,9 +30,7 @@ def tables(result: dict[str, Any]) -> str:
     parts = [header(result)]
     if counts["missing"] or counts["failed"]:
         missing = f"**{counts['missing']} of {counts['runs']} runs are missing, {counts['failed']} failed.**"
-        failed = [
-            f"{r['arm']} seed {r['seed']}: {r['failure']['line']}" for r in result["runs"] if "failure" in r
-        ]
+        failed = [f"{r['arm']} seed {r['seed']}: {r['failure']['line']}" for r in result["runs"] if "failure" in r]
         parts.append(" ".join([missing, *failed]))
     rows = result["rows"]
     parts += [quality(result, rows), routing(rows), *map(curve, result.get("curves", ()))]
@@ -71,35 +69,53 @@ def quality(result: dict[str, Any], rows: list[dict]) -> str:
     reach = f"s to loss {target:.4f} (rank)" if target is not None else "s to the target (rank)"
     percent = f"{100 * CONFIDENCE:.0f} %"
     titles = [
-        "arm", "seeds", "loss", *per_source, f"difference [{percent}]", "", "bits per byte", "ms per step (ratio)",
-        "tokens per s", reach,
-    ]  # fmt: skip
+        "arm",
+        "seeds",
+        "loss",
+        *per_source,
+        f"difference [{percent}]",
+        "",
+        "bits per byte",
+        "ms per step (ratio)",
+        "tokens per s",
+        reach,
+    ]
     body = []
     for row in rows:
-        extra = (
-            [number(row["sources"].get(name, {}).get("loss"), ".4f") for name in sources]
-            if per_source
-            else []
+        extra = [number(row["sources"].get(name, {}).get("loss"), ".4f") for name in sources] if per_source else []
+        ms = NONE if row["ms"] is None else f"{row['ms']:.1f}" + (f" ({row['ratio']:.2f})" if row["ratio"] else "")
+        body.append(
+            [
+                row["arm"],
+                str(row["runs"]),
+                number(row["loss"], ".4f"),
+                *extra,
+                differs(row, study),
+                judged(row),
+                number(row["bits_per_byte"], ".4f"),
+                ms,
+                number(row["tokens_per_second"], ",.0f"),
+                reached(row["time"]),
+            ]
         )
-        ms = (
-            NONE
-            if row["ms"] is None
-            else f"{row['ms']:.1f}" + (f" ({row['ratio']:.2f})" if row["ratio"] else "")
-        )
-        body.append([
-            row["arm"], str(row["runs"]), number(row["loss"], ".4f"), *extra, differs(row, study),
-            judged(row), number(row["bits_per_byte"], ".4f"), ms, number(row["tokens_per_second"], ",.0f"),
-            reached(row["time"]),
-        ])  # fmt: skip
     return table(titles, body)
 
 
 def routing(rows: list[dict]) -> str:
     """Sizes, FLOPs and what the routers did."""
     titles = [
-        "arm", "parameters, M", "active, M", "MFLOP a token", "of them routers", "load max/mean", "worst layer",
-        "dead experts", "dropped", "entropy, nats", "skipped steps",
-    ]  # fmt: skip
+        "arm",
+        "parameters, M",
+        "active, M",
+        "MFLOP a token",
+        "of them routers",
+        "load max/mean",
+        "worst layer",
+        "dead experts",
+        "dropped",
+        "entropy, nats",
+        "skipped steps",
+    ]
     retrieves = any(row.get("usage") for row in rows)
     titles += ["usage", "unevenness, nats"] if retrieves else []
     body = []
@@ -109,12 +125,20 @@ def routing(rows: list[dict]) -> str:
         routers = row["router_flops_per_token"]
         flops.append(number(routers / 1e6 if routers else None, ".3f"))
         worst = NONE if row["load_worst"] is None else f"{row['load_worst']:.2f} ({row['worst_layer']})"
-        body.append([
-            row["arm"], *mega, *flops, number(row["load"], ".2f"), worst, number(row["dead_experts"], ".1f"),
-            NONE if row["dropped"] is None else f"{100 * row['dropped']:.2f} %", number(row["entropy"], ".2f"),
-            number(row["skipped"], ".1f"),
-            *((interval(scaled(row["usage"], 100), ".1f", " %"), interval(row["unevenness"], ".3f")) if retrieves else ()),
-        ])  # fmt: skip
+        body.append(
+            [
+                row["arm"],
+                *mega,
+                *flops,
+                number(row["load"], ".2f"),
+                worst,
+                number(row["dead_experts"], ".1f"),
+                NONE if row["dropped"] is None else f"{100 * row['dropped']:.2f} %",
+                number(row["entropy"], ".2f"),
+                number(row["skipped"], ".1f"),
+                *((interval(scaled(row["usage"], 100), ".1f", " %"), interval(row["unevenness"], ".3f")) if retrieves else ()),
+            ]
+        )
     return table(titles, body)
 
 
@@ -175,9 +199,7 @@ def notes(result: dict[str, Any], study: dict[str, Any]) -> str:
     when = "before training" if timed == {"before"} else "of the trained arms (first seed)"
     if timed == {"before", "after"}:
         when += " where there is one, else before training"
-    texts.append(
-        f"ms: median of optimizer steps in turns in one process, {when}; compilation, input and evaluation excluded."
-    )
+    texts.append(f"ms: median of optimizer steps in turns in one process, {when}; compilation, input and evaluation excluded.")
     if result["target"]["loss"] is not None:
         texts.append(
             f"Target: {result['target']['how']}; seconds are the steps to it on the validation curve of training, "

@@ -136,9 +136,7 @@ def _revision() -> str:
     """The checkout's short commit, with a + where files differ from it; empty without git."""
     git = ["git", "-C", str(pathlib.Path(__file__).parent)]
     try:
-        run = lambda *args: subprocess.run(
-            git + list(args), capture_output=True, text=True, check=True
-        ).stdout.strip()
+        run = lambda *args: subprocess.run(git + list(args), capture_output=True, text=True, check=True).stdout.strip()
         return run("rev-parse", "--short", "HEAD") + ("+" if run("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return ""

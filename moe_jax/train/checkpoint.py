@@ -186,9 +186,7 @@ class Checkpoints:
         """The leaves at the paths of `targets`, on their shardings, fingerprints compared."""
         if not targets:
             return {}
-        tree = _nest(
-            {p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for p, x in targets.items()}
-        )
+        tree = _nest({p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for p, x in targets.items()})
         arguments = ocp.args.PyTreeRestore(
             tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
         )
@@ -328,9 +326,7 @@ _FREE = (
     "train.max_to_keep train.async_checkpoint train.max_skipped train.profile_steps train.peak_tflops "
     "train.tensorboard model.scan model.remat data.cache_dir sample init"
 ).split()
-_ROUNDING = (
-    "mesh model.attention model.moe.backend model.moe.exchange model.moe.exchange_buffer model.loss_chunk"
-).split()
+_ROUNDING = ("mesh model.attention model.moe.backend model.moe.exchange model.moe.exchange_buffer model.loss_chunk").split()
 
 
 def check_resume(saved: Config, new: Config) -> list[str]:

@@ -82,9 +82,7 @@ def _fit(config: Config, workdir: str, mesh, checkpoints: Checkpoints, interrupt
             say(f"warning: {warning}")
         # The description is an older step's where the newest one's cannot be read.
         if saved["step"] == last >= config.train.steps:
-            say(
-                f"complete: {workdir} has all {last} steps; raise --config.train.steps to go on, or use another --workdir"
-            )
+            say(f"complete: {workdir} has all {last} steps; raise --config.train.steps to go on, or use another --workdir")
             return 0
     elif config.init.upcycle_from:
         check_dense_run(config)
@@ -147,14 +145,14 @@ class Trainer:
         )
         for name, splits in self.data.report.items():
             for split, counts in splits.items():
-                say(
-                    f"{name} {split}: " + ", ".join(f"{counts[key]:,} {key}" for key in counts if counts[key])
-                )
+                say(f"{name} {split}: " + ", ".join(f"{counts[key]:,} {key}" for key in counts if counts[key]))
         if saved and saved["data_fingerprint"] != self.data.fingerprint:
             raise ConfigError(
-                "data.sources", self.data.fingerprint, f"the checkpoint was trained on {saved['data_fingerprint']}",
+                "data.sources",
+                self.data.fingerprint,
+                f"the checkpoint was trained on {saved['data_fingerprint']}",
                 "put the text back as it was, or use another --workdir",
-            )  # fmt: skip
+            )
         self.model = MODELS[config.model.name](config.model, self.data.tokenizer.vocab_size)
         self.state = self._restore() if saved else self._start()
         check_groups(config.optimizer, self.state["params"])
@@ -236,9 +234,13 @@ class Trainer:
         row = {}
         for name, source in self.data.evaluation("validation").items():
             scores = evaluate(
-                self.evaluation_step, self.variables(), source, self.mesh, self.config.data.batch_size,
+                self.evaluation_step,
+                self.variables(),
+                source,
+                self.mesh,
+                self.config.data.batch_size,
                 limit=self.config.train.eval_batches,
-            )  # fmt: skip
+            )
             kept = ("loss", "perplexity", "bits_per_byte", "router/usage", "router/unevenness")
             row |= {f"eval/{name}/{key}": scores[key] for key in kept if key in scores}
             bar.write(
@@ -265,9 +267,7 @@ class Trainer:
         if signum := interrupts.agreed(0):
             return self._stop_before_training(signum)
         with (
-            contextlib.closing(
-                self.data.train_batches(c.seed, c.data.batch_size, start_step=self.step, rows=rows)
-            ) as batches,
+            contextlib.closing(self.data.train_batches(c.seed, c.data.batch_size, start_step=self.step, rows=rows)) as batches,
             MetricsWriter(self.workdir, tensorboard=t.tensorboard, resume_step=self.step) as writer,
             ProgressBar(t.steps, self.step, enabled=jax.process_index() == 0) as bar,
             Profile(t.profile_steps, self.workdir) as profile,

@@ -28,9 +28,7 @@ def learning_rate(config: OptimizerConfig, train: TrainConfig, step: jax.Array) 
 
 def leaf_paths(tree: Any) -> Any:
     """The 'a/b/c' path of every leaf, in the tree's structure."""
-    return jax.tree_util.tree_map_with_path(
-        lambda p, _: jax.tree_util.keystr(p, simple=True, separator="/"), tree
-    )
+    return jax.tree_util.tree_map_with_path(lambda p, _: jax.tree_util.keystr(p, simple=True, separator="/"), tree)
 
 
 def parameter_group(config: OptimizerConfig, path: str):

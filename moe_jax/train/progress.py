@@ -23,9 +23,7 @@ class ProgressBar:
         self._live = enabled and (sys.stderr.isatty() or "ipykernel" in sys.modules)
         # Plain lines want tqdm's clock and count, not its drawing.
         file = sys.stderr if self._live else _Nowhere()
-        self._bar = tqdm.tqdm(
-            total=total, initial=initial, unit="step", dynamic_ncols=True, disable=not enabled, file=file
-        )
+        self._bar = tqdm.tqdm(total=total, initial=initial, unit="step", dynamic_ncols=True, disable=not enabled, file=file)
 
     def __enter__(self):
         return self

@@ -52,12 +52,8 @@ def load_run(workdir, config: Config, step: int | None = None) -> LoadedRun:
         name = "ema" if saved_ema and config.optimizer.ema_decay > 0 else "params"
         target = abstract_placed_variables(model, mesh)
         with jax.set_mesh(mesh):
-            restored = load_params(
-                workdir, {name: target["params"], "router_state": target["router_state"]}, step
-            )
+            restored = load_params(workdir, {name: target["params"], "router_state": target["router_state"]}, step)
     except DamagedCheckpointError as error:
-        raise ConfigError(
-            "--workdir", str(workdir), str(error), "name another --step or --workdir"
-        ) from error
+        raise ConfigError("--workdir", str(workdir), str(error), "name another --step or --workdir") from error
     variables = {"params": restored.state[name], "router_state": restored.state["router_state"]}
     return LoadedRun(config, mesh, tokenizer, model, variables, restored.step, meta)

@@ -52,9 +52,7 @@ def _over_groups(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return jax.tree.map(lambda a: jnp.sum(a, axis=0), sums) if sums["counts"].ndim == 2 else sums
 
 
-def start_router_state(
-    router_state: Any, token_shares: Callable[[], np.ndarray], config: MoEConfig, vocab_size: int
-) -> Any:
+def start_router_state(router_state: Any, token_shares: Callable[[], np.ndarray], config: MoEConfig, vocab_size: int) -> Any:
     """The routers' state before the first step, on the devices of `router_state`; see `Router.start`.
 
     token_shares: gives float64 [V], the share of each id in the training text; called only where a router asks.

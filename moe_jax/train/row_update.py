@@ -81,9 +81,14 @@ def flat(table: jax.Array) -> jax.Array:
 
 
 def update_rows(
-    config: OptimizerConfig, path: str, table: jax.Array, state: RowState, rows: SortedRows, rate: jax.Array,
+    config: OptimizerConfig,
+    path: str,
+    table: jax.Array,
+    state: RowState,
+    rows: SortedRows,
+    rate: jax.Array,
     factor: jax.Array | float = 1.0,
-) -> tuple[jax.Array, RowState]:  # fmt: skip
+) -> tuple[jax.Array, RowState]:
     """The update of the rows that have a gradient; all others and their state stay untouched.
 
     Adam corrects the bias by each row's own updates, so that a row's first update is Adam's first update. Adagrad (Duchi et al.

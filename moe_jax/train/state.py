@@ -86,9 +86,7 @@ def state_shardings(model: nn.Module, config: Config, mesh) -> State:
                 dense,
                 transform_non_params=lambda _: whole,
             ),
-            "rows": {
-                path: state_like(config.optimizer, table, whole) for path, table in tables.items()
-            },
+            "rows": {path: state_like(config.optimizer, table, whole) for path, table in tables.items()},
         },
         "step": whole,
         "skipped": whole,
@@ -120,6 +118,4 @@ def abstract_placed_variables(model: nn.Module, mesh) -> dict[str, Any]:
 
 
 def _placed(shapes: Any, shardings: Any) -> Any:
-    return jax.tree.map(
-        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings
-    )
+    return jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings)

@@ -26,9 +26,7 @@ NOISE_STREAM = 1
 
 def _split_microbatches(batch: Batch, parts: int) -> Batch:
     """[B, ...] -> [parts, B/parts, ...]; part a takes rows a, a + parts, ..., so every shard keeps its rows."""
-    return jax.tree.map(
-        lambda a: jnp.swapaxes(a.reshape(a.shape[0] // parts, parts, *a.shape[1:]), 0, 1), batch
-    )
+    return jax.tree.map(lambda a: jnp.swapaxes(a.reshape(a.shape[0] // parts, parts, *a.shape[1:]), 0, 1), batch)
 
 
 def make_loss(model: nn.Module, config: Config):
@@ -52,9 +50,13 @@ def make_loss(model: nn.Module, config: Config):
             train=True,
         )
         nats, _ = cross_entropy(
-            out.x, out.table, micro["targets"], micro["loss_weights"],
-            chunk=config.model.loss_chunk, dtype=jnp.dtype(config.model.dtype),
-        )  # fmt: skip
+            out.x,
+            out.table,
+            micro["targets"],
+            micro["loss_weights"],
+            chunk=config.model.loss_chunk,
+            dtype=jnp.dtype(config.model.dtype),
+        )
         total = nats / tokens
         for name, value in out.losses.items():
             if weights[name]:  # a loss of weight 0 must not leak a NaN
@@ -167,9 +169,15 @@ def make_train_step(model: nn.Module, config: Config):
         new["skipped"] = state["skipped"] + skipped
         new["skipped_in_row"] = (state["skipped_in_row"] + 1) * skipped
         metrics = {
-            "loss": loss, "total_loss": total, "gradient_norm": norm, "learning_rate": rate, "losses": losses,
-            "stats": stats, "skipped": new["skipped"], "skipped_in_row": new["skipped_in_row"],
-        }  # fmt: skip
+            "loss": loss,
+            "total_loss": total,
+            "gradient_norm": norm,
+            "learning_rate": rate,
+            "losses": losses,
+            "stats": stats,
+            "skipped": new["skipped"],
+            "skipped_in_row": new["skipped_in_row"],
+        }
         return new, metrics
 
     return train_step

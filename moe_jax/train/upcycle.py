@@ -266,7 +266,11 @@ def upcycle(config: Config, params: Any, vocab_size: int, mesh) -> tuple[Any, Up
         for how in ("copied", "experts", "fresh")
     }
     report = UpcycleReport(
-        config.init.upcycle_from, restored.step, **counts, shards=expert_shards(new),
-        averaged=old.optimizer.ema_decay > 0, warnings=departures(old.model, new),
-    )  # fmt: skip
+        config.init.upcycle_from,
+        restored.step,
+        **counts,
+        shards=expert_shards(new),
+        averaged=old.optimizer.ema_decay > 0,
+        warnings=departures(old.model, new),
+    )
     return flax.traverse_util.unflatten_dict(made, sep="/"), report

@@ -28,9 +28,7 @@ def own_workdir(workdir) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         problem = take(workdir, stack) if jax.process_index() == 0 else None
         if largest(problem is not None):
-            raise problem or ConfigError(
-                "--workdir", str(workdir), "process 0 cannot write there", "see its message"
-            )
+            raise problem or ConfigError("--workdir", str(workdir), "process 0 cannot write there", "see its message")
         yield
 
 

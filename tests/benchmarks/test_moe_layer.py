@@ -44,17 +44,13 @@ def test_layers_agree(monkeypatch):
     monkeypatch.setattr(moe_layer, "CAPACITY_FACTOR", 0.5)
     params, dense, x = moe_layer.make_inputs(TINY)
     assert dense["w_in"].shape == (8, 20)  # 16 * 80 / 64
-    run = {
-        b: moe_layer.make_pass(moe_layer.make_apply(TINY, b), "forward+backward") for b in TINY.backends[2:6]
-    }
+    run = {b: moe_layer.make_pass(moe_layer.make_apply(TINY, b), "forward+backward") for b in TINY.backends[2:6]}
     out = jax.device_get({b: f(params, x) for b, f in run.items()})
     for a, b in (("dropless", "ragged_dot"), ("capacity", "one_hot")):
         assert len(jax.tree.leaves(out[a])) == 5  # y and the gradients of router, w_in, w_out, x
         for left, right in zip(jax.tree.leaves(out[a]), jax.tree.leaves(out[b])):
             np.testing.assert_allclose(left, right, atol=1e-4 * np.abs(right).max())
-    assert (
-        np.any(out["dropless"][0] != 0, axis=-1).all() and not np.any(out["capacity"][0] != 0, axis=-1).all()
-    )
+    assert np.any(out["dropless"][0] != 0, axis=-1).all() and not np.any(out["capacity"][0] != 0, axis=-1).all()
 
 
 def test_second_expert_for_some():
@@ -81,8 +77,13 @@ def test_interleaved():
 def make_result():
     case = {"tokens": 64, "width": 8, "expert_width": 16, "experts": 4, "top_k": 1, "dtype": "float32"}
     row = lambda case, backend, ms, ratio: {
-        "case": case, "backend": backend, "ms": ms, "ratio_to_dense": ratio, "tflops": 0.1, "gflop": 1.0,
-    }  # fmt: skip
+        "case": case,
+        "backend": backend,
+        "ms": ms,
+        "ratio_to_dense": ratio,
+        "tflops": 0.1,
+        "gflop": 1.0,
+    }
     rows = [
         row("e4/forward", "dense", 2.0, 1.0),
         row("e4/forward", "dropless", 123.4, 61.7),
@@ -93,9 +94,15 @@ def make_result():
         row("ceiling_2048_float32", "matmul", 9.0, None),
     ]
     environment = {
-        "platform": "cpu", "device": "cpu", "machine": "A processor, x86_64", "cores": 2, "python": "3.11.1",
-        "versions": {"jax": "0.10.2"}, "date": "2026-01-02", "load_before": 0.5,
-    }  # fmt: skip
+        "platform": "cpu",
+        "device": "cpu",
+        "machine": "A processor, x86_64",
+        "cores": 2,
+        "python": "3.11.1",
+        "versions": {"jax": "0.10.2"},
+        "date": "2026-01-02",
+        "load_before": 0.5,
+    }
     cases = {"e4": case, "e8": case | {"experts": 8}, "second_all": case, "second_quarter": case}
     return {"benchmark": "moe_layer", "environment": environment, "cases": cases, "rows": rows}
 
@@ -108,9 +115,7 @@ def test_table(tmp_path):
         table.main([str(results), f"--readme={readme}"])
         text = readme.read_text()
         assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-        assert (
-            "CPU: A processor, x86_64, 2 cores, 2026-01-02, Python 3.11.1, jax 0.10.2, load average" in text
-        )
+        assert "CPU: A processor, x86_64, 2 cores, 2026-01-02, Python 3.11.1, jax 0.10.2, load average" in text
         assert "| forward, K=1, T=64 D=8 F=16, float32 | E=4 | E=8 |" in text
         assert "| **dropless** | 123 (61.70) | not measured |" in text
         assert "| one-hot einsums, factor 1.25 | not measured | not measured |" in text
@@ -132,9 +137,7 @@ def test_table_of_the_command(result):
     text = table.render([result])
     assert all(f"| {name} |" in text for name in table.BACKENDS.values())
     assert "| torch's grouped product alone, rows sorted | not measured |" in text
-    assert set(table.BACKENDS) >= {
-        b for _, cases in moe_layer.GROUPS.values() for c in cases for b in c.backends
-    }
+    assert set(table.BACKENDS) >= {b for _, cases in moe_layer.GROUPS.values() for c in cases for b in c.backends}
 
 
 @pytest.mark.parametrize(

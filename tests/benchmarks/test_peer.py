@@ -52,8 +52,20 @@ def test_tables_of_what_there_is():
     environment = timing.environment()
     cases = {"pool": dataclasses.asdict(peer.POOL), "kernels": dataclasses.asdict(peer.KERNELS)}
     row = lambda case, backend, ms: {"case": case, "backend": backend, "ms": ms, "gb_per_s": ms and 1000 / ms}
-    grown = lambda backend, ms: {"case": "n", "backend": backend, "ms": ms, "state_bytes": 1, "parameters": 512 * 64, "temporary_bytes": 2e6}
-    rows = [row("pool", "rows", 200.0), row("pool", "naive", 500.0), row("pool", "copy", 10.0), row("kernels", "forward blocks", None)]
+    grown = lambda backend, ms: {
+        "case": "n",
+        "backend": backend,
+        "ms": ms,
+        "state_bytes": 1,
+        "parameters": 512 * 64,
+        "temporary_bytes": 2e6,
+    }
+    rows = [
+        row("pool", "rows", 200.0),
+        row("pool", "naive", 500.0),
+        row("pool", "copy", 10.0),
+        row("kernels", "forward blocks", None),
+    ]
     text = table.peer({"environment": environment, "cases": cases, "rows": rows})
     assert "| **gradients by rows** | 200 | 2.50 | 5 |" in text and "| a plain copy | 10 |  | 100 |" in text
     assert "| `forward blocks` | not measured |  | not measured |" in text

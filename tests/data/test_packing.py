@@ -127,7 +127,5 @@ def test_a_failed_build_leaves_nothing(tmp_path):
         raise RuntimeError("disk on fire")
 
     with pytest.raises(RuntimeError):
-        open_stream(
-            Split(documents, "bad"), ByteTokenizer(), epath.Path(tmp_path), "bad", show_progress=False
-        )
+        open_stream(Split(documents, "bad"), ByteTokenizer(), epath.Path(tmp_path), "bad", show_progress=False)
     assert not list((tmp_path / "streams").iterdir())

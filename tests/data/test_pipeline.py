@@ -13,9 +13,7 @@ from moe_jax.data import ByteTokenizer, evaluation_set, open_data, packing
 def write(folder, documents, size=40):
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(documents):
-        (folder / f"{i:03}.txt").write_text(
-            f"{folder.name} {i} " + "".join(f"{i}w{j} " for j in range(i % size))
-        )
+        (folder / f"{i:03}.txt").write_text(f"{folder.name} {i} " + "".join(f"{i}w{j} " for j in range(i % size)))
 
 
 def make_config(tmp_path, *sources, **kwargs):
@@ -90,9 +88,7 @@ def test_mixture_follows_the_weights(tmp_path):
     write(tmp_path / "a", 30)
     write(tmp_path / "b", 60)
     write(tmp_path / "c", 30)
-    sources = [
-        SourceConfig(name=n, files=f"{tmp_path}/{n}/*.txt", weight=w) for n, w in (("a", 3.0), ("b", 1.0))
-    ]
+    sources = [SourceConfig(name=n, files=f"{tmp_path}/{n}/*.txt", weight=w) for n, w in (("a", 3.0), ("b", 1.0))]
     sources.append(SourceConfig(name="c", files=f"{tmp_path}/c/*.txt", weight=0.0))
     config = make_config(tmp_path, *sources, sequence_length=64)
     data = open_data(config)
@@ -117,10 +113,7 @@ def test_evaluation_bytes_and_texts(config):
             batches = list(evaluation.batches(4))
             assert {batch["tokens"].shape for batch in batches} == {(4, 16)}
             token_bytes = data.tokenizer.token_bytes
-            assert (
-                sum((token_bytes[b["targets"]] * b["loss_weights"]).sum() for b in batches)
-                == evaluation.bytes
-            )
+            assert sum((token_bytes[b["targets"]] * b["loss_weights"]).sum() for b in batches) == evaluation.bytes
             assert sum(batch["loss_weights"].sum() for batch in batches) == evaluation.tokens
             texts = list(evaluation.texts())
             assert (len(texts), sum(map(len, texts))) == (evaluation.documents, evaluation.bytes)

@@ -53,9 +53,7 @@ def test_globs(tmp_path):
     for name in ("b.txt", "a.txt", "deep/er/c.txt", "deep/d.md", "[odd].txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
-    names = [
-        name for name, _ in find_files("f", f"{tmp_path}/**/*.txt, {tmp_path}/a.txt,{tmp_path}/deep/*.md")
-    ]
+    names = [name for name, _ in find_files("f", f"{tmp_path}/**/*.txt, {tmp_path}/a.txt,{tmp_path}/deep/*.md")]
     assert names == ["[odd].txt", "a.txt", "b.txt", "d.md", "deep/er/c.txt"]
     assert [name for name, _ in find_files("f", f"{tmp_path}/b.txt")] == ["b.txt"]
     with pytest.raises(ConfigError, match="matches no file"):
@@ -99,9 +97,7 @@ def test_gzip_and_jsonl(tmp_path):
     (tmp_path / "c.txt.gz").write_bytes(gzip.compress("text é".encode()))
     assert texts(tmp_path / "a.jsonl") == texts(tmp_path / "b.jsonl.gz") == ["a\nb", "", "é"]
     assert texts(tmp_path / "c.txt.gz") == ["text é"]
-    with pytest.raises(
-        ConfigError, match="text_feature=body: row 1 of a.jsonl .* choose one of its texts: text"
-    ):
+    with pytest.raises(ConfigError, match="text_feature=body: row 1 of a.jsonl .* choose one of its texts: text"):
         texts(tmp_path / "a.jsonl", text_feature="body")
 
 
@@ -137,8 +133,10 @@ def test_given_splits(tmp_path):
     files = {"files": "train", "validation_files": "validation", "test_files": "test"}
     files = {key: f"{tmp_path}/{name}.txt" for key, name in files.items()}
     assert split_texts(open_one(tmp_path, name="a", **files)) == {
-        "train": ["train"], "validation": ["validation"], "test": ["test"],
-    }  # fmt: skip
+        "train": ["train"],
+        "validation": ["validation"],
+        "test": ["test"],
+    }
     held_out = {"name": "a", "weight": 0.0}
     assert split_texts(open_one(tmp_path, **held_out, test_files=files["test_files"])) == {"test": ["test"]}
     whole = split_texts(open_one(tmp_path, **held_out, files=files["files"]))
@@ -211,9 +209,7 @@ def test_tfds_by_name(tmp_path, monkeypatch):
         open_one(tmp_path, **source)
     with pytest.raises(ConfigError, match="is no text but int"):
         split_texts(open_one(tmp_path, text_feature="number", **source))
-    with pytest.raises(
-        ConfigError, match=r"TFDS needs tensorflow to prepare it; .*data\.sources\[0\]\.files"
-    ):
+    with pytest.raises(ConfigError, match=r"TFDS needs tensorflow to prepare it; .*data\.sources\[0\]\.files"):
         open_one(tmp_path, name="a", tfds="moe_jax_test_needs_tensorflow", text_feature="body")
 
 

@@ -100,9 +100,7 @@ def test_training_does_not_depend_on_the_process():
     prints = set()
     for seed in ("1", "2"):
         env = {"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path), "RAYON_NUM_THREADS": seed}
-        prints.add(
-            subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, check=True).stdout
-        )
+        prints.add(subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, check=True).stdout)
     assert len(prints) == 1
 
 

@@ -62,9 +62,7 @@ def test_against_a_loop(capacity, priority):
         # The other direction: each kept assignment knows its slot.
         flat, slot = np.asarray(slots.assignment).ravel(), np.full(T * K + 1, E * capacity)
         slot[flat] = np.arange(E * capacity)
-        np.testing.assert_array_equal(
-            np.ravel(slots.slot), np.where(np.isin(range(T * K), flat), slot[:-1], E * capacity)
-        )
+        np.testing.assert_array_equal(np.ravel(slots.slot), np.where(np.isin(range(T * K), flat), slot[:-1], E * capacity))
     assert slow(random_choice(2, 3, 4), 3, priority)[2] == T * K - 3  # all to one: the loop does drop
 
 
@@ -203,9 +201,7 @@ def test_bfloat16():
     weights = {"w_in": jnp.ones((1, 1, 1)), "w_out": jnp.ones((1, 1, 1)), "b_out": jnp.zeros((1, 1))}
 
     def total(weights):
-        return jnp.sum(
-            run_slots(jnp.ones((300, 1), jnp.bfloat16), kept.gates, slots, weights, activation="relu")
-        )
+        return jnp.sum(run_slots(jnp.ones((300, 1), jnp.bfloat16), kept.gates, slots, weights, activation="relu"))
 
     assert jax.jit(jax.grad(total))(weights)["b_out"] == 300
 
@@ -229,12 +225,8 @@ def test_padding_takes_no_slot(priority):
     kept, slots, dropped = limit(padded, E, 3, priority)
     alone, others, count = limit(jax.tree.map(lambda a: a[~padding], choice), E, 3, priority)
     chex.assert_trees_all_equal(jax.tree.map(lambda a: a[~padding], kept), alone)
-    tokens = lambda a, real: np.where(
-        np.asarray(a) < real.size * K, np.append(real, T)[np.asarray(a) // K], T
-    )
-    np.testing.assert_array_equal(
-        tokens(slots.assignment, np.arange(T)), tokens(others.assignment, np.arange(T)[~padding])
-    )
+    tokens = lambda a, real: np.where(np.asarray(a) < real.size * K, np.append(real, T)[np.asarray(a) // K], T)
+    np.testing.assert_array_equal(tokens(slots.assignment, np.arange(T)), tokens(others.assignment, np.arange(T)[~padding]))
     assert dropped == count > 0
     assert not np.any(kept.gates[padding])
 

@@ -126,9 +126,7 @@ def check(exchange, backend, mesh):
     if shape is None:
         assert set(fell.values()) == {None}
     else:
-        bounded = (
-            exchange != "gather" and shape[2] > 2
-        )  # with 2 shards, twice an even load is all that there is
+        bounded = exchange != "gather" and shape[2] > 2  # with 2 shards, twice an even load is all that there is
         assert fell["balanced"] == 0 and fell["all to one"] == bounded
 
 
@@ -170,11 +168,15 @@ def test_two_processes():
     env = {**os.environ, "PYTHONPATH": root, "COORDINATOR_ADDRESS": address, "NUM_PROCESSES": "2"}
     both = [
         subprocess.Popen(
-            [sys.executable, "-c", PROCESS], env={**env, "PROCESS_ID": str(i)}, cwd=root,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            [sys.executable, "-c", PROCESS],
+            env={**env, "PROCESS_ID": str(i)},
+            cwd=root,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for i in range(2)
-    ]  # fmt: skip
+    ]
     try:
         results = [process.communicate(timeout=300) for process in both]
     finally:

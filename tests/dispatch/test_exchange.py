@@ -128,9 +128,7 @@ def count_sent(choice, tokens, name):
 
 
 @pytest.mark.parametrize("exchange", ["all_to_all", "ragged"])
-@pytest.mark.parametrize(
-    "name, tokens, factor", [("expert", T + 1, 0.0), ("all", T, 0.0), ("all", T + 3, 1.5)]
-)
+@pytest.mark.parametrize("name, tokens, factor", [("expert", T + 1, 0.0), ("all", T, 0.0), ("all", T + 3, 1.5)])
 def test_bounded(name, tokens, factor, exchange):
     """A buffer for everything; one that holds some choices and that others overflow. All counts are exact."""
     run = on_mesh(name, exchange=exchange, buffer_factor=factor)
@@ -238,17 +236,13 @@ def test_refusals():
 def ragged_all_to_all(rows, out, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
     """As documented in `jax.lax.ragged_all_to_all`, by whole gathers."""
     me = jax.lax.axis_index(axis_name)
-    rows, first, sizes, to = (
-        jax.lax.all_gather(a, axis_name) for a in (rows, input_offsets, send_sizes, output_offsets)
-    )
+    rows, first, sizes, to = (jax.lax.all_gather(a, axis_name) for a in (rows, input_offsets, send_sizes, output_offsets))
     row = jnp.arange(out.shape[0])
     for source in range(rows.shape[0]):
         place = row - to[source, me]
         mine = (place >= 0) & (place < sizes[source, me])
         block = rows[source].at[first[source, me] + place].get(mode="fill", fill_value=0)
-        out = jnp.where(
-            mine[:, None], jnp.where(recv_sizes[source] == sizes[source, me], block, jnp.nan), out
-        )
+        out = jnp.where(mine[:, None], jnp.where(recv_sizes[source] == sizes[source, me], block, jnp.nan), out)
     return out
 
 

@@ -52,7 +52,9 @@ def test_eight_devices_are_one(mesh, activation, split, tokens):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend, split, activation", [("triton", "width", "swiglu"), ("mosaic", "width", "gelu"), ("mosaic", "experts", None)])
+@pytest.mark.parametrize(
+    "backend, split, activation", [("triton", "width", "swiglu"), ("mosaic", "width", "gelu"), ("mosaic", "experts", None)]
+)
 def test_kernels_on_eight_devices(backend, split, activation):
     """Interpreted: the kernels' two parts around the all-reduce, and whole experts of which most are another device's."""
     tokens, width = 13, 512

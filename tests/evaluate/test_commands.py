@@ -72,9 +72,7 @@ def test_the_average_is_used_unless_told_otherwise(workdir):
     loaded = load_run(workdir, config)
     assert loaded.step == 2 and loaded.mesh.size == 8
     expected = random_variables(loaded.model, seed=2)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_array_equal(a, b / 2), loaded.variables["params"], expected["params"]
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b / 2), loaded.variables["params"], expected["params"])
     jax.tree.map(np.testing.assert_array_equal, loaded.variables["router_state"], expected["router_state"])
     config.optimizer.ema_decay = 0.0
     config.mesh.expert, config.mesh.tensor = 4, 2
@@ -98,17 +96,13 @@ def test_load_run_refuses(workdir, tmp_path):
 
 def test_evaluate(workdir, capsys):
     output = workdir / "scores.json"
-    code, out, err = run(
-        evaluate_command, f"--workdir={workdir}", "--compare", f"--output={output}", capsys=capsys
-    )
+    code, out, err = run(evaluate_command, f"--workdir={workdir}", "--compare", f"--output={output}", capsys=capsys)
     assert code == 0
     report = json.loads(out)
     assert report == json.loads(output.read_text())
     assert report["step"] == 2 and report["split"] == "test" and list(report["sources"]) == ["words"]
     scores = report["sources"]["words"]
-    assert scores["bits_per_byte"] == pytest.approx(
-        scores["loss"] * scores["tokens"] / math.log(2) / scores["bytes"]
-    )
+    assert scores["bits_per_byte"] == pytest.approx(scores["loss"] * scores["tokens"] / math.log(2) / scores["bytes"])
     assert scores["tokens"] == scores["bytes"] + scores["documents"]
     assert 0 < scores["gzip"] and 0 < scores["xz"] < scores["xz_each"]
     assert scores["router/dropped"] == 0
@@ -130,15 +124,18 @@ def test_evaluate_other_text(workdir, tmp_path, capsys):
     assert report["sources"]["rows"]["gzip"] == compress_bits_per_byte([b"four"])["gzip"]
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--source=x"], "--source=x: not NAME=GLOB"),
-    (["--source=a=b", "--source=a=c"], "the name a is there twice"),
-    (["--source=a=/nowhere/*.txt"], "matches no file"),
-    (["--step=5"], "no checkpoint of step 5"),
-    (["--split=train"], "--split=train"),
-    (["--config.mesh.tensor=3"], "config.mesh.tensor=3"),
-    (["--config.mesh.data=2"], "the product must be the device count, 8"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--source=x"], "--source=x: not NAME=GLOB"),
+        (["--source=a=b", "--source=a=c"], "the name a is there twice"),
+        (["--source=a=/nowhere/*.txt"], "matches no file"),
+        (["--step=5"], "no checkpoint of step 5"),
+        (["--split=train"], "--split=train"),
+        (["--config.mesh.tensor=3"], "config.mesh.tensor=3"),
+        (["--config.mesh.data=2"], "the product must be the device count, 8"),
+    ],
+)
 def test_evaluate_refuses_in_one_line(workdir, flags, message, capsys):
     code, out, err = run(evaluate_command, f"--workdir={workdir}", *flags, capsys=capsys)
     last = err.strip().splitlines()[-1]
@@ -186,9 +183,7 @@ def test_a_prompts_last_token_is_drawn_again():
     pieces = [tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size)]
     assert tokenizer.decode(starts[0]) in ("x", "x ")
     rest = "x def".removeprefix(tokenizer.decode(starts[0])).encode()
-    assert {pieces[i] for i in np.flatnonzero(first[0])} == {
-        piece for piece in pieces if piece.startswith(rest)
-    }
+    assert {pieces[i] for i in np.flatnonzero(first[0])} == {piece for piece in pieces if piece.startswith(rest)}
     assert first[0].sum() > 1 and not first[0][tokenizer.bos]
     assert starts[1].tolist() == [tokenizer.bos] and first[1].all()
     assert all(start[0] == tokenizer.bos for start in starts)

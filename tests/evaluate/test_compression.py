@@ -22,13 +22,9 @@ def test_the_sizes_of_the_commands():
         return len(subprocess.run(words, input=text, capture_output=True, check=True).stdout)
 
     # Two implementations of the same format need not take the same matches.
-    assert bits["gzip"] * size == pytest.approx(
-        sum(command("gzip", "-9", text=text) for text in TEXTS), rel=0.005
-    )
+    assert bits["gzip"] * size == pytest.approx(sum(command("gzip", "-9", text=text) for text in TEXTS), rel=0.005)
     assert bits["xz"] * size == pytest.approx(command("xz", "-9", text=b"".join(TEXTS)), abs=16)
-    assert bits["xz_each"] * size == pytest.approx(
-        sum(command("xz", "-9", text=text) for text in TEXTS), abs=48
-    )
+    assert bits["xz_each"] * size == pytest.approx(sum(command("xz", "-9", text=text) for text in TEXTS), abs=48)
 
 
 def test_what_each_one_sees():

@@ -82,9 +82,7 @@ def test_splash_kernel_interpreted():
     target = jax.random.normal(jax.random.key(1), q.shape)
 
     def gradients(f):
-        return jax.jit(
-            jax.value_and_grad(lambda *x: jnp.sum(f(*x, segment_ids=segments) * target), (0, 1, 2))
-        )
+        return jax.jit(jax.value_and_grad(lambda *x: jnp.sum(f(*x, segment_ids=segments) * target), (0, 1, 2)))
 
     expected = gradients(attention.dot_product_attention)(q, k, v)
     splash = functools.partial(attention.splash_attention, interpret=True)
@@ -128,9 +126,7 @@ def test_choice_of_kernel(platform, shape, dtype, options, choice, reason):
             "requested",
         )
     else:
-        with pytest.raises(
-            ValueError, match=f"attention='{wanted}' cannot run here: .*; use attention='auto'"
-        ) as error:
+        with pytest.raises(ValueError, match=f"attention='{wanted}' cannot run here: .*; use attention='auto'") as error:
             attention.choose_backend(wanted, platform, shape, shape, dtype, **options)
         assert "\n" not in str(error.value)
 
@@ -140,9 +136,7 @@ def test_choice_is_logged_once(caplog):
     with caplog.at_level("INFO"):
         for _ in range(2):
             jax.eval_shape(attention.dot_product_attention, *_qkv(2, 2))
-    assert [r.message for r in caplog.records if "attention" in r.message] == [
-        "attention kernel: xla (the platform is cpu)"
-    ]
+    assert [r.message for r in caplog.records if "attention" in r.message] == ["attention kernel: xla (the platform is cpu)"]
     with pytest.raises(ValueError, match="attention='flash' is unknown"):
         attention.choose_backend("flash", "cpu", SHAPE, SHAPE, jnp.float32)
 
@@ -188,9 +182,7 @@ def test_layer_is_its_parts():
 
 def test_layer_parameters():
     layer = Attention(heads=4, qkv_bias=True, output_bias=True, qk_norm=True)
-    params = jax.jit(layer.init)(jax.random.key(0), jnp.zeros((1, 4, 256)), jnp.zeros((1, 4), jnp.int32))[
-        "params"
-    ]
+    params = jax.jit(layer.init)(jax.random.key(0), jnp.zeros((1, 4, 256)), jnp.zeros((1, 4), jnp.int32))["params"]
     assert params["w_q"].names == ("embed", "heads", "head") and params["w_k"].names == (
         "embed",
         "kv_heads",
@@ -202,9 +194,7 @@ def test_layer_parameters():
     for name in ("w_q", "w_k", "w_v", "w_o"):
         np.testing.assert_allclose(params[name].value.std(), 1 / 16, rtol=0.03)
     init = Attention(heads=4).init
-    plain = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 4, 8)), jnp.zeros((1, 4), jnp.int32))[
-        "params"
-    ]
+    plain = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 4, 8)), jnp.zeros((1, 4), jnp.int32))["params"]
     assert set(plain) == {"w_q", "w_k", "w_v", "w_o"}
 
 
@@ -308,9 +298,7 @@ def test_sharded_heads():
         "w_o": ("tensor", None, "fsdp"),
     }
     layer = Attention(**FULL)
-    put = lambda path, p: jax.device_put(
-        p, jax.sharding.NamedSharding(mesh, compat.PartitionSpec(*spec.get(path[-1].key, ())))
-    )
+    put = lambda path, p: jax.device_put(p, jax.sharding.NamedSharding(mesh, compat.PartitionSpec(*spec.get(path[-1].key, ()))))
     sharded = jax.tree_util.tree_map_with_path(put, params)
     rows = jax.device_put(x, jax.sharding.NamedSharding(mesh, compat.PartitionSpec("data")))
     with jax.set_mesh(mesh):

@@ -23,9 +23,7 @@ def test_lookup_and_attend():
     chex.assert_shape(y, (2, 4, 6))
     np.testing.assert_array_equal(y, table[np.asarray(IDS)])
     logits = layer.apply(variables, y, method="attend")
-    np.testing.assert_allclose(
-        logits, np.asarray(y, np.float64) @ table.T.astype(np.float64), rtol=1e-5, atol=1e-8
-    )
+    np.testing.assert_allclose(logits, np.asarray(y, np.float64) @ table.T.astype(np.float64), rtol=1e-5, atol=1e-8)
     assert variables["params"]["embedding"].names == ("vocab", "embed")
     assert np.isnan(layer.apply(variables, jnp.array([[10]]))).all()
 
@@ -37,18 +35,14 @@ def test_row_gradients_sum_to_the_dense_gradient(dtype):
     params = nn.unbox(jax.jit(layer.init)(jax.random.key(0), IDS))["params"]
     dense = jax.grad(lambda p: _loss(layer, {"params": p}, target))(params)["embedding"]
     # Without a sink: the ordinary lookup.
-    chex.assert_trees_all_equal(
-        dense, jax.grad(lambda p: _loss(rows, {"params": p}, target))(params)["embedding"]
-    )
+    chex.assert_trees_all_equal(dense, jax.grad(lambda p: _loss(rows, {"params": p}, target))(params)["embedding"])
 
     sink = {"embedding": jnp.zeros((IDS.size, 6))}
     assert layer.apply({"params": params}, IDS).dtype == dtype
-    chex.assert_trees_all_equal(
-        layer.apply({"params": params}, IDS), rows.apply({"params": params, "row_sinks": sink}, IDS)
+    chex.assert_trees_all_equal(layer.apply({"params": params}, IDS), rows.apply({"params": params, "row_sinks": sink}, IDS))
+    d_params, d_sink = jax.jit(jax.grad(lambda p, s: _loss(rows, {"params": p, "row_sinks": s}, target), argnums=(0, 1)))(
+        params, sink
     )
-    d_params, d_sink = jax.jit(
-        jax.grad(lambda p, s: _loss(rows, {"params": p, "row_sinks": s}, target), argnums=(0, 1))
-    )(params, sink)
     assert not d_params["embedding"].any()
     scattered = jnp.zeros((10, 6)).at[row_ids(IDS)].add(d_sink["embedding"])
     chex.assert_trees_all_close(scattered, dense, rtol=1e-6, atol=1e-7)
@@ -57,9 +51,7 @@ def test_row_gradients_sum_to_the_dense_gradient(dtype):
 def test_no_dense_gradient_is_built():
     layer = TokenEmbedding(100_003, 6, row_gradients=True)
     params = nn.unbox(jax.jit(layer.init)(jax.random.key(0), IDS))["params"]
-    grad = jax.jit(
-        jax.grad(lambda s: layer.apply({"params": params, "row_sinks": {"embedding": s}}, IDS).sum())
-    )
+    grad = jax.jit(jax.grad(lambda s: layer.apply({"params": params, "row_sinks": {"embedding": s}}, IDS).sum()))
     text = grad.lower(jnp.zeros((IDS.size, 6))).compile().as_text()
     assert "scatter" not in text and "f32[100003,6]{1,0} broadcast" not in text
 

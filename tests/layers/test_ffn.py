@@ -26,9 +26,7 @@ def test_values(kind, use_bias):
     rng = np.random.default_rng(0)
     p = {name: rng.normal(size=box.value).astype(np.float32) for name, box in shapes.items()}
     branches = ["in", "gate"] if kind == "swiglu" else ["in"]
-    names = {f"w_{b}" for b in [*branches, "out"]} | (
-        {f"b_{b}" for b in [*branches, "out"]} if use_bias else set()
-    )
+    names = {f"w_{b}" for b in [*branches, "out"]} | ({f"b_{b}" for b in [*branches, "out"]} if use_bias else set())
     assert set(p) == names
     h = {b: np.asarray(x, np.float64) @ p[f"w_{b}"] + p.get(f"b_{b}", 0) for b in branches}
     f = _REFERENCE[kind]

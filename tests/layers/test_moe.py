@@ -112,9 +112,7 @@ def assert_errors(result, reference, bound):
         assert error <= bound, f"{name}: {error:.2e}"
 
 
-@pytest.mark.parametrize(
-    "activation, use_bias, top_k", [("swiglu", True, 2), ("gelu", True, 1), ("relu", False, 3)]
-)
+@pytest.mark.parametrize("activation, use_bias, top_k", [("swiglu", True, 2), ("gelu", True, 1), ("relu", False, 3)])
 def test_float64(activation, use_bias, top_k):
     params, x, d_y = make_params(activation, use_bias)
     layer = MoE(E, F, top_k, activation=activation, use_bias=use_bias)
@@ -234,15 +232,22 @@ def test_variables():
     variables = jax.jit(wide.init)(jax.random.key(0), jnp.zeros((3, 50)))
     experts = variables["params"]["experts"]
     axes = {
-        "w_in": ("experts", "embed", "mlp"), "w_gate": ("experts", "embed", "mlp"),
-        "w_out": ("experts", "mlp", "embed"), "b_in": ("experts", "mlp"), "b_gate": ("experts", "mlp"),
+        "w_in": ("experts", "embed", "mlp"),
+        "w_gate": ("experts", "embed", "mlp"),
+        "w_out": ("experts", "mlp", "embed"),
+        "b_in": ("experts", "mlp"),
+        "b_gate": ("experts", "mlp"),
         "b_out": ("experts", None),
-    }  # fmt: skip
+    }
     assert {name: box.names for name, box in experts.items()} == axes
     shapes = {
-        "w_in": (4, 50, 200), "w_gate": (4, 50, 200), "w_out": (4, 200, 50),
-        "b_in": (4, 200), "b_gate": (4, 200), "b_out": (4, 50),
-    }  # fmt: skip
+        "w_in": (4, 50, 200),
+        "w_gate": (4, 50, 200),
+        "w_out": (4, 200, 50),
+        "b_in": (4, 200),
+        "b_gate": (4, 200),
+        "b_out": (4, 50),
+    }
     assert {name: box.value.shape for name, box in experts.items()} == shapes
     for name in ("w_in", "w_gate", "w_out"):
         weight = np.asarray(experts[name].value)

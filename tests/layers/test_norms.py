@@ -25,9 +25,7 @@ def test_values(kind, offset):
     params = {"scale": scale, "bias": bias} if kind == "layernorm" else {"scale": scale}
     y = jax.jit(layer.apply)({"params": params}, x)
     # At an offset of 100 the float32 input itself has lost two of its seven digits.
-    np.testing.assert_allclose(
-        y, _reference(kind, x, scale, bias, 1e-5), atol=1e-5 if offset == 0 else 1e-3, rtol=1e-5
-    )
+    np.testing.assert_allclose(y, _reference(kind, x, scale, bias, 1e-5), atol=1e-5 if offset == 0 else 1e-3, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", norms.NORMS)

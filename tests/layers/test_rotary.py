@@ -28,9 +28,7 @@ def _llama3(width, theta, factor, low, high, original):
 def test_frequencies():
     plain = rotary.rotary_frequencies(8, 100.0)
     np.testing.assert_allclose(plain, [1, 100**-0.25, 0.1, 100**-0.75], rtol=1e-15)
-    np.testing.assert_allclose(
-        rotary.rotary_frequencies(8, 100.0, "linear", factor=4.0), plain / 4, rtol=1e-15
-    )
+    np.testing.assert_allclose(rotary.rotary_frequencies(8, 100.0, "linear", factor=4.0), plain / 4, rtol=1e-15)
 
 
 # Llama 3.1 8B, Llama 3.2 1B, and an original context so short that every branch occurs at a small width.

@@ -13,7 +13,6 @@ T, D, E, F, K = 20, 6, 3, 5, 2
 ZEROS, COPIES, CONSTANTS = 2, 1, 2
 
 
-
 def test_against_a_loop():
     rng = np.random.default_rng(0)
     columns = E + 1 + ZEROS + COPIES + CONSTANTS

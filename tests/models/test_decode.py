@@ -75,9 +75,7 @@ def generate_uncached(name, prompts, tokens, temperature=0.0, top_p=1.0, key=Non
         if first is not None and i == 0:
             logits[: len(first)] = np.where(first, logits[: len(first)], -np.inf)
         options = {"greedy": not temperature, "nucleus": top_p < 1}
-        token = np.asarray(
-            sample(jnp.asarray(logits), jnp.asarray(lengths), key, temperature, top_p, **options)
-        )
+        token = np.asarray(sample(jnp.asarray(logits), jnp.asarray(lengths), key, temperature, top_p, **options))
         new.append(np.where(ended, END, token))
         ids[rows, lengths] = token
         lengths, ended = lengths + 1, ended | (token == END)
@@ -87,9 +85,7 @@ def generate_uncached(name, prompts, tokens, temperature=0.0, top_p=1.0, key=Non
 SAMPLING = {"greedy": {}, "drawn": {"temperature": 0.7}, "nucleus": {"temperature": 1.3, "top_p": 0.8}}
 
 
-@pytest.mark.parametrize(
-    "name, kind", [("rope", "greedy"), ("rope", "nucleus"), ("learned", "drawn"), ("learned", "greedy")]
-)
+@pytest.mark.parametrize("name, kind", [("rope", "greedy"), ("rope", "nucleus"), ("learned", "drawn"), ("learned", "greedy")])
 def test_the_cache_changes_nothing(name, kind):
     model, variables = make(name)
     sampling = SAMPLING[kind] | ({} if kind == "greedy" else {"key": jax.random.key(5)})
@@ -118,9 +114,7 @@ def test_bfloat16_draws_a_best_token():
 
 def test_rows_do_not_change_each_other():
     model, variables = make()
-    run = functools.partial(
-        generate, model, variables, end_id=END, temperature=1.0, top_p=0.9, key=jax.random.key(1)
-    )
+    run = functools.partial(generate, model, variables, end_id=END, temperature=1.0, top_p=0.9, key=jax.random.key(1))
     together = run(PROMPTS, tokens=TOKENS)
     np.testing.assert_array_equal(run(PROMPTS[:1], tokens=TOKENS), together[:1])
     # Row 2 with other neighbours, and fewer tokens.
@@ -144,9 +138,7 @@ def test_rows_do_not_change_each_other():
 
 def test_a_document_ends():
     model, variables = make()
-    run = functools.partial(
-        generate, model, variables, PROMPTS, tokens=TOKENS, key=jax.random.key(5), **SAMPLING["nucleus"]
-    )
+    run = functools.partial(generate, model, variables, PROMPTS, tokens=TOKENS, key=jax.random.key(5), **SAMPLING["nucleus"])
     free = run(end_id=V)  # no token has this id
     end = free[1, 6]
     ended = np.cumsum(free == end, axis=1) > 0
@@ -172,9 +164,7 @@ def test_sampling_follows_the_distribution():
 
     def shares(temperature, top_p):
         draw = functools.partial(sample, greedy=False, nucleus=top_p < 1)
-        tokens = draw(
-            jnp.tile(logits, (rows, 1)), jnp.zeros(rows, jnp.int32), jax.random.key(0), temperature, top_p
-        )
+        tokens = draw(jnp.tile(logits, (rows, 1)), jnp.zeros(rows, jnp.int32), jax.random.key(0), temperature, top_p)
         return np.bincount(tokens, minlength=4) / rows
 
     np.testing.assert_allclose(shares(1.0, 1.0), [0.4, 0.1, 0.3, 0.2], atol=0.015)
@@ -201,9 +191,7 @@ def test_few_compilations():
 @pytest.mark.parametrize("rows, kind", [(1, "greedy"), (5, "nucleus")])
 def test_on_a_mesh(rows, kind):
     model, variables = make()
-    run = functools.partial(
-        generate, model, tokens=TOKENS, end_id=END, key=jax.random.key(5), **SAMPLING[kind]
-    )
+    run = functools.partial(generate, model, tokens=TOKENS, end_id=END, key=jax.random.key(5), **SAMPLING[kind])
     expected = run(variables, PROMPTS)[:rows]
     mesh = compat.make_mesh(jax.devices(), AXES, (1, 1, 4, 2))
     placed = jax.device_put(variables, shardings_of(boxed_shapes(model), mesh))
@@ -213,9 +201,7 @@ def test_on_a_mesh(rows, kind):
 
 def test_refusals():
     model, variables = make("learned")
-    with pytest.raises(
-        ConfigError, match="max_positions=40: a prompt of 16 tokens and 26 new ones need 41.* at most 25 new"
-    ):
+    with pytest.raises(ConfigError, match="max_positions=40: a prompt of 16 tokens and 26 new ones need 41.* at most 25 new"):
         generate(model, variables, PROMPTS, tokens=26, end_id=END)
     assert generate(model, variables, PROMPTS, tokens=25, end_id=V).shape == (5, 25)
     for prompts in ([], [np.zeros(0, np.int32)]):

@@ -46,12 +46,8 @@ def loss_and_gradients(model, variables):
     def run(params, state):
         def loss(params):
             variables = {"params": params} | state
-            out = model.apply(
-                variables, ids, positions, segments, key=jax.random.key(3), step=jnp.int32(2), train=True
-            )
-            nats, _ = cross_entropy(
-                out.x, out.table, jnp.roll(ids, -1, 1), (segments > 0).astype(jnp.float32), chunk=16
-            )
+            out = model.apply(variables, ids, positions, segments, key=jax.random.key(3), step=jnp.int32(2), train=True)
+            nats, _ = cross_entropy(out.x, out.table, jnp.roll(ids, -1, 1), (segments > 0).astype(jnp.float32), chunk=16)
             return nats + 0.1 * sum(out.losses.values()), out.stats
 
         return jax.value_and_grad(loss, has_aux=True)(params)
@@ -123,12 +119,24 @@ def test_a_document_scores_the_same_alone():
     np.testing.assert_allclose(packed, alone, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("fields", [
-    {"inserts": "base=routed@4,first=dense@0"},
-    {"pattern": "dense", "positions": "learned", "norm": "layernorm", "activation": "gelu",
-     "tied_embeddings": False, "qkv_bias": True, "output_bias": True, "ffn_bias": True},
-    {"pattern": "routed", "positions": "none", "qk_norm": True, "ffn_bias": True, "activation": "relu"},
-], ids=["inserts", "dense", "routed"])  # fmt: skip
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"inserts": "base=routed@4,first=dense@0"},
+        {
+            "pattern": "dense",
+            "positions": "learned",
+            "norm": "layernorm",
+            "activation": "gelu",
+            "tied_embeddings": False,
+            "qkv_bias": True,
+            "output_bias": True,
+            "ffn_bias": True,
+        },
+        {"pattern": "routed", "positions": "none", "qk_norm": True, "ffn_bias": True, "activation": "relu"},
+    ],
+    ids=["inserts", "dense", "routed"],
+)
 def test_every_parameter_has_logical_axes(fields):
     model = make_model(**fields)
     boxed = boxed_shapes(model)["params"]

@@ -28,9 +28,7 @@ def test_top_k_scales_the_experts_only(activation, matrices):
     c.moe.top_k = 1
     one = forward_flops_per_token(c, 100, 16)
     c.moe.top_k = 2
-    assert (
-        forward_flops_per_token(c, 100, 16) - one == 2 * 2 * matrices * c.width * c.ffn_width
-    )  # 2 routed layers
+    assert forward_flops_per_token(c, 100, 16) - one == 2 * 2 * matrices * c.width * c.ffn_width  # 2 routed layers
 
 
 def test_routers_by_hand():

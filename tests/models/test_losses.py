@@ -118,8 +118,5 @@ def test_eight_devices(names, sizes):
         assert _error(a, b) < 1e-6
     # The table's gradient crosses the devices once, after the loop: see losses._summed_forward.
     if names == ("data",):
-        bodies = [
-            re.search(rf"^{re.escape(n)} .*?^}}", text, re.M | re.S)[0]
-            for n in re.findall(r"body=(%[\w.-]+)", text)
-        ]
+        bodies = [re.search(rf"^{re.escape(n)} .*?^}}", text, re.M | re.S)[0] for n in re.findall(r"body=(%[\w.-]+)", text)]
         assert bodies and "all-reduce" in text and not any("all-reduce" in body for body in bodies)

@@ -45,8 +45,7 @@ NORMS = ((), ("norm_scale",), ("norm_scale", "norm_bias"))
 @pytest.mark.parametrize("backend", ["blocks", "ragged_dot", "loop"])
 @pytest.mark.parametrize(
     "activation, biases, norm, gated_rows",
-    [(a, a != "gelu", NORMS[i % 3], a != "relu") for i, a in enumerate(ACTIVATIONS)]
-    + [("relu", True, NORMS[2], True)],
+    [(a, a != "gelu", NORMS[i % 3], a != "relu") for i, a in enumerate(ACTIVATIONS)] + [("relu", True, NORMS[2], True)],
 )
 def test_value_and_gradients(activation, biases, norm, gated_rows, backend):
     """Of the tokens, the gates and every weight, against a loop over the experts in float64."""
@@ -89,9 +88,15 @@ def test_rows_of_tokens(backend):
         def routed(x, gates, weights):
             order = sort_by_expert(ids, experts)
             return expert_ffn(
-                x, weights, order.group_sizes, activation="gelu_tanh", gates=gates.reshape(-1)[order.order],
-                order=order.order, inverse=order.inverse, backend=backend,
-            )  # fmt: skip
+                x,
+                weights,
+                order.group_sizes,
+                activation="gelu_tanh",
+                gates=gates.reshape(-1)[order.order],
+                order=order.order,
+                inverse=order.inverse,
+                backend=backend,
+            )
 
         def every_expert(x, gates, weights):
             h = activate("gelu_tanh", jnp.einsum("td,edf->etf", x, weights["w_in"]))

@@ -174,9 +174,7 @@ def test_work_follows_the_rows():
             ones = jnp.ones((block.size, 1), jnp.int32) * (1 + block.group)
             return block.write(seen, block.rows(seen) + ones), run + block.size
 
-        seen, run = blocks.for_each_block(
-            jnp.asarray(sizes), rows, count, (jnp.zeros((rows, 1), jnp.int32), 0)
-        )
+        seen, run = blocks.for_each_block(jnp.asarray(sizes), rows, count, (jnp.zeros((rows, 1), jnp.int32), 0))
         expected = np.repeat([1, 2, 3, 0, 0, 0, 0], [*sizes, rows - sum(sizes)])
         np.testing.assert_array_equal(seen[:, 0], expected)
         assert run == sum(map(work, sizes))
@@ -193,8 +191,10 @@ def test_in_a_shard_map(backend):
     rows, whole = compat.PartitionSpec("data"), compat.PartitionSpec()
     run = compat.shard_map(
         lambda lhs, rhs, sizes: grouped_matmul(lhs, rhs, sizes[0], backend=backend),
-        mesh, (rows, whole, rows), rows,
-    )  # fmt: skip
+        mesh,
+        (rows, whole, rows),
+        rows,
+    )
 
     @jax.jit
     def all_of_it(lhs, rhs, sizes, d_out):
@@ -227,7 +227,5 @@ def test_refusals():
             grouped_matmul(*args)
     with pytest.raises(ValueError, match="integer group_sizes; got float32$"):
         grouped_matmul(lhs, rhs, sizes.astype(jnp.float32))
-    with pytest.raises(
-        ValueError, match="backend='pallas': one of blocks, ragged_dot, megablox, tokamax, loop, auto$"
-    ):
+    with pytest.raises(ValueError, match="backend='pallas': one of blocks, ragged_dot, megablox, tokamax, loop, auto$"):
         grouped_matmul(lhs, rhs, sizes, backend="pallas")

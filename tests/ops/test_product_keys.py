@@ -98,8 +98,10 @@ def test_a_search_in_blocks_under_a_checked_shard_map(monkeypatch):
     queries, table = jax.random.normal(keys[0], (24, 2, 2, 4)), jax.random.normal(keys[1], (2, 9, 4))
     d_scores, split = jax.random.normal(keys[2], (24, 2, 3)), PartitionSpec("data")
     mapped = jax.shard_map(
-        lambda *args: of_search(product_search, *args), mesh=mesh, in_specs=(split, PartitionSpec(), split),
+        lambda *args: of_search(product_search, *args),
+        mesh=mesh,
+        in_specs=(split, PartitionSpec(), split),
         out_specs=(split, split, split, PartitionSpec()),
-    )  # fmt: skip
+    )
     for a, b in zip(jax.jit(mapped)(queries, table, d_scores), of_search(search_whole, queries, table, d_scores)):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-6)

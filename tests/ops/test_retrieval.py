@@ -98,7 +98,12 @@ def test_no_rows_of_all_tokens_are_held():
     def loss(x, ids, gates, table, sink):
         return jnp.sum(retrieve(x, ids, gates, table, sink))
 
-    shapes = [((tokens, d), jnp.float32), ((tokens, retrieved), jnp.int32), ((tokens, retrieved), jnp.float32), ((n, 2, d), jnp.float32)]
+    shapes = [
+        ((tokens, d), jnp.float32),
+        ((tokens, retrieved), jnp.int32),
+        ((tokens, retrieved), jnp.float32),
+        ((n, 2, d), jnp.float32),
+    ]
     args = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
     compiled = jax.jit(jax.grad(loss, (0, 2, 4))).lower(*args, sink).compile()
     # Rows of all tokens would be 33 MB.

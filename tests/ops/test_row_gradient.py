@@ -66,7 +66,9 @@ def test_the_tables_size_is_never_in_memory():
     assert compiled.memory_analysis().temp_size_in_bytes < 100_000
 
 
-@pytest.mark.parametrize("pairs, largest", [(1, 0), (1, 5), (7, 3), (1000, 9), (2**12, 2**20), (2**12 + 1, 2**31 - 1), (2**18, 2**20)])
+@pytest.mark.parametrize(
+    "pairs, largest", [(1, 0), (1, 5), (7, 3), (1000, 9), (2**12, 2**20), (2**12 + 1, 2**31 - 1), (2**18, 2**20)]
+)
 def test_the_order_of_ids_is_stable(pairs, largest):
     ids = np.random.default_rng(pairs).integers(0, largest, pairs, endpoint=True).astype(np.int32)
     order = jax.jit(stable_order, static_argnums=1)(ids, largest)

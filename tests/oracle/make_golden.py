@@ -104,9 +104,7 @@ def set_weights(bindings, arrays):
     with torch.no_grad():
         for name, view in bindings.items():
             targets = view(lambda parameter: parameter.data)
-            targets, values = (
-                (targets, arrays[name]) if isinstance(targets, list) else ([targets], [arrays[name]])
-            )
+            targets, values = (targets, arrays[name]) if isinstance(targets, list) else ([targets], [arrays[name]])
             assert len(targets) == len(values)
             for target, value in zip(targets, values):
                 assert target.shape == value.shape, (name, target.shape, value.shape)
@@ -171,9 +169,15 @@ def leaf(array):
 
 def _switch(rng, dtype, capacity):
     config = switch.SwitchTransformersConfig(
-        d_model=D, d_ff=F, num_experts=E, expert_capacity=capacity, router_bias=False, router_jitter_noise=0.0,
-        dropout_rate=0.0, dense_act_fn="relu",
-    )  # fmt: skip
+        d_model=D,
+        d_ff=F,
+        num_experts=E,
+        expert_capacity=capacity,
+        router_bias=False,
+        router_jitter_noise=0.0,
+        dropout_rate=0.0,
+        dense_act_fn="relu",
+    )
     arrays = draw_tokens(rng, dtype) | draw_weights(rng, dtype)
     check_gap(softmax(logits_of(arrays)), 1)
     block = switch.SwitchTransformersSparseMLP(config).to(torch.from_numpy(arrays["x"]).dtype)
@@ -266,9 +270,7 @@ def mixtral_top_2(rng, dtype):
 @case(seed=4)
 def olmoe_top_3(rng, dtype):
     """Not renormalised; the balance loss as Mixtral's."""
-    config = olmoe.OlmoeConfig(
-        hidden_size=D, intermediate_size=F, num_experts=E, num_experts_per_tok=3, norm_topk_prob=False
-    )
+    config = olmoe.OlmoeConfig(hidden_size=D, intermediate_size=F, num_experts=E, num_experts_per_tok=3, norm_topk_prob=False)
     arrays = draw_tokens(rng, dtype) | draw_weights(rng, dtype, gated=True)
     check_gap(softmax(logits_of(arrays)), 3)
     block = olmoe.OlmoeSparseMoeBlock(config)
@@ -281,9 +283,13 @@ def olmoe_top_3(rng, dtype):
 def qwen2_moe_shared(rng, dtype):
     """Top 2, not renormalised; a shared expert of its own width times a sigmoid of the token."""
     config = qwen2_moe.Qwen2MoeConfig(
-        hidden_size=D, moe_intermediate_size=F, shared_expert_intermediate_size=SHARED_F, num_experts=E,
-        num_experts_per_tok=2, norm_topk_prob=False,
-    )  # fmt: skip
+        hidden_size=D,
+        moe_intermediate_size=F,
+        shared_expert_intermediate_size=SHARED_F,
+        num_experts=E,
+        num_experts_per_tok=2,
+        norm_topk_prob=False,
+    )
     arrays = draw_tokens(rng, dtype) | draw_weights(rng, dtype, gated=True, shared=True)
     arrays["shared_kernel"] = draw(rng, dtype, D, 1)
     check_gap(softmax(logits_of(arrays)), 2)
@@ -330,9 +336,16 @@ def check_groups(ranked, groups, kept, k):
 def _deepseek_v3(rng, dtype, bias_scale):
     k, groups, kept, scale = 3, 4, 2, 2.5
     config = deepseek_v3.DeepseekV3Config(
-        hidden_size=D, moe_intermediate_size=F, n_routed_experts=E, num_experts_per_tok=k, n_group=groups,
-        topk_group=kept, norm_topk_prob=True, routed_scaling_factor=scale, n_shared_experts=2,
-    )  # fmt: skip
+        hidden_size=D,
+        moe_intermediate_size=F,
+        n_routed_experts=E,
+        num_experts_per_tok=k,
+        n_group=groups,
+        topk_group=kept,
+        norm_topk_prob=True,
+        routed_scaling_factor=scale,
+        n_shared_experts=2,
+    )
     arrays = draw_tokens(rng, dtype) | draw_weights(rng, dtype, gated=True)
     for name, shape in {
         "shared_w_in": (D, 2 * F),
@@ -378,9 +391,12 @@ def deepseek_v4_router(rng, dtype):
     """The square root of softplus as the score, a selection bias, no groups."""
     k, scale = 3, 1.5
     config = deepseek_v4.DeepseekV4Config(
-        hidden_size=D, n_routed_experts=E, num_experts_per_tok=k, routed_scaling_factor=scale,
+        hidden_size=D,
+        n_routed_experts=E,
+        num_experts_per_tok=k,
+        routed_scaling_factor=scale,
         scoring_func="sqrtsoftplus",
-    )  # fmt: skip
+    )
     arrays = {"x": draw(rng, dtype, T, D, scale=1), "kernel": draw(rng, dtype, D, E)}
     arrays |= {"d_combine": draw(rng, dtype, T, E, scale=1), "bias": draw(rng, dtype, 1, E, scale=0.5)[0]}
     scores = np.sqrt(np.log1p(np.exp(logits_of(arrays))))
@@ -402,9 +418,14 @@ def deepseek_v4_router(rng, dtype):
 def nllb_top_2_router(rng, dtype):
     """Both experts always. Pairs are normalised first; then 2T/E slots an expert, any first choice before a second."""
     config = nllb_moe.NllbMoeConfig(
-        d_model=D, num_experts=E, expert_capacity=2 * T // E, router_bias=False, second_expert_policy="all",
-        normalize_router_prob_before_dropping=True, batch_prioritized_routing=False,
-    )  # fmt: skip
+        d_model=D,
+        num_experts=E,
+        expert_capacity=2 * T // E,
+        router_bias=False,
+        second_expert_policy="all",
+        normalize_router_prob_before_dropping=True,
+        batch_prioritized_routing=False,
+    )
     arrays = {"x": draw(rng, dtype, T, D, scale=1), "kernel": draw(rng, dtype, D, E)}
     arrays["d_combine"] = draw(rng, dtype, T, E, scale=1)
     check_gap(softmax(logits_of(arrays)), 2)
@@ -451,9 +472,14 @@ def _st_moe(rng, dtype, draws, train):
     assert T / 10 < np.sum(second < threshold * draws) < T / 2
     experts = nn.ModuleList(nn.Sequential(nn.Linear(D, F), nn.GELU(), nn.Linear(F, D)) for _ in range(E))
     moe = StMoE(
-        D, E, threshold_train=threshold, threshold_eval=threshold, experts=experts, capacity_factor_train=float(E),
+        D,
+        E,
+        threshold_train=threshold,
+        threshold_eval=threshold,
+        experts=experts,
+        capacity_factor_train=float(E),
         straight_through_dispatch_tensor=False,
-    )  # fmt: skip
+    )
     moe = moe.to(torch.from_numpy(arrays["x"]).dtype).train(train)
     bindings = {
         "kernel": lambda of: of(moe.gate.to_gates.weight).T,
@@ -511,9 +537,14 @@ def peer_own_keys(rng, dtype):
     scores = np.einsum("thpd,hpnd->pthn", queries, arrays["keys"])
     check_gap((scores[0][..., :, None] + scores[1][..., None, :]).reshape(T * heads, n * n), k)
     layer = TorchPEER(
-        D, heads=heads, num_experts=n * n, num_experts_per_head=k, dim_key=half, product_key_topk=k,
+        D,
+        heads=heads,
+        num_experts=n * n,
+        num_experts_per_head=k,
+        dim_key=half,
+        product_key_topk=k,
         non_competing_scores=False,
-    ).to(torch.float64)  # fmt: skip
+    ).to(torch.float64)
     bindings = {
         # Its queries lie half by half, ours head by head.
         "kernel": lambda of: of(layer.to_queries[0].weight).T.reshape(D, 2, heads, half).swapaxes(1, 2).reshape(D, -1),
@@ -555,9 +586,7 @@ def make(name):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=pathlib.Path, required=True, help="folder of the .npz files")
     parser.add_argument("--only", choices=sorted(CASES), help="one case; by default all")
     flags = parser.parse_args()

@@ -62,23 +62,26 @@ SETTINGS = {
     ),
     "gpt_oss_router": Setting("top_k", TopKConfig(order="top_k_first", renormalise="never"), 3, None),
     "deepseek_v3_no_bias": Setting("top_k", TopKConfig(**DEEPSEEK_V3), 3, SWIGLU | {"shared_width": 24}),
-    "deepseek_v3_bias": Setting(
-        "top_k", TopKConfig(**DEEPSEEK_V3, bias_rate=1e-3), 3, SWIGLU | {"shared_width": 24}
-    ),
-    "deepseek_v4_router": Setting(
-        "top_k", TopKConfig(score="sqrt_softplus", scale=1.5, bias_rate=1e-3), 3, None
-    ),
+    "deepseek_v3_bias": Setting("top_k", TopKConfig(**DEEPSEEK_V3, bias_rate=1e-3), 3, SWIGLU | {"shared_width": 24}),
+    "deepseek_v4_router": Setting("top_k", TopKConfig(score="sqrt_softplus", scale=1.5, bias_rate=1e-3), 3, None),
     "nllb_top_2_router": Setting("gshard", GShardConfig(eval_second_expert="all"), 2, None, priority="choice"),
     # st-moe-pytorch has int(factor * T / E) slots where we have ceil(factor * T * K / E).
     "st_moe_threshold": Setting(
-        "gshard", GShardConfig(eval_second_expert="threshold", threshold=0.2), 2,
-        GELU | {"eval_capacity": 1.0, "capacity_priority": "choice"}, priority="choice",
+        "gshard",
+        GShardConfig(eval_second_expert="threshold", threshold=0.2),
+        2,
+        GELU | {"eval_capacity": 1.0, "capacity_priority": "choice"},
+        priority="choice",
     ),
     "st_moe_random": Setting(
-        "gshard", GShardConfig(second_expert="random", threshold=0.2), 2,
-        GELU, priority="choice", train=True,
+        "gshard",
+        GShardConfig(second_expert="random", threshold=0.2),
+        2,
+        GELU,
+        priority="choice",
+        train=True,
     ),
-}  # fmt: skip
+}
 
 
 def load(name, dtype=None, folder=GOLDEN):
@@ -142,9 +145,7 @@ def objective(params, x, setting, golden, meta):
     found = answer(setting, golden, meta, params, x)
     if found.y is not None:
         return jnp.sum(found.y * golden["d_y"]), found
-    chosen = jax.nn.one_hot(
-        found.choice.expert_ids, golden["logits"].shape[1], dtype=found.choice.gates.dtype
-    )
+    chosen = jax.nn.one_hot(found.choice.expert_ids, golden["logits"].shape[1], dtype=found.choice.gates.dtype)
     return jnp.sum(jnp.einsum("TK,TKE->TE", found.choice.gates, chosen) * golden["d_combine"]), found
 
 

@@ -40,28 +40,34 @@ def started(monkeypatch):
     return start
 
 
-@pytest.mark.parametrize("env, expected", [
-    ({}, []),
-    ({"SLURM_NTASKS": "1"}, []),
-    ({"SLURM_NTASKS": "4"}, []),  # a batch script is no step
-    ({"SLURM_NTASKS": "1"} | STEP, []),
-    ({"SLURM_NTASKS": "4"} | STEP, [()]),
-    ({"OMPI_COMM_WORLD_SIZE": "1"}, []),
-    ({"OMPI_COMM_WORLD_SIZE": "2"}, [()]),
-    ({"TPU_WORKER_HOSTNAMES": "one"}, []),
-    ({"TPU_WORKER_HOSTNAMES": "one,two"}, [()]),
-    (ADDRESS | {"NUM_PROCESSES": "2", "PROCESS_ID": "1"}, [("localhost:1234", 2, 1)]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "env, expected",
+    [
+        ({}, []),
+        ({"SLURM_NTASKS": "1"}, []),
+        ({"SLURM_NTASKS": "4"}, []),  # a batch script is no step
+        ({"SLURM_NTASKS": "1"} | STEP, []),
+        ({"SLURM_NTASKS": "4"} | STEP, [()]),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, []),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, [()]),
+        ({"TPU_WORKER_HOSTNAMES": "one"}, []),
+        ({"TPU_WORKER_HOSTNAMES": "one,two"}, [()]),
+        (ADDRESS | {"NUM_PROCESSES": "2", "PROCESS_ID": "1"}, [("localhost:1234", 2, 1)]),
+    ],
+)
 def test_joins_the_other_processes_where_there_are_some(started, env, expected):
     assert started(env) == expected
 
 
-@pytest.mark.parametrize("env, message", [
-    ({}, "^environment variable NUM_PROCESSES: not set, though"),
-    ({"NUM_PROCESSES": "2"}, "^environment variable PROCESS_ID: not set, though"),
-    ({"NUM_PROCESSES": "two"}, "NUM_PROCESSES=two: not an integer from 1; "),
-    ({"NUM_PROCESSES": "2", "PROCESS_ID": "2"}, "PROCESS_ID=2: not an integer from 0 to NUM_PROCESSES - 1 = 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "env, message",
+    [
+        ({}, "^environment variable NUM_PROCESSES: not set, though"),
+        ({"NUM_PROCESSES": "2"}, "^environment variable PROCESS_ID: not set, though"),
+        ({"NUM_PROCESSES": "two"}, "NUM_PROCESSES=two: not an integer from 1; "),
+        ({"NUM_PROCESSES": "2", "PROCESS_ID": "2"}, "PROCESS_ID=2: not an integer from 0 to NUM_PROCESSES - 1 = 1"),
+    ],
+)
 def test_an_incomplete_environment_is_refused(started, env, message):
     with pytest.raises(ConfigError, match=message):
         started(ADDRESS | env)

@@ -186,7 +186,9 @@ def test_a_scatter_moves_its_rows():
   ROOT %b = f32[] parameter(1)
 }
 """
-    given = "  %t = f32[65536,256]{1,0} parameter(0)\n  %i = s32[32,1]{1,0} parameter(1)\n  %u = f32[32,256]{1,0} parameter(2)\n"
+    given = (
+        "  %t = f32[65536,256]{1,0} parameter(0)\n  %i = s32[32,1]{1,0} parameter(1)\n  %u = f32[32,256]{1,0} parameter(2)\n"
+    )
     shape = "(t: f32[65536,256], i: s32[32,1], u: f32[32,256]) -> f32[65536,256] {\n"
     rows = 32 * 256 * 4
     alone = head + "\nENTRY %main " + shape + given + f"  ROOT %s = {scatter}\n}}\n"

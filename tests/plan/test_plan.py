@@ -60,9 +60,7 @@ def test_every_product_is_counted(config, plan):
 
 def test_memory_and_links(config, plan):
     state = 4 * 3 * plan.parameters  # float32, with two moments
-    assert (
-        state / 4 < plan.memory["arguments"] < state / 2
-    )  # over fsdp=4; norms and the odd vocabulary are whole
+    assert state / 4 < plan.memory["arguments"] < state / 2  # over fsdp=4; norms and the odd vocabulary are whole
     assert plan.memory["aliased"] > 0.9 * plan.memory["output"] and plan.peak > plan.memory["arguments"]
     assert {c.axes for c in plan.collectives} <= {"fsdp", "data", "data+fsdp"}
     # The smallest exchange there can be: every weight's gradient crosses `data`, a quarter on each device.
@@ -120,9 +118,7 @@ def test_the_abstract_batch_is_a_real_one(config):
 
     batch = abstract_batch(config, mesh_from_config(config.mesh))
     real = make_batch(0)
-    assert {n: (a.shape, a.dtype) for n, a in batch.items()} == {
-        n: (a.shape, a.dtype) for n, a in real.items()
-    }
+    assert {n: (a.shape, a.dtype) for n, a in batch.items()} == {n: (a.shape, a.dtype) for n, a in real.items()}
 
 
 def run(capsys, tmp_path, *arguments):
@@ -131,9 +127,7 @@ def run(capsys, tmp_path, *arguments):
     path.write_text(CONFIG)
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit:
-        cli.run(
-            command.main, ["plan", f"--config={path}", *arguments], flags=command.define_flags, workdir=False
-        )
+        cli.run(command.main, ["plan", f"--config={path}", *arguments], flags=command.define_flags, workdir=False)
     return exit.value.code, *capsys.readouterr()
 
 
@@ -174,12 +168,8 @@ def test_a_refusing_compiler(capsys, tmp_path, monkeypatch):
     assert code == 2 and err.count("\n") == 1 and "is no shape" in err
 
 
-@pytest.mark.parametrize(
-    "have, fine", [("0.0.42.1", True), ("0.0.42", True), ("0.0.421", False), ("0.0.52", False)]
-)
+@pytest.mark.parametrize("have, fine", [("0.0.42.1", True), ("0.0.42", True), ("0.0.421", False), ("0.0.52", False)])
 def test_another_libtpu_is_named(monkeypatch, have, fine):
     monkeypatch.setattr(topology.importlib.metadata, "version", lambda name: have)
-    monkeypatch.setattr(
-        topology.importlib.metadata, "requires", lambda name: ["numpy", 'libtpu==0.0.42.*; extra == "tpu"']
-    )
+    monkeypatch.setattr(topology.importlib.metadata, "requires", lambda name: ["numpy", 'libtpu==0.0.42.*; extra == "tpu"'])
     assert topology.wrong_libtpu() == "" if fine else "libtpu==0.0.42.*" in topology.wrong_libtpu()

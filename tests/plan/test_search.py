@@ -29,9 +29,7 @@ def test_only_meshes_that_the_config_allows():
 def test_fixed_axes_stay():
     config = Config()
     config.mesh.data, config.mesh.tensor = 1, 2
-    assert sorted(sizes(c) for c in meshes(config, 8, ("fsdp", "expert"))) == [
-        (1, 1, 4, 2), (1, 2, 2, 2), (1, 4, 1, 2)
-    ]  # fmt: skip
+    assert sorted(sizes(c) for c in meshes(config, 8, ("fsdp", "expert"))) == [(1, 1, 4, 2), (1, 2, 2, 2), (1, 4, 1, 2)]
     config.mesh.data = -1  # what the others leave
     assert sorted(sizes(c) for c in meshes(config, 8, ("fsdp",))) == [
         (1, 4, 1, 2),

@@ -84,9 +84,7 @@ def test_the_exchange_sends_what_it_says(tmp_path, topology):
     found = plan(config, topology, "--config.mesh.expert=4", "--config.mesh.fsdp=2")
     layers = 2
     counts = {
-        (c["kind"], c["scope"]): (c["axes"], c["count"])
-        for c in found["collectives"]
-        if c["scope"].startswith("exchange")
+        (c["kind"], c["scope"]): (c["axes"], c["count"]) for c in found["collectives"] if c["scope"].startswith("exchange")
     }
     assert counts == {
         ("all-gather", "exchange"): ("expert", 3 * layers),

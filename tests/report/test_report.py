@@ -104,9 +104,7 @@ def make_run(folder, config: Config, tokenizer=None, steps=(1, 2)):
             state.setdefault("router_state", {})
             checkpoints.save(step, state | {"step": jnp.int32(step)}, meta)
     token = jnp.ones((1, 1), jnp.int32)
-    shapes = jax.eval_shape(
-        lambda v: by_layer(model.apply(v, token, token, token).stats, config.model), state
-    )
+    shapes = jax.eval_shape(lambda v: by_layer(model.apply(v, token, token, token).stats, config.model), state)
     rng = np.random.default_rng(0)
     with MetricsWriter(folder, tensorboard=False) as writer:
         for step in (1, 2, 3):
@@ -143,9 +141,7 @@ def test_every_router(router, tmp_path, capsys):
     traits = getattr(MoEConfig().routers, router).traits
     top_k = 2 if not traits.top_k or 2 in traits.top_k else 1
     virtual = {"zero_experts": 1, "copy_experts": 1, "constant_experts": 2} if traits.virtual else {}
-    config = make_config(
-        tmp_path, moe={"router": router, "top_k": top_k, "allow_noncausal": not traits.causal, **virtual}
-    )
+    config = make_config(tmp_path, moe={"router": router, "top_k": top_k, "allow_noncausal": not traits.causal, **virtual})
     page = page_of(make_run(tmp_path, config), capsys=capsys)
     said = "".join(page.text)
     assert "layer_01" in said and router in said and "The same tokens under step 1 and under step 2" in said
@@ -189,9 +185,12 @@ def test_what_is_recorded_is_what_the_model_does(tmp_path):
 def test_mixed_blocks_and_hostile_names(tmp_path, capsys):
     """Inserts, two kinds of routed layers' places, E = 1, one checkpoint, sources whose names are markup."""
     config = make_config(
-        tmp_path, layers=4, pattern="dense,routed", inserts="first=routed@0,mid=dense@2,Z=routed@4",
+        tmp_path,
+        layers=4,
+        pattern="dense,routed",
+        inserts="first=routed@0,mid=dense@2,Z=routed@4",
         moe={"experts": 1, "top_k": 1},
-    )  # fmt: skip
+    )
     assert routed_layers(config.model) == ["first", "layer_01", "layer_03", "Z"]
     folder = make_run(tmp_path, config, steps=(5,))
     name = "<script>\"&'_\u202e$x$"
@@ -219,8 +218,12 @@ def test_a_dense_model(tmp_path, capsys):
 def test_layers_that_retrieve(pattern, tmp_path, capsys):
     """Figures of each layer's whole pool, with and without routed layers beside it."""
     config = make_config(
-        tmp_path, pattern=pattern, inserts="mid=peer@0",
-        peer=PeerConfig(experts=64, heads=2, top_k=3, key_width=4, query_norm="layernorm"),  # random running variances are negative
+        tmp_path,
+        pattern=pattern,
+        inserts="mid=peer@0",
+        peer=PeerConfig(
+            experts=64, heads=2, top_k=3, key_width=4, query_norm="layernorm"
+        ),  # random running variances are negative
     )
     folder = make_run(tmp_path, config, steps=(2,))
     with MetricsWriter(folder, tensorboard=False, resume_step=3) as writer:
@@ -250,8 +253,7 @@ def test_against_itself(tmp_path, capsys):
 @pytest.mark.slow
 def test_against_another_run(tmp_path, capsys):
     one, two = (
-        make_run(tmp_path / name, make_config(tmp_path / name), steps=steps)
-        for name, steps in (("a", (1, 2)), ("b", (3,)))
+        make_run(tmp_path / name, make_config(tmp_path / name), steps=steps) for name, steps in (("a", (1, 2)), ("b", (3,)))
     )
     said = "".join(page_of(one, f"--against={two}", "--step=2", capsys=capsys).text)
     assert f"under step 3 of {two} and under step 2" in said
@@ -301,8 +303,13 @@ def test_escaping():
 
 def test_figures():
     assert [number(v) for v in (None, float("nan"), 0.0, 1234567, 0.12345, 1e-5)] == [
-        "–", "–", "0.000", "1,234,567", "0.123", "1e-05",
-    ]  # fmt: skip
+        "–",
+        "–",
+        "0.000",
+        "1,234,567",
+        "0.123",
+        "1e-05",
+    ]
     assert percent(0.1234) == "12.3 %" and percent(float("nan")) == "–"
     for count in (1, 16, 17, 64, 256):
         found = colours(count)

@@ -59,9 +59,7 @@ def test_contingency_against_a_loop():
     names, counts = contingency(labels, chosen)
     assert names.tolist() == sorted(set(labels.tolist()))
     for row, name in enumerate(names):
-        assert (
-            counts[row].tolist() == sum(chosen[t].astype(int) for t in range(T) if labels[t] == name).tolist()
-        )
+        assert counts[row].tolist() == sum(chosen[t].astype(int) for t in range(T) if labels[t] == name).tolist()
     assert contingency(np.zeros(0, int), np.zeros((0, N), bool))[1].shape == (0, N)
 
 
@@ -135,9 +133,7 @@ def test_pairs_of_an_independent_draw_have_a_lift_of_1():
     expected = independent_pairs(pairs)
     off = ~np.eye(N, dtype=bool)
     np.testing.assert_allclose(expected[off], pairs[off], rtol=1e-6, atol=1e-9)
-    np.testing.assert_allclose(
-        expected.sum(axis=1), np.where(off, pairs, 0).sum(axis=1), rtol=1e-6, atol=1e-9
-    )
+    np.testing.assert_allclose(expected.sum(axis=1), np.where(off, pairs, 0).sum(axis=1), rtol=1e-6, atol=1e-9)
     ratio = pair_lift(pairs)
     assert np.isnan(np.diag(ratio)).all() and np.isnan(ratio[5]).all()
     np.testing.assert_allclose(ratio[:5, :5][off[:5, :5]], 1, rtol=1e-6)

@@ -104,9 +104,17 @@ def setup(name: str, capacity: float = 0.0, train: bool = True) -> Setup:
     router = ROUTERS[row.router].build(sizes(name), row.options)
     zeros, copies, constants = row.virtual
     layer = MoE(
-        E, F, row.top_k, router, activation="swiglu", capacity_factor=capacity, eval_capacity=capacity,
-        zero_experts=zeros, copy_experts=copies, constant_experts=constants,
-    )  # fmt: skip
+        E,
+        F,
+        row.top_k,
+        router,
+        activation="swiglu",
+        capacity_factor=capacity,
+        eval_capacity=capacity,
+        zero_experts=zeros,
+        copy_experts=copies,
+        constant_experts=constants,
+    )
     variables = jax.jit(layer.init)(jax.random.key(0), jnp.zeros((T, D)), example())
     params, state = variables["params"], variables.get("router_state", {})
 

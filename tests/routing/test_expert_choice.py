@@ -60,9 +60,7 @@ def test_evaluated_by_tokens():
     layer = MoE(E, F, K, ExpertChoiceRouter(E, K, options, parent=None), activation="relu")
     same = MoE(E, F, K, ExpertChoiceRouter(E, K, parent=None), activation="relu")
     params = nn.unbox(layer.init(jax.random.key(0), x)["params"])
-    run = lambda layer, x, valid, train: layer.apply(
-        {"params": params}, x, RouterInputs(valid=jnp.asarray(valid), train=train)
-    )
+    run = lambda layer, x, valid, train: layer.apply({"params": params}, x, RouterInputs(valid=jnp.asarray(valid), train=train))
     y, aux = run(layer, x, valid, False)
     p = np.asarray(jax.nn.softmax(x @ params["router"]["kernel"], axis=-1))
     expected, counts = np.zeros((T, D)), np.zeros(E)

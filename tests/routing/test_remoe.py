@@ -11,11 +11,11 @@ from moe_jax.types import RouterInputs
 T, D, E = 30, 6, 5
 
 
-def route(options=ReMoEConfig(), valid=None, weight=0.5):
+def route(options=None, valid=None, weight=0.5):
     x = jax.random.normal(jax.random.key(1), (T, D))
     kernel = jax.random.normal(jax.random.key(2), (D, E))
     variables = {"params": {"kernel": kernel}, "router_state": {"weight": jnp.float32(weight)}}
-    result = ReMoE(E, 2, options).apply(variables, x, RouterInputs(valid=valid, train=True))
+    result = ReMoE(E, 2, options or ReMoEConfig()).apply(variables, x, RouterInputs(valid=valid, train=True))
     return *result, np.maximum(np.asarray(x @ kernel), 0)
 
 

@@ -24,9 +24,7 @@ def check_against_a_loop():
     params = nn.unbox(layer.init(jax.random.key(0), x)["params"])
     params = jax.tree.map(lambda a: a.astype(jnp.float64), params)
     params["router"]["scale"] = jnp.float64(3.0)
-    inputs = RouterInputs(
-        valid=jnp.asarray(valid).reshape(-1), sequences=jnp.repeat(jnp.arange(B), S), train=True
-    )
+    inputs = RouterInputs(valid=jnp.asarray(valid).reshape(-1), sequences=jnp.repeat(jnp.arange(B), S), train=True)
 
     def slow(params, x):
         phi = params["router"]["kernel"].reshape(D, E * C)

@@ -11,10 +11,10 @@ from moe_jax.types import RouterInputs
 T, D, E = 12, 6, 4
 
 
-def route(router, inputs=RouterInputs(), x=None):
+def route(router, inputs=None, x=None):
     x = jax.random.normal(jax.random.key(1), (T, D)) if x is None else x
     variables = {"params": {"kernel": jax.random.normal(jax.random.key(2), (D, E))}}
-    return router.apply(variables, x, inputs), x @ variables["params"]["kernel"]
+    return router.apply(variables, x, inputs or RouterInputs()), x @ variables["params"]["kernel"]
 
 
 def test_the_gate_is_the_raw_probability():
@@ -26,9 +26,7 @@ def test_the_gate_is_the_raw_probability():
     np.testing.assert_allclose(losses["balance"], E * np.sum(f * np.mean(p, axis=0)), rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "router", [Switch(E, options=SwitchConfig(jitter=0.1)), TopK(E, 1, options=TopKConfig(jitter=0.1))]
-)
+@pytest.mark.parametrize("router", [Switch(E, options=SwitchConfig(jitter=0.1)), TopK(E, 1, options=TopKConfig(jitter=0.1))])
 def test_jitter(router):
     """In training alone, within its range, and different for each key."""
     gates = lambda **inputs: route(router, RouterInputs(**inputs))[0][0].gates

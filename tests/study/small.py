@@ -27,11 +27,14 @@ def write_run(workdir, arm, seed, loss, curve, routed=True, digest="d", use=None
     folder.mkdir(parents=True)
     sources = {
         name: {
-            "loss": loss[name], "tokens": tokens, "bytes": 2 * tokens, "digest": f"{digest} {name}",
+            "loss": loss[name],
+            "tokens": tokens,
+            "bytes": 2 * tokens,
+            "digest": f"{digest} {name}",
             "bits_per_byte": loss[name] / math.log(2) / 2,
         }
         for name, tokens in (("a", 100), ("b", 300))
-    }  # fmt: skip
+    }
     for name, share in (("a", 0.5), ("b", 1.0)) if use else ():
         sources[name] |= {"router/usage": share * use[0], "router/unevenness": share * use[1]}
     (folder / "validation.json").write_text(json.dumps({"step": 40, "sources": sources}))
@@ -61,10 +64,16 @@ def write_timing(workdir, phase, times) -> None:
         "load_before": 0.5,
     }
     facts = {
-        "steps": 40, "tokens_per_step": 512, "tokens": 20480, "epochs": 0.5, "evaluation_batches": 9,
-        "training_flops_per_token": 3e6, "router_flops_per_token": 5e4, "parameters": 2_000_000,
+        "steps": 40,
+        "tokens_per_step": 512,
+        "tokens": 20480,
+        "epochs": 0.5,
+        "evaluation_batches": 9,
+        "training_flops_per_token": 3e6,
+        "router_flops_per_token": 5e4,
+        "parameters": 2_000_000,
         "active_parameters": 1_000_000,
-    }  # fmt: skip
+    }
     arms = {name: facts | {"ms": ms, "alone_ms": ms, "runs_ms": [ms]} for name, ms in times.items()}
     result = {"fingerprint": "x", "environment": environment | place(), "rounds": 3, "arms": arms}
     (workdir / f"timing_{phase}.json").write_text(json.dumps(result))

@@ -165,9 +165,14 @@ def write_pools(workdir, seeds=(3, 5)):
     """dense; pools of 1 and 4 of two kinds, b0 only with the larger one; a run scored twice; half as many steps."""
     half = {"train.steps": 20}
     arms = (
-        Arm("dense"), Arm("a1"), Arm("a4"), Arm("b4"), Arm("b4_again", {"model.moe.eval_capacity": 1.0}, scores="b4"),
-        Arm("dense_half", half, baseline="dense_half"), Arm("a4_half", half, baseline="dense_half"),
-    )  # fmt: skip
+        Arm("dense"),
+        Arm("a1"),
+        Arm("a4"),
+        Arm("b4"),
+        Arm("b4_again", {"model.moe.eval_capacity": 1.0}, scores="b4"),
+        Arm("dense_half", half, baseline="dense_half"),
+        Arm("a4_half", half, baseline="dense_half"),
+    )
     lines = {"a": {"a4": 4, "a1": 1}, "b": {"b4": 4}}
     curves = (Curve("pool", "Pools", "experts", lines, ("loss", "unevenness")), Curve("lone", "Alone", "x", {"": {"dense": 1}}))
     write_study(workdir, make_study(arms=arms, baseline="dense", seeds=seeds, curves=curves, shown=("dense", "a4")))
@@ -200,7 +205,9 @@ def test_curves(tmp_path):
     assert points["b4"]["value"]["unevenness"]["mean"] == pytest.approx(0.525)
     assert points["b4"]["across"]["unevenness"]["mean"] == pytest.approx(0.525 - 0.7)
     text = tables(result)
-    assert "| line | experts | arm | loss | to the point before | to a | unevenness, nats | to the point before | to a |" in text
+    assert (
+        "| line | experts | arm | loss | to the point before | to a | unevenness, nats | to the point before | to a |" in text
+    )
     assert "| b | 4 | b4 | 3.1000 [" in text and "| 87.5" not in text and "| 70.0 [70.0, 70.0] % |" in text
 
 
@@ -218,7 +225,10 @@ def test_a_baseline_of_its_own_and_a_second_score(tmp_path):
     assert again["time"]["of"] == 0 and rows["dense"]["usage"] is None
     text = tables(result)
     command = "python -m moe_jax.evaluate --workdir=DIR/runs/b4/seed_N --split=validation --config.model.moe.eval_capacity=1.0"
-    assert " to dense_half |" in text and f"b4_again: the runs of b4, scored once more with another evaluation: `{command}`." in text
+    assert (
+        " to dense_half |" in text
+        and f"b4_again: the runs of b4, scored once more with another evaluation: `{command}`." in text
+    )
     assert "retrieves; unevenness" in text and "both means over the sources by their tokens" in text
     assert ", or to the arm that is named, paired" in text and "20,480 tokens a run, 0.50 epochs." in text
 

@@ -53,9 +53,7 @@ def file(tmp_path_factory):
 
 def start(*arguments):
     command = [sys.executable, "-m", "moe_jax.study", "--rounds=3", *map(str, arguments)]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def study(*arguments, expect=0):
@@ -107,7 +105,7 @@ def test_interrupted_and_resumed_gives_the_same(file, tmp_path):
     for arguments, message in (
         ([f"--config={file}:dense,routed"], "arm dense settings={'model.pattern': 'dense,routed'}: the study"),
         ([f"--config={file}", "--config.train.steps=7"], "config.train.steps=7: the study in --workdir began with 200"),
-    ):  # fmt: skip
+    ):
         _, err = study(*arguments, f"--workdir={parts}", expect=2)
         assert err.startswith(f"error: {message}") and err.count("\n") == 1
 
@@ -134,19 +132,12 @@ def test_runs_scored_once_more(file, tmp_path):
 def test_failures(file, tmp_path):
     """Too many passes are refused before anything runs; a run that diverges is counted, and the code is 1."""
     small = ["--config.train.steps=20", "--config.train.eval_every=10", f"--workdir={tmp_path}"]
-    _, err = study(
-        f"--config={file}", f"--workdir={tmp_path / 'long'}", "--config.train.steps=20000", expect=2
-    )
-    assert (
-        "error: arm routed config.train.steps=20000: " in err
-        and "more than epochs_limit=4; train fewer" in err
-    )
+    _, err = study(f"--config={file}", f"--workdir={tmp_path / 'long'}", "--config.train.steps=20000", expect=2)
+    assert "error: arm routed config.train.steps=20000: " in err and "more than epochs_limit=4; train fewer" in err
     assert not (tmp_path / "long" / "runs").exists()
     diverging = file.with_name("diverging.py")
     text = file.read_text().replace('Arm("twin", twin_of="routed"), ', "")
-    diverging.write_text(
-        text.replace('"model.pattern": text', '"optimizer.learning_rate": 1e30, "model.pattern": text')
-    )
+    diverging.write_text(text.replace('"model.pattern": text', '"optimizer.learning_rate": 1e30, "model.pattern": text'))
     out, err = study(f"--config={diverging}", *small, expect=1)
     assert "dense seed 0: exit code 1: error: 10 steps in a row" in err and "1 failed" in err
     assert "**0 of 2 runs are missing, 1 failed.** dense seed 0: error: 10 steps" in out

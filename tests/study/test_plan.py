@@ -53,16 +53,40 @@ def get_config(text="64"):
         ({"arms": (Arm("routed"), Arm("t", twin_of="u"), Arm("u", twin_of="routed"))}, "arm t twin_of=u: names no arm"),
         ({"arms": (Arm("routed"), Arm("t", {"seed": 1}, "routed"))}, "arm t settings={'seed': 1}: an A/A arm"),
         ({"arms": (Arm("routed", ["a"]),)}, "arm routed settings=['a']: not a dict"),
-        ({"arms": (Arm("routed"), Arm("s", scores="t"))}, "arm s scores=t: names no arm that is trained by settings of its own; name one of routed"),
+        (
+            {"arms": (Arm("routed"), Arm("s", scores="t"))},
+            "arm s scores=t: names no arm that is trained by settings of its own; name one of routed",
+        ),
         ({"arms": (Arm("routed"), Arm("s", scores="s"))}, "arm s scores=s: names no arm"),
-        ({"arms": (Arm("routed"), Arm("s", {"train.steps": 9}, scores="routed"))}, "arm s config.train.steps=9: the runs of routed are trained"),
-        ({"arms": (Arm("routed"), Arm("s", {"mesh.expert": 2}, scores="routed"))}, "arm s config.mesh.expert=2: the runs of routed are trained"),
-        ({"arms": (Arm("routed"), Arm("s", {"model.width": 64}, scores="routed"))}, "arm s config.model.width=64: no option of evaluation, and the runs of routed are trained; leave it out"),
-        ({"arms": (Arm("routed"), Arm("s", full={"model.moe.zero_experts": 2}, scores="routed")), "full": {"train.steps": 900}, "scale": "full"},
-         "arm s config.model.moe.zero_experts=2: no option of evaluation"),
+        (
+            {"arms": (Arm("routed"), Arm("s", {"train.steps": 9}, scores="routed"))},
+            "arm s config.train.steps=9: the runs of routed are trained",
+        ),
+        (
+            {"arms": (Arm("routed"), Arm("s", {"mesh.expert": 2}, scores="routed"))},
+            "arm s config.mesh.expert=2: the runs of routed are trained",
+        ),
+        (
+            {"arms": (Arm("routed"), Arm("s", {"model.width": 64}, scores="routed"))},
+            "arm s config.model.width=64: no option of evaluation, and the runs of routed are trained; leave it out",
+        ),
+        (
+            {
+                "arms": (Arm("routed"), Arm("s", full={"model.moe.zero_experts": 2}, scores="routed")),
+                "full": {"train.steps": 900},
+                "scale": "full",
+            },
+            "arm s config.model.moe.zero_experts=2: no option of evaluation",
+        ),
         ({"arms": (Arm("routed"), Arm("s", baseline="t"))}, "arm s baseline=t: names no arm"),
-        ({"arms": (Arm("routed"), Arm("s", twin_of="routed", baseline="routed"))}, "arm s baseline=routed: an A/A arm has that of the other"),
-        ({"arms": (Arm("routed"), Arm("s", scores="routed"), Arm("t", twin_of="s"))}, "arm t twin_of=s: it has no runs of its own"),
+        (
+            {"arms": (Arm("routed"), Arm("s", twin_of="routed", baseline="routed"))},
+            "arm s baseline=routed: an A/A arm has that of the other",
+        ),
+        (
+            {"arms": (Arm("routed"), Arm("s", scores="routed"), Arm("t", twin_of="s"))},
+            "arm t twin_of=s: it has no runs of its own",
+        ),
         ({"arms": (Arm("routed"), Arm("s", scores="routed")), "baseline": "s"}, "study baseline=s: no arm"),
         ({"shown": ("nobody",)}, "study shown=nobody: no arm; name one of routed, twin, dense"),
         ({"shown": "dense"}, "study shown='dense': not a tuple; write such as ('arm',)"),
@@ -77,13 +101,22 @@ def get_config(text="64"):
         ({"curves": (Curve("loss", "t", "x", {}),)}, "curve loss: a picture of that name is there"),
         ({"curves": (Curve("c", "t", "x", {"": ["dense"]}),)}, "curve c lines={'': ['dense']}: not a dict of dicts"),
         ({"curves": (Curve("c", "t", "x", {"a": {"nobody": 1}}),)}, "curve c line a=nobody: no arm"),
-        ({"curves": (Curve("c", "t", "x", {"": {"dense": 0}}),)}, "curve c arm dense=0: not a number above 0, or the path of one"),
-        ({"curves": (Curve("c", "t", "x", {"": {"dense": "model.widht"}}),)}, "curve c arm dense='model.widht': not a number above 0"),
-        ({"curves": (Curve("c", "t", "x", {"": {"dense": 1}}, ("speed",)),)}, "curve c metrics=speed: no metric of a run; use loss, usage"),
+        (
+            {"curves": (Curve("c", "t", "x", {"": {"dense": 0}}),)},
+            "curve c arm dense=0: not a number above 0, or the path of one",
+        ),
+        (
+            {"curves": (Curve("c", "t", "x", {"": {"dense": "model.widht"}}),)},
+            "curve c arm dense='model.widht': not a number above 0",
+        ),
+        (
+            {"curves": (Curve("c", "t", "x", {"": {"dense": 1}}, ("speed",)),)},
+            "curve c metrics=speed: no metric of a run; use loss, usage",
+        ),
         ({"full": {"model.widht": 1}, "scale": "full"}, "study full config.model.widht=1: no such field; did you mean"),
         ({"scale": "full"}, "--scale=full: the study has no settings for it"),
     ],
-)  # fmt: skip
+)
 def test_refused(changes, message):
     scale = changes.pop("scale", "small")
     with pytest.raises(ConfigError) as error:
@@ -134,9 +167,7 @@ def test_run_configs():
     routed, twin, dense = (run_config(study, arm, 5) for arm in study.arms)
     assert routed.seed == 5 and routed.noise_seed == -1 and to_dict(routed) == to_dict(base) | {"seed": 5}
     # The A/A arm has the same settings, and noise of its own for every seed.
-    assert twin.noise_seed not in (-1, 5) and to_dict(twin) == to_dict(routed) | {
-        "noise_seed": twin.noise_seed
-    }
+    assert twin.noise_seed not in (-1, 5) and to_dict(twin) == to_dict(routed) | {"noise_seed": twin.noise_seed}
     assert run_config(study, study.arm("twin"), 3).noise_seed != twin.noise_seed
     assert dense.model.pattern == "dense,dense" and base.model.pattern == "dense,routed" and base.seed == 0
 
@@ -212,9 +243,7 @@ def test_what_may_change(tmp_path):
     kept, about = load_description(tmp_path)
     assert kept == begun and about["scale"] == "small"
     check_unchanged(kept, make_study())
-    check_unchanged(
-        kept, make_study(seeds=(0, 3, 5, 7), arms=(*begun.arms, Arm("wide", {"model.width": 256})))
-    )
+    check_unchanged(kept, make_study(seeds=(0, 3, 5, 7), arms=(*begun.arms, Arm("wide", {"model.width": 256}))))
     wider = copy.deepcopy(begun.base)
     wider.model.width = 256
     routed, twin, dense = begun.arms
@@ -226,7 +255,7 @@ def test_what_may_change(tmp_path):
         ({"seeds": (3,)}, r"study seeds=\(3,\): .* began with seed 5 too"),
         ({"baseline": "dense"}, r"study baseline=dense: .* began with routed"),
         ({"target_loss": 2.0}, r"study target_loss=2.0: .* began with 0.0"),
-    ]:  # fmt: skip
+    ]:
         with pytest.raises(ConfigError, match=message):
             check_unchanged(kept, make_study(**changes))
     (tmp_path / "description.json").write_text("{")
@@ -238,9 +267,7 @@ def test_what_may_change(tmp_path):
 def files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "study.py").write_text(FILE)
-    (tmp_path / "plain.py").write_text(
-        "from moe_jax import config as c\ndef get_config():\n    return c.Config()\n"
-    )
+    (tmp_path / "plain.py").write_text("from moe_jax import config as c\ndef get_config():\n    return c.Config()\n")
     return tmp_path
 
 

@@ -29,10 +29,7 @@ time.sleep(60)
 
 
 def jobs(folder, **scripts):
-    return [
-        Job(name, [sys.executable, "-S", "-c", script], folder / name, 10, 5.0)
-        for name, script in scripts.items()
-    ]
+    return [Job(name, [sys.executable, "-S", "-c", script], folder / name, 10, 5.0) for name, script in scripts.items()]
 
 
 def run(todo, parallel=1, done=0):
@@ -44,8 +41,9 @@ def test_failures_are_counted_and_others_go_on(tmp_path, capfd):
     codes, signum = run(jobs(tmp_path, a=PLAIN, b=DIVERGES, c=PLAIN), done=2)
     assert codes == {"a": 0, "b": 1, "c": 0} and signum == 0
     assert json.loads((tmp_path / "b" / "failed.json").read_text()) == {
-        "code": 1, "line": "error: 10 steps in a row",
-    }  # fmt: skip
+        "code": 1,
+        "line": "error: 10 steps in a row",
+    }
     assert not (tmp_path / "a" / "failed.json").exists() and last_line(tmp_path / "a" / "log.txt") == "end"
     lines = capfd.readouterr().err.splitlines()
     assert [line.split("  ")[0] for line in lines] == ["runs 3/5", "runs 3/5, 1 failed", "runs 4/5, 1 failed"]

@@ -135,9 +135,7 @@ def test_restores_bit_for_bit_onto_another_mesh(saved, devices):
 def test_restored_state_can_be_stepped_and_donated(saved):
     with Checkpoints(saved, max_to_keep=5) as checkpoints:
         state = checkpoints.restore(abstract(make_state(0))).state
-    stepped = jax.jit(
-        lambda s: jax.tree.map(lambda x: x ^ True if x.dtype == bool else x + 1, s), donate_argnums=0
-    )(state)
+    stepped = jax.jit(lambda s: jax.tree.map(lambda x: x ^ True if x.dtype == bool else x + 1, s), donate_argnums=0)(state)
     assert int(stepped["step"]) == 3
 
 
@@ -339,9 +337,7 @@ def test_kill_9_during_a_save(tmp_path, event, place, survivor):
     assert subprocess.run(command, timeout=120).returncode == -signal.SIGKILL
     present = {d.name for d in (tmp_path / "checkpoints").iterdir()}
     assert len(present) == 2, "the kill came too early or too late"
-    leaf = jax.ShapeDtypeStruct(
-        (64, 1024), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    )
+    leaf = jax.ShapeDtypeStruct((64, 1024), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     with Checkpoints(tmp_path, max_to_keep=1) as checkpoints:
         restored = checkpoints.restore({"params": {str(i): leaf for i in range(8)}})
         assert (restored.step, restored.damaged, restored.meta) == (survivor, (), {"step": survivor})
@@ -496,15 +492,11 @@ def test_free_space(tmp_path, monkeypatch):
     check_free_space(tmp_path, 3000, 2)
     check_free_space("gs://bucket/run", 10**30, 2)
     assert checkpoint.state_bytes(make_state(0)["params"]) == (8 * 16 * 64 + 16 * 3 + 4) * 4 + 10 * 16 * 2
-    assert checkpoint.state_bytes(abstract(make_state(0)["params"])) == checkpoint.state_bytes(
-        make_state(0, 1)["params"]
-    )
+    assert checkpoint.state_bytes(abstract(make_state(0)["params"])) == checkpoint.state_bytes(make_state(0, 1)["params"])
 
 
 def test_fingerprints_do_not_depend_on_the_mesh_and_see_swaps():
-    leaves = [
-        jax.device_get(checkpoint._fingerprints(checkpoint._flatten(make_state(1, d)))) for d in (1, 4, 8)
-    ]
+    leaves = [jax.device_get(checkpoint._fingerprints(checkpoint._flatten(make_state(1, d)))) for d in (1, 4, 8)]
     assert leaves[0] == leaves[1] == leaves[2]
     x = np.arange(64, dtype=np.int32).reshape(4, 16)
     assert int(checkpoint._fingerprint(x)) != int(checkpoint._fingerprint(x[[1, 0, 2, 3]]))

@@ -32,12 +32,8 @@ def mesh_of(*shape):
 def text(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
     for i in range(7):
-        (folder / f"{i}.txt").write_text(
-            "".join(chr(97 + (i * j * j) % 23) for j in range(4 + 9 * i)) + "é\n"
-        )
-    return evaluation_set(
-        "text", f"{folder}/*.txt", TOKENIZER, DataConfig(sequence_length=S, cache_dir=str(folder))
-    )
+        (folder / f"{i}.txt").write_text("".join(chr(97 + (i * j * j) % 23) for j in range(4 + 9 * i)) + "é\n")
+    return evaluation_set("text", f"{folder}/*.txt", TOKENIZER, DataConfig(sequence_length=S, cache_dir=str(folder)))
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +51,7 @@ def test_equals_a_plain_computation(text, scores):
     out = jax.jit(MODEL.apply)(VARIABLES, batch["tokens"], batch["positions"], batch["segment_ids"])
     logits = np.einsum("BSD,VD->BSV", np.asarray(out.x, np.float64), np.asarray(out.table, np.float64))
     logits -= logits.max(-1, keepdims=True)
-    scored = np.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0] - np.log(
-        np.exp(logits).sum(-1)
-    )
+    scored = np.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0] - np.log(np.exp(logits).sum(-1))
     nats = -np.sum(scored * batch["loss_weights"])
 
     documents = list(text.texts())
@@ -99,9 +93,7 @@ def test_a_row_does_not_depend_on_its_neighbours(text, step, scores):
 def test_limit_and_progress(text, step, scores):
     mesh, calls = mesh_of(1, 1, 1, 1), []
     count = batch_count(text, 4)
-    assert (
-        count == -(-text.rows // 4) > 3 and batch_count(text, 4, 3) == 3 and batch_count(text, 4, 99) == count
-    )
+    assert count == -(-text.rows // 4) > 3 and batch_count(text, 4, 3) == 3 and batch_count(text, 4, 99) == count
     compiled = step._cache_size()
     part = evaluate(step, VARIABLES, text, mesh, 4, limit=3, progress=lambda: calls.append(1))
     assert len(calls) == 3

@@ -28,9 +28,7 @@ with Interrupts() as interrupts:
 
 
 def start(mode="run"):
-    child = subprocess.Popen(
-        [sys.executable, "-c", LOOP, mode], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    child = subprocess.Popen([sys.executable, "-c", LOOP, mode], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert child.stdout.readline() == "ready\n"
     return child
 

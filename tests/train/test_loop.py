@@ -56,10 +56,13 @@ class Loop(loop.Trainer):
             return state, {"skipped_in_row": self.skipped(number), "loss": 1.0}
 
         reporter = types.SimpleNamespace(
-            start=lambda: None, log=lambda step, metrics: None, writer=None, inside_step=contextlib.nullcontext,
+            start=lambda: None,
+            log=lambda step, metrics: None,
+            writer=None,
+            inside_step=contextlib.nullcontext,
             outside=contextlib.nullcontext,
             bar=types.SimpleNamespace(write=self.lines.append, update=lambda step: None),
-        )  # fmt: skip
+        )
         with Interrupts() as interrupts, Profile(self.config.train.profile_steps, self.workdir) as profile:
             return self._loop(compiled, iter(lambda: {}, 0), interrupts, reporter, profile)
 
@@ -87,7 +90,7 @@ def test_the_last_steps_skips_count_too(monkeypatch, tmp_path, first, stops_at):
     assert run.go(monkeypatch) == (1 if stops_at else 0)
     if stops_at:
         assert f"3 steps in a row up to step {stops_at} had" in run.lines[0]
-        assert f"start in another --workdir with a lower optimizer.learning_rate and init.checkpoint={tmp_path}" in run.lines[0]  # fmt: skip
+        assert f"start in another --workdir with a lower optimizer.learning_rate and init.checkpoint={tmp_path}" in run.lines[0]
         assert "save 6" not in run.events
 
 
@@ -96,15 +99,18 @@ def test_without_a_checkpoint_the_rate_may_be_lowered(monkeypatch, tmp_path):
     assert run.go(monkeypatch) == 1 and "gradient; lower optimizer.learning_rate, or raise" in run.lines[0]
 
 
-@pytest.mark.parametrize("start, steps, signals, expected", [
-    (0, "3:5", (), ["start 2", "stop 4"]),
-    (2, "3:6", (), ["start 2", "stop 5"]),
-    (3, "3:6", (), ["start 3", "stop 5"]),
-    (5, "3:6", (), []),
-    (0, "3:7", (), ["start 2", "stop 6"]),
-    (0, "3:6", (3,), ["start 2", "stop 3"]),
-    (0, "", (), []),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "start, steps, signals, expected",
+    [
+        (0, "3:5", (), ["start 2", "stop 4"]),
+        (2, "3:6", (), ["start 2", "stop 5"]),
+        (3, "3:6", (), ["start 3", "stop 5"]),
+        (5, "3:6", (), []),
+        (0, "3:7", (), ["start 2", "stop 6"]),
+        (0, "3:6", (3,), ["start 2", "stop 3"]),
+        (0, "", (), []),
+    ],
+)
 def test_a_trace_is_stopped_where_one_was_started(monkeypatch, tmp_path, start, steps, signals, expected):
     run, calls = Loop(small(profile_steps=steps), tmp_path, signals=signals), []
     run.step = start
@@ -256,6 +262,4 @@ def test_a_signal_before_the_first_step(tmp_path, asked, monkeypatch, capsys):
     monkeypatch.setattr(loop, "put_batch", lambda *args: None)
     run.data, run.compile = data, lambda batch: events.append("compiled")
     assert run.run(Asked()) == 128 + TERM
-    assert (
-        events == [0, "compiled", 0][: 2 * asked - 1] and "before the first step" in capsys.readouterr().err
-    )
+    assert events == [0, "compiled", 0][: 2 * asked - 1] and "before the first step" in capsys.readouterr().err

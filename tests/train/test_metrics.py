@@ -74,9 +74,7 @@ def test_each_row_is_on_disk_when_write_returns(tmp_path):
         assert read_metrics(tmp_path) == [{"step": 1, "loss": 1.0}]
 
 
-@pytest.mark.parametrize(
-    "tail", [b"", b'{"step": 5, "lo', b'{"step": 5, "text": "\xc3', b'{"step": 4, "last": 1}']
-)
+@pytest.mark.parametrize("tail", [b"", b'{"step": 5, "lo', b'{"step": 5, "text": "\xc3', b'{"step": 4, "last": 1}'])
 def test_resume_cuts_the_file_back(tmp_path, tail):
     with MetricsWriter(tmp_path, tensorboard=True) as writer:
         for step in (1, 2, 3, 4):

@@ -30,9 +30,7 @@ def test_equals_optax_adamw():
     config = make_config().optimizer
     params = {"ffn": {"w_in": jnp.ones((3, 2)), "b_in": jnp.ones(2)}, "norm": {"scale": jnp.ones(2)}}
     decayed = {"ffn": {"w_in": True, "b_in": False}, "norm": {"scale": False}}
-    reference = optax.adamw(
-        0.1, config.b1, config.b2, config.epsilon, weight_decay=config.weight_decay, mask=decayed
-    )
+    reference = optax.adamw(0.1, config.b1, config.b2, config.epsilon, weight_decay=config.weight_decay, mask=decayed)
     ours = make_optimizer(config)
     theirs, mine = (params, reference.init(params)), (params, ours.init(params))
     for i in range(3):
@@ -51,18 +49,13 @@ def test_groups_first_match_counts_and_zero_freezes():
     scales, decays = group_factors(config.optimizer, runner.state["params"])
     block = "stack", "groups", "block_0"
     at = lambda tree, *path: tree if not path else at(tree[path[0]], *path[1:])  # noqa: E731
-    assert (
-        at(scales, *block, "moe", "experts", "w_in") == 0
-        and at(scales, *block, "moe", "router", "kernel") == 0.5
-    )
+    assert at(scales, *block, "moe", "experts", "w_in") == 0 and at(scales, *block, "moe", "router", "kernel") == 0.5
     assert at(decays, *block, "moe", "router", "kernel") == 0.3 and decays["embed"]["embedding"] == 0.1
     before = jax.device_get(runner.state["params"])
     runner.step(make_batch(0))
     after = jax.device_get(runner.state["params"])
     chex.assert_trees_all_equal(at(after, *block, "moe", "experts"), at(before, *block, "moe", "experts"))
-    assert (
-        at(after, *block, "moe", "router", "kernel") != at(before, *block, "moe", "router", "kernel")
-    ).any()
+    assert (at(after, *block, "moe", "router", "kernel") != at(before, *block, "moe", "router", "kernel")).any()
 
 
 def test_a_group_without_effect_is_refused():
@@ -74,13 +67,9 @@ def test_a_group_without_effect_is_refused():
 
     check()
     check("router", "stack", "embed")
-    with pytest.raises(
-        ConfigError, match=r"groups\[1\].path=embedd_typo: matches no .* such as embed/embedding"
-    ):
+    with pytest.raises(ConfigError, match=r"groups\[1\].path=embedd_typo: matches no .* such as embed/embedding"):
         check("embed", "embedd_typo")
-    with pytest.raises(
-        ConfigError, match=r"groups\[1\].path=router: all that it matches is in a group before"
-    ):
+    with pytest.raises(ConfigError, match=r"groups\[1\].path=router: all that it matches is in a group before"):
         check("stack", "router")
 
 
@@ -88,7 +77,5 @@ def test_ema_follows_the_parameters():
     runner = Runner(make_config(optimizer__ema_decay=0.75))
     before = jax.device_get(runner.state["params"])
     runner.step(make_batch(0))
-    expected = jax.tree.map(
-        lambda old, new: 0.75 * old + 0.25 * new, before, jax.device_get(runner.state["params"])
-    )
+    expected = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, before, jax.device_get(runner.state["params"]))
     chex.assert_trees_all_close(jax.device_get(runner.state["ema"]), expected, rtol=1e-5, atol=1e-7)

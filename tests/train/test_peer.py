@@ -45,7 +45,11 @@ def test_scan_over_groups_of_pools_equals_unrolled_ones_and_recomputation():
 
 @pytest.mark.parametrize(
     "mesh, parts",
-    [pytest.param({}, 1, marks=pytest.mark.slow), ({"mesh__expert": 4, "mesh__fsdp": 2}, 2), pytest.param({"mesh__expert": 2, "mesh__data": 4, "model__peer__split": "experts"}, 1, marks=pytest.mark.slow)],
+    [
+        pytest.param({}, 1, marks=pytest.mark.slow),
+        ({"mesh__expert": 4, "mesh__fsdp": 2}, 2),
+        pytest.param({"mesh__expert": 2, "mesh__data": 4, "model__peer__split": "experts"}, 1, marks=pytest.mark.slow),
+    ],
     ids=["1 device", "width over 4 of 8, 2 parts", "experts over 2 of 8"],
 )
 def test_rows_give_the_first_update_of_dense_gradients(mesh, parts):

@@ -76,8 +76,9 @@ def test_nothing_of_the_pools_size_is_computed(optimizer):
     table = jax.ShapeDtypeStruct((10**6, M, 64), jnp.float32)
     state = jax.eval_shape(lambda: init_rows(config, jnp.zeros(table.shape)))
     gradient = RowGradient(
-        jax.ShapeDtypeStruct((T, R), jnp.int32), jax.ShapeDtypeStruct((T, R, M), jnp.float32),
+        jax.ShapeDtypeStruct((T, R), jnp.int32),
+        jax.ShapeDtypeStruct((T, R, M), jnp.float32),
         jax.ShapeDtypeStruct((T, M, 64), jnp.float32),
-    )  # fmt: skip
+    )
     update = jax.jit(lambda t, s, g: update_rows(config, "pool", t, s, sort_rows(g, 10**6), 0.1), donate_argnums=(0, 1))
     assert update.lower(table, state, gradient).compile().memory_analysis().temp_size_in_bytes < 10**6

@@ -13,10 +13,13 @@ MESHES = {
     "expert=8": {"mesh__expert": 8},
     "fsdp=2,expert=4": {"mesh__fsdp": 2, "mesh__expert": 4, "model__moe__exchange": "all_to_all"},
     "expert=4,tensor=2": {
-        "mesh__expert": 4, "mesh__tensor": 2, "model__remat": True,
-        "model__moe__exchange": "ragged", "model__moe__exchange_buffer": 1.25,
+        "mesh__expert": 4,
+        "mesh__tensor": 2,
+        "model__remat": True,
+        "model__moe__exchange": "ragged",
+        "model__moe__exchange_buffer": 1.25,
     },
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +105,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counters(where):
     runner.step(make_batch(0))
     if where == "parameter":
         experts = runner.state["params"]["stack"]["groups"]["block_0"]["moe"]["experts"]
-        experts["w_in"] = jax.device_put(
-            experts["w_in"].at[0, 3, 0, 0].set(jnp.nan), experts["w_in"].sharding
-        )
+        experts["w_in"] = jax.device_put(experts["w_in"].at[0, 3, 0, 0].set(jnp.nan), experts["w_in"].sharding)
     before = jax.device_get(runner.state)
     batch = make_batch(1)
     if where == "loss_weights":
@@ -155,9 +156,7 @@ def test_row_gradients_give_the_first_update_of_dense_ones(mesh, parts):
     devices = 8 if mesh else 1
     results = {}
     for rows in (False, True):
-        runner = Runner(
-            make_config(model__row_gradients=rows, train__microbatches=parts, **ROWS, **mesh), devices
-        )
+        runner = Runner(make_config(model__row_gradients=rows, train__microbatches=parts, **ROWS, **mesh), devices)
         before = jax.device_get(runner.state["params"]["embed"]["embedding"])
         batch = make_batch(0)
         metrics = runner.step(batch)
@@ -186,9 +185,7 @@ def test_the_compiled_step_with_row_gradients_has_no_dense_table_gradient():
     dense = Runner(make_config(model__row_gradients=False, **ROWS))
     dense_text = dense._step.lower(dense.state, make_batch(0)).as_text()
     dense_heavy = [
-        line
-        for line in dense_text.splitlines()
-        if table in line and ("stablehlo.add" in line or "stablehlo.multiply" in line)
+        line for line in dense_text.splitlines() if table in line and ("stablehlo.add" in line or "stablehlo.multiply" in line)
     ]
     # The output table has the same shape and keeps its dense update; the embedding's must be gone.
     assert len(output_updates) < len(dense_heavy)
@@ -200,11 +197,7 @@ def test_stats_count_every_real_token_once():
     real = int(make_batch(0)["loss_weights"].sum())
     assert real < BATCH * LENGTH
     chex.assert_shape(stats["counts"], (1, 8))
-    assert (
-        stats["tokens"].tolist() == [real]
-        and stats["counts"].sum() == 2 * real
-        and stats["dropped"].tolist() == [0]
-    )
+    assert stats["tokens"].tolist() == [real] and stats["counts"].sum() == 2 * real and stats["dropped"].tolist() == [0]
 
 
 def test_capacity_drops_are_counted():

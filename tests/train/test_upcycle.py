@@ -42,9 +42,15 @@ DENSE: dict[str, np.ndarray] = {}  # logits of dense models
 def configs(**overrides) -> tuple[Config, Config]:
     """A dense config and the routed one that starts from it; `model__...` of `moe` and `pattern` are the routed one's alone."""
     overrides = {
-        "model__pattern": "routed", "model__layers": 2, "model__width": WIDTH, "model__ffn_width": HIDDEN,
-        "model__heads": 2, "model__moe__experts": 4, "init__upcycle_from": "dense", "data__tokenizer": "bytes",
-    } | overrides  # fmt: skip
+        "model__pattern": "routed",
+        "model__layers": 2,
+        "model__width": WIDTH,
+        "model__ffn_width": HIDDEN,
+        "model__heads": 2,
+        "model__moe__experts": 4,
+        "init__upcycle_from": "dense",
+        "data__tokenizer": "bytes",
+    } | overrides
     routed = make_config(**overrides)
     model = dataclasses.replace(
         routed.model, pattern="dense", inserts=routed.model.inserts.replace("=routed@", "=dense@"), moe=Config().model.moe
@@ -121,11 +127,18 @@ KEPT = {
     "hash": moe(router="hash", top_k=1) | BIASES,
     "gshard": moe(router="gshard", routers__gshard__second_expert="all"),
     "shared experts": moe(shared_experts=1) | BIASES,
-    "gated shared experts, other parts": moe(shared_experts=2, shared_gate=True) | {
-        "model__norm": "layernorm", "model__positions": "learned", "model__tied_embeddings": False, "model__kv_heads": 1,
-        "model__qkv_bias": True, "model__output_bias": True, "model__qk_norm": True, "model__max_positions": 32,
+    "gated shared experts, other parts": moe(shared_experts=2, shared_gate=True)
+    | {
+        "model__norm": "layernorm",
+        "model__positions": "learned",
+        "model__tied_embeddings": False,
+        "model__kv_heads": 1,
+        "model__qkv_bias": True,
+        "model__output_bias": True,
+        "model__qk_norm": True,
+        "model__max_positions": 32,
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", KEPT)
@@ -168,7 +181,7 @@ DEPARTS = {
     "zero experts": (moe(zero_experts=2, constant_experts=1), "zero, copy and constant experts"),
     "drops": (moe(eval_capacity=0.5), r"eval_capacity=0.5: evaluation drops"),
     "groups": (moe(expert_width=HIDDEN // 4, experts=12, top_k=4) | top_k(groups=2), "groups=2 cuts"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", DEPARTS)
@@ -188,7 +201,12 @@ def test_reasons_of_training_and_of_other_fields():
     old, new = configs(model__rope_theta=500.0, model__moe__router="gshard", model__moe__execution="capacity")
     old.model.rope_theta, old.model.norm_epsilon = 100.0, 1e-5
     reasons = departures(old.model, new.model)
-    patterns = ("second expert does not run", "training drops", "norm_epsilon=1e-06, in the dense run 1e-05", "rope_theta=500.0")
+    patterns = (
+        "second expert does not run",
+        "training drops",
+        "norm_epsilon=1e-06, in the dense run 1e-05",
+        "rope_theta=500.0",
+    )
     assert len(reasons) == 4 and all(re.search(p, r) for p, r in zip(patterns, reasons, strict=True))
     assert gate_sum(configs(**top_k(scale=2.0))[1].model.moe) == (2.0, "")
 
@@ -243,7 +261,7 @@ WRONG = {
         "model.insert_width=8: experts of an upcycled insert have model.ffn_width=32; use 0",
     ),
     "top_k": (moe(expert_width=16, top_k=3), "moe.top_k=3: not a multiple of .* = 2, the shards .*; use 4"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", WRONG)
@@ -263,11 +281,22 @@ def save_dense(workdir, config: Config, params=None):
 
 
 UNFIT = {
-    "model.layers": 4, "model.width": 24, "model.ffn_width": 64, "model.heads": 4, "model.kv_heads": 1, "model.head_width": 4,
-    "model.norm": "layernorm", "model.positions": "none", "model.activation": "gelu", "model.ffn_bias": True,
-    "model.qkv_bias": True, "model.output_bias": True, "model.qk_norm": True, "model.tied_embeddings": False,
+    "model.layers": 4,
+    "model.width": 24,
+    "model.ffn_width": 64,
+    "model.heads": 4,
+    "model.kv_heads": 1,
+    "model.head_width": 4,
+    "model.norm": "layernorm",
+    "model.positions": "none",
+    "model.activation": "gelu",
+    "model.ffn_bias": True,
+    "model.qkv_bias": True,
+    "model.output_bias": True,
+    "model.qk_norm": True,
+    "model.tied_embeddings": False,
     "model.inserts": "first=dense@0",
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -367,11 +396,19 @@ def test_a_run_from_a_run(tmp_path, capsys):
     (tmp_path / "numbers.txt").write_text(text)
     dense, sparse = str(tmp_path / "dense"), str(tmp_path / "sparse")
     old, new = configs(
-        init__upcycle_from=dense, train__steps=3, train__eval_batches=2, train__tensorboard=False, data__held_out_percent=10.0,
-        data__cache_dir=str(tmp_path / "cache"), model__layers=1, optimizer__learning_rate=0.0,
-        optimizer__ema_decay=0.5, mesh__expert=2, **moe(expert_width=HIDDEN // 2),
+        init__upcycle_from=dense,
+        train__steps=3,
+        train__eval_batches=2,
+        train__tensorboard=False,
+        data__held_out_percent=10.0,
+        data__cache_dir=str(tmp_path / "cache"),
+        model__layers=1,
+        optimizer__learning_rate=0.0,
+        optimizer__ema_decay=0.5,
+        mesh__expert=2,
+        **moe(expert_width=HIDDEN // 2),
         data__sources=(SourceConfig(name="numbers", files=str(tmp_path / "numbers.txt"), document="paragraph"),),
-    )  # fmt: skip
+    )
     old.mesh, old.optimizer = Config().mesh, dataclasses.replace(new.optimizer, learning_rate=0.01, ema_decay=0.0)
     assert loop.fit(old, dense) == loop.fit(new, sparse) == 0
     said = capsys.readouterr().err

@@ -90,9 +90,7 @@ def run_sharded(
     """
     exchange = resolve_exchange(exchange)
     if buffer_factor < 0:
-        raise ValueError(
-            f"buffer_factor={buffer_factor}: at least 0; use 0 for a buffer that holds everything"
-        )
+        raise ValueError(f"buffer_factor={buffer_factor}: at least 0; use 0 for a buffer that holds everything")
     names = tuple(name for name in BATCH_AXES if name in mesh.shape)
     shards, experts, tokens = compat.axis_size(mesh, AXIS), weights["w_in"].shape[0], x.shape[0]
     groups = compat.axis_size(mesh, *names) // shards

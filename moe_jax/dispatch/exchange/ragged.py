@@ -60,9 +60,7 @@ def exchange(x: jax.Array, choice: TokenChoice, run_rows: RunRows, group: Group,
             return combine_rows(rows, choice.gates, order, accumulator(x.dtype))
 
     over, away = jnp.maximum(jnp.sum(pairs[:, me]) - size, 0), jnp.sum(pairs[me]) - pairs[me, me]
-    y, over, away, fell = bounded(
-        run, lambda: gather.run_gathered(x, choice, run_rows, group), over, away, size < worst, group
-    )
+    y, over, away, fell = bounded(run, lambda: gather.run_gathered(x, choice, run_rows, group), over, away, size < worst, group)
     shape = n, tokens, k, x.shape[1], x.dtype
     sent = bytes_sent(*shape, rows=away.astype(jnp.float32) / group.groups)
     sent = group.copies * jnp.where(fell, gather.bytes_sent(*shape), sent)

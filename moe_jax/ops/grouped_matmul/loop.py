@@ -26,8 +26,5 @@ def rows_times_groups(lhs, rhs, group_sizes, out_dtype, *, transposed=False):
 
 def group_products(lhs, d_out, group_sizes, out_dtype):
     """[M, D], [M, F] -> [E, D, F]: the sum over each group's rows of lhs^T d_out."""
-    products = [
-        _dot(jnp.where(mine, lhs, 0).T, jnp.where(mine, d_out, 0))
-        for mine in _masks(lhs.shape[0], group_sizes)
-    ]
+    products = [_dot(jnp.where(mine, lhs, 0).T, jnp.where(mine, d_out, 0)) for mine in _masks(lhs.shape[0], group_sizes)]
     return jnp.stack(products).astype(out_dtype)

@@ -42,9 +42,14 @@ def rows_times_groups(lhs, rhs, group_sizes, out_dtype, *, transposed=False):
     rows, width = lhs.shape[0], rhs.shape[1 if transposed else 2]
     group_sizes, real, tile, (lhs,) = _prepare(group_sizes, lhs)
     out = _kernels().gmm(
-        lhs, rhs, group_sizes, jnp.dtype(out_dtype), tiling=(tile, _tile(lhs.shape[1], 1024), _tile(width, 1024)),
-        transpose_rhs=transposed, interpret=compat.target_platform() != "tpu",
-    )  # fmt: skip
+        lhs,
+        rhs,
+        group_sizes,
+        jnp.dtype(out_dtype),
+        tiling=(tile, _tile(lhs.shape[1], 1024), _tile(width, 1024)),
+        transpose_rhs=transposed,
+        interpret=compat.target_platform() != "tpu",
+    )
     # The kernel leaves rows past the last group as they were in memory.
     return jnp.where(real, out, 0)[:rows]
 
@@ -53,8 +58,12 @@ def group_products(lhs, d_out, group_sizes, out_dtype):
     """[M, D], [M, F] -> [E, D, F]: the sum over each group's rows of lhs^T d_out."""
     group_sizes, _, tile, (lhs, d_out) = _prepare(group_sizes, lhs, d_out)
     out = _kernels().tgmm(
-        lhs.T, d_out, group_sizes, jnp.promote_types(lhs.dtype, jnp.float32),
-        tiling=(tile, _tile(lhs.shape[1], 512), _tile(d_out.shape[1], 512)), interpret=compat.target_platform() != "tpu",
-    )  # fmt: skip
+        lhs.T,
+        d_out,
+        group_sizes,
+        jnp.promote_types(lhs.dtype, jnp.float32),
+        tiling=(tile, _tile(lhs.shape[1], 512), _tile(d_out.shape[1], 512)),
+        interpret=compat.target_platform() != "tpu",
+    )
     # Groups without rows are not visited.
     return jnp.where(group_sizes[:, None, None] > 0, out, 0).astype(out_dtype)

@@ -34,7 +34,5 @@ def group_products(lhs, d_out, group_sizes, out_dtype):
     group_sizes = group_sizes.astype(jnp.int32)
     real = real_rows(lhs.shape[0], group_sizes)
     lhs, d_out = jnp.where(real, lhs, 0), jnp.where(real, d_out, 0)
-    out = jax.lax.ragged_dot_general(
-        lhs, d_out, group_sizes, _CONTRACT_GROUPS, preferred_element_type=accumulator
-    )
+    out = jax.lax.ragged_dot_general(lhs, d_out, group_sizes, _CONTRACT_GROUPS, preferred_element_type=accumulator)
     return out.astype(out_dtype)

@@ -42,9 +42,15 @@ def forward(
 
 
 def backward(
-    d_y: jax.Array, x: jax.Array, ids: jax.Array, gates: jax.Array, hidden: jax.Array, table: jax.Array,
-    activation: str | None, reduce: Reduce | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    d_y: jax.Array,
+    x: jax.Array,
+    ids: jax.Array,
+    gates: jax.Array,
+    hidden: jax.Array,
+    table: jax.Array,
+    activation: str | None,
+    reduce: Reduce | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(d_x [T, D], d_gates [T, R], the weights [T, R, M] of the table's gradient), in the dtype of the gates; see `retrieve`.
 
     The vectors that belong to the weights are x, M-1 times, and d_y. reduce: as in `forward`, of [T, R, 1].

@@ -104,9 +104,14 @@ def _erf(x):
     """XLA's rational approximation of float32, for kernels whose compiler has none; absolute error below 5e-7."""
     top = (0.00022905065861350646, 0.0034082910107109506, 0.050955695062380861, 0.18520832239976145, 1.128379143519084)
     bottom = (
-        -1.1791602954361697e-7, 0.000023547966471313185, 0.0010179625278914885, 0.014070470171167667, 0.11098505178285362,
-        0.49746925110067538, 1.0,
-    )  # fmt: skip
+        -1.1791602954361697e-7,
+        0.000023547966471313185,
+        0.0010179625278914885,
+        0.014070470171167667,
+        0.11098505178285362,
+        0.49746925110067538,
+        1.0,
+    )
     x = jnp.clip(x, -3.832506856900711, 3.832506856900711)
     value = lambda factors: functools.reduce(lambda total, factor: total * (x * x) + factor, factors)
     return x * value(top) / value(bottom)

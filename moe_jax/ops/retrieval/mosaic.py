@@ -93,19 +93,25 @@ def run(x, ids, pairs, table, *, outputs, inner, project, combine):
     inputs = [split(ids, experts), *given, *map(split, pairs)]
     moved = sum(math.prod(a.shape) * a.dtype.itemsize for a in (*inputs, *shapes))
     found = pl.pallas_call(
-        kernel, out_shape=shapes, grid=(padded // TOKENS,), name="retrieval",
+        kernel,
+        out_shape=shapes,
+        grid=(padded // TOKENS,),
+        name="retrieval",
         in_specs=[
-            pl.BlockSpec((many, places), lambda i: (i, 0), memory_space=tpu.SMEM), *[of_token] * len(given),
-            *[of_pair] * len(pairs), pl.BlockSpec(memory_space=pl.ANY),
+            pl.BlockSpec((many, places), lambda i: (i, 0), memory_space=tpu.SMEM),
+            *[of_token] * len(given),
+            *[of_pair] * len(pairs),
+            pl.BlockSpec(memory_space=pl.ANY),
         ],
         out_specs=[of_token] * bool(combine) + [of_pair] * outputs,
         scratch_shapes=[tpu.VMEM((2, places, rows, width), table.dtype), tpu.SemaphoreType.DMA((2,))],
         cost_estimate=pl.CostEstimate(
-            flops=2 * ids.size * width * (len(project) + len(combine)), transcendentals=ids.size * len(project),
+            flops=2 * ids.size * width * (len(project) + len(combine)),
+            transcendentals=ids.size * len(project),
             bytes_accessed=moved + ids.size * rows * width * table.dtype.itemsize,
         ),
         interpret=compat.target_platform() != "tpu",
-    )(*inputs, table)  # fmt: skip
+    )(*inputs, table)
     y, found = (found[0][:tokens], found[1:]) if combine else (None, found)
     return y, tuple(a.reshape(padded, -1)[:tokens, :retrieved] for a in found)
 

@@ -62,10 +62,13 @@ def run(x, ids, pairs, table, *, outputs, inner, project, combine):
     shapes = [jax.ShapeDtypeStruct((tokens, width), jnp.float32)] * bool(combine)
     shapes += [jax.ShapeDtypeStruct((tokens, retrieved), jnp.float32)] * outputs
     found = pl.pallas_call(
-        kernel, out_shape=shapes, grid=(tokens,), name="retrieval",
+        kernel,
+        out_shape=shapes,
+        grid=(tokens,),
+        name="retrieval",
         compiler_params=triton.CompilerParams(num_warps=min(MOST_WARPS, max(1, places * block // WARP))),
         interpret=compat.target_platform() not in ("gpu", "cuda", "rocm"),
-    )(*given, table)  # fmt: skip
+    )(*given, table)
     return (found[0], tuple(found[1:])) if combine else (None, tuple(found))
 
 
