@@ -16,7 +16,6 @@ Any field is set by `--config.model.moe.top_k=1` or `--config.data.sources[0].we
 
 import dataclasses
 import difflib
-import functools
 import os
 import re
 import sys
@@ -25,20 +24,17 @@ from typing import Any, NoReturn
 
 from absl import flags as absl_flags
 from etils import epath
-from ml_collections import config_flags
 
-from moe_jax.config import Config, ConfigError, leaf_types, leaves, nearest, unknown_field
-from moe_jax.config_file import describe, load_config, load_saved_config, load_study
-from moe_jax.config_help import command_help, config_help
-from moe_jax.config_study import Study
-from moe_jax.config_types import example
-from moe_jax.validation import validate
+from moe_jax.config import Config, ConfigError, leaf_fields, nearest
+from moe_jax.config.flags import ILLEGAL_VALUE, OVERRIDE, apply_overrides
+from moe_jax.config.help import command_help, config_help
+from moe_jax.config.load import describe, load_config, load_saved_config, load_study
+from moe_jax.config.study import Study
+from moe_jax.config.validate import validate
 
 _HELP = re.compile(r"--?(h|help|helpshort|helpfull)")
 _CONFIG_HELP = re.compile(r"--?config\.help")
 _CONFIG = re.compile(r"--?config(?:=(.*))?", re.DOTALL)
-_OVERRIDE = re.compile(r"--?(no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
-_ILLEGAL_VALUE = re.compile(r"flag --([^=]*)=(.*?): (.*)", re.DOTALL)
 _BOOLEANS = ("true", "false", "t", "f", "1", "0")
 
 
@@ -134,7 +130,7 @@ def _open_study(file: str | None, overrides: Sequence[str]) -> Study | None:
             raise ConfigError("--config", None, "not given", fix)
         return None
     study = load_study(file)
-    base, paths = apply_overrides(study.base, overrides), {_OVERRIDE.fullmatch(text)[2] for text in overrides}
+    base, paths = apply_overrides(study.base, overrides), {OVERRIDE.fullmatch(text)[2] for text in overrides}
     full = {path: value for path, value in study.full.items() if path not in paths}
     return dataclasses.replace(study, base=base, full=full)
 
@@ -157,20 +153,20 @@ def _split(argv: Sequence[str], values: absl_flags.FlagValues) -> tuple[list[str
         rest = values.read_flags_from_files(list(argv[1:]))
     except absl_flags.Error as error:
         raise ConfigError("--flagfile", None, str(error), "name a readable file of flags") from None
-    own, overrides, file, types = [argv[0]], [], None, leaf_types()
+    own, overrides, file, fields = [argv[0]], [], None, leaf_fields()
     while rest:
         argument = rest.pop(0)
         if argument == "--":
             return [*own, argument, *rest], overrides, file
         if match := _CONFIG.fullmatch(argument):
             file = match[1] if match[1] is not None else rest.pop(0) if rest else ""
-        elif match := _OVERRIDE.fullmatch(argument):
+        elif match := OVERRIDE.fullmatch(argument):
             negated, path, text = match.groups()
             if negated:
                 overrides.append(argument)
                 continue
             if text is None:
-                text = _next_value(path, types.get(re.sub(r"\[\d+\]", "[]", path)), rest)
+                text = _next_value(path, fields.get(re.sub(r"\[\d+\]", "[]", path)), rest)
             overrides.append(f"--config.{path}={text}")
         else:
             own.append(argument)
@@ -180,9 +176,9 @@ def _split(argv: Sequence[str], values: absl_flags.FlagValues) -> tuple[list[str
     return own, overrides, file
 
 
-def _next_value(path: str, kind: type | None, rest: list[str]) -> str:
+def _next_value(path: str, leaf: dataclasses.Field | None, rest: list[str]) -> str:
     """The value after a lone `--config.a.b`, taken from `rest`. absl reads `--config.a.b false` as true."""
-    if kind is bool:
+    if leaf and leaf.type is bool:
         return rest.pop(0) if rest and rest[0].lower() in _BOOLEANS else "true"
     if not rest:
         raise ConfigError(path, None, "no value", f"write --config.{path}=VALUE")
@@ -195,7 +191,7 @@ def _parse_flags(arguments: Sequence[str], values: absl_flags.FlagValues) -> Non
     except absl_flags.UnrecognizedFlagError as error:
         raise _unknown_flag(error.flagname, arguments, values) from None
     except absl_flags.Error as error:
-        match = _ILLEGAL_VALUE.fullmatch(str(error))
+        match = ILLEGAL_VALUE.fullmatch(str(error))
         if not match:
             raise ConfigError("command line", None, str(error), "--help lists the flags") from None
         value = None if match[2] == "None" else match[2]
@@ -207,7 +203,7 @@ def _parse_flags(arguments: Sequence[str], values: absl_flags.FlagValues) -> Non
 def _unknown_flag(name: str, arguments: Sequence[str], values: absl_flags.FlagValues) -> ConfigError:
     written = next((argument for argument in arguments if argument.lstrip("-").startswith(f"{name}=")), "")
     near = difflib.get_close_matches(name, [*values, "config"], n=1)
-    field = nearest(name, leaf_types())
+    field = nearest(name, leaf_fields())
     if near:
         fix = f"did you mean --{near[0]}?"
     else:
@@ -228,50 +224,6 @@ def _check_workdir(path: str | None, must_exist: bool) -> epath.Path:
     if must_exist and not exists:
         raise ConfigError("--workdir", path, "no such folder", "name the --workdir of a training run")
     return folder
-
-
-def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
-    """A copy of `config` with overrides such as '--config.seed=3' or '--noconfig.model.scan', not validated.
-
-    Raises:
-      ConfigError: no such field, or a value of another type.
-    """
-    fields = {path: leaf for path, _, leaf in leaves(config)}
-    texts = {}
-    for override in overrides:  # ml_collections would raise a KeyError while parsing
-        match = _OVERRIDE.fullmatch(override)
-        if not match:
-            raise ConfigError(f"argument {override!r}", None, "not an override", "write --config.a.b=VALUE")
-        negated, path, text = match.groups()
-        if path not in fields:
-            raise _not_a_leaf(path, text, fields, config)
-        if negated and (fields[path].type is not bool or text is not None):
-            raise ConfigError(f"--noconfig.{path}", text, "only switches a bool off", f"write --config.{path}=VALUE")
-        texts[path] = text
-    argv, values = ["", *overrides], absl_flags.FlagValues()
-    try:
-        holder = config_flags.DEFINE_config_dataclass("config", config, flag_values=values, sys_argv=argv)
-        values(argv)
-    except absl_flags.IllegalFlagValueError as error:
-        path = _ILLEGAL_VALUE.fullmatch(str(error))[1].removeprefix("config.")
-        kind = "an int" if fields[path].type is int else f"a {fields[path].type.__name__}"
-        raise ConfigError(path, texts[path], f"not {kind}", f"write {example(fields[path])}") from None
-    return holder.value
-
-
-def _not_a_leaf(path: str, text: str | None, fields: dict[str, Any], config: Config) -> ConfigError:
-    match = re.fullmatch(r"([\w.]*)(?:\[(\d*)\].*)?", path)
-    try:
-        items = functools.reduce(getattr, match[1].split("."), config) if match else None
-    except AttributeError:
-        items = None
-    if isinstance(items, tuple) and not (match[2] and int(match[2]) < len(items)):
-        limit = f"{match[1]} has {len(items)} item{'s' if len(items) != 1 else ''}, counted from [0]"
-        return ConfigError(path, text, limit, "set a field of one, or add items in the config file")
-    inside = [field for field in fields if field.startswith(f"{path}.")]
-    if inside:
-        return ConfigError(path, text, "a section, not a field", f"set one field, such as config.{inside[0]}")
-    return unknown_field(path, text, fields)
 
 
 def _config_to_list(argv: Sequence[str], values: absl_flags.FlagValues, config_from: str) -> Config:

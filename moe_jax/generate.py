@@ -16,8 +16,8 @@ from absl import flags as absl_flags
 
 from moe_jax import cli
 from moe_jax.config import Config, ConfigError, SampleConfig
-from moe_jax.config_blocks import has_routed_blocks
-from moe_jax.validation import validate
+from moe_jax.config.blocks import has_routed_blocks
+from moe_jax.config.validate import validate
 
 if TYPE_CHECKING:
     from moe_jax.data.tokenizer import Tokenizer

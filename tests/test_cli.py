@@ -11,7 +11,7 @@ from absl import flags as absl_flags
 
 from moe_jax import cli
 from moe_jax import config as c
-from moe_jax.config_file import load_config
+from moe_jax.config.load import load_config
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PLAIN = "from moe_jax import config as c\ndef get_config():\n    return c.Config()\n"

@@ -8,8 +8,8 @@ import pickle
 import pytest
 
 from moe_jax import config as c
-from moe_jax.config_blocks import has_routed_blocks, parse_inserts, parse_pattern
-from moe_jax.validation import validate
+from moe_jax.config.blocks import has_routed_blocks, parse_inserts, parse_pattern
+from moe_jax.config.validate import validate
 
 
 def different(config: c.Config) -> c.Config:
@@ -46,9 +46,9 @@ def test_every_leaf_is_plain_and_documented():
         assert leaf.metadata["doc"].endswith("."), path
 
 
-def test_leaf_types_names_every_leaf():
+def test_leaf_fields_names_every_leaf():
     names = [path.replace("[0]", "[]").replace("[1]", "[]") for path, _, _ in c.leaves(large())]
-    assert set(names) == set(c.leaf_types())
+    assert set(names) == set(c.leaf_fields())
 
 
 @pytest.mark.parametrize("config", [c.Config(), large(), different(large())], ids=["default", "large", "different"])

@@ -13,7 +13,7 @@ import pytest
 import moe_jax.evaluate.__main__ as evaluate
 import moe_jax.plan.__main__ as plan
 from moe_jax import cli, generate
-from moe_jax.validation import validate
+from moe_jax.config.validate import validate
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs" / "tpu_pod.md").read_text()

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax.config_file import load_saved_config
+from moe_jax.config.load import load_saved_config
 from moe_jax.train.checkpoint import Checkpoints
 from moe_jax.train.metrics import read_metrics
 from moe_jax.train.restore import load_run

@@ -21,7 +21,7 @@ same runs with each token's best expert.
 """
 
 from moe_jax import config as c
-from moe_jax.config_study import Arm, Curve, Settings, Study
+from moe_jax.config import Arm, Curve, Settings, Study
 
 STEPS, STEPS_FULL = 500, 600  # 500: 1,000 visits of each of 65,536 experts, 32 to a token
 DENSE = {"model.inserts": "middle=dense@1", "model.insert_width": 192}

@@ -7,7 +7,7 @@ has the width that a token meets in the others. 1.5 million tokens a run, less t
 """
 
 from moe_jax import config as c
-from moe_jax.config_study import Arm, Study
+from moe_jax.config import Arm, Study
 
 FINE = {"model.moe.experts": 16, "model.moe.top_k": 2, "model.moe.expert_width": 256}
 FINE_FULL = {"model.moe.expert_width": 1024}

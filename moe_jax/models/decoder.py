@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config import ModelConfig
-from moe_jax.config_blocks import RETRIEVING, parse_inserts, parse_pattern
+from moe_jax.config.blocks import RETRIEVING, parse_inserts, parse_pattern
 from moe_jax.layers.block import BlockInputs
 from moe_jax.layers.embeddings import LearnedPositions, TokenEmbedding, row_ids
 from moe_jax.layers.norms import make_norm

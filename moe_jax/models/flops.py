@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from moe_jax.config import ModelConfig
-from moe_jax.config_blocks import RETRIEVING, block_kinds, parse_inserts
+from moe_jax.config.blocks import RETRIEVING, block_kinds, parse_inserts
 from moe_jax.ops.activations import is_gated
 from moe_jax.ops.retrieval import rows_of_expert
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from moe_jax import compat
 from moe_jax.config import ModelConfig
-from moe_jax.config_blocks import RETRIEVING, block_kinds, parse_inserts, parse_pattern
+from moe_jax.config.blocks import RETRIEVING, block_kinds, parse_inserts, parse_pattern
 from moe_jax.layers.attention import init_cache
 from moe_jax.layers.block import Block, BlockInputs
 from moe_jax.types import Aux

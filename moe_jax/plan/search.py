@@ -5,8 +5,8 @@ import math
 from collections.abc import Iterator, Sequence
 
 from moe_jax.config import Config, ConfigError
+from moe_jax.config.validate import validate
 from moe_jax.parallel.mesh import AXES
-from moe_jax.validation import validate
 
 
 def splits(devices: int, parts: int) -> Iterator[tuple[int, ...]]:

@@ -9,7 +9,8 @@ import jax
 
 from moe_jax import compat
 from moe_jax.config import Config, ConfigError
-from moe_jax.config_blocks import block_kinds, has_routed_blocks
+from moe_jax.config.blocks import block_kinds, has_routed_blocks
+from moe_jax.config.validate import validate
 from moe_jax.models import MODELS
 from moe_jax.models.flops import (
     experts_per_token,
@@ -26,7 +27,6 @@ from moe_jax.plan.topology import Topology
 from moe_jax.plan.traffic import hbm_bytes, largest_buffers
 from moe_jax.train.state import abstract_state
 from moe_jax.train.step import abstract_batch, compile_train_step
-from moe_jax.validation import validate
 
 FIXES = "raise train.microbatches, set model.remat=true, or split over more chips with mesh.fsdp"
 

@@ -105,7 +105,7 @@ def _older(flags: Any, run: "LoadedRun") -> tuple[_Older | None, str]:
     Raises:
       ConfigError: no such checkpoint, or one of another tokenizer, other layers or other experts.
     """
-    from moe_jax.config_file import load_saved_config
+    from moe_jax.config.load import load_saved_config
     from moe_jax.data.tokenizer import Tokenizer
     from moe_jax.report.collect import column_names, routed_layers
     from moe_jax.train.checkpoint import Checkpoints, load_meta

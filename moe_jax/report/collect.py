@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from moe_jax import compat
 from moe_jax.config import Config, ModelConfig
-from moe_jax.config_blocks import RETRIEVING, has_routed_blocks, parse_inserts, parse_pattern
+from moe_jax.config.blocks import RETRIEVING, has_routed_blocks, parse_inserts, parse_pattern
 from moe_jax.data.pipeline import EvaluationSet
 from moe_jax.layers.block import router_sizes
 from moe_jax.models.losses import per_token_cross_entropy

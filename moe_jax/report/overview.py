@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from moe_jax.config import ModelConfig
-from moe_jax.config_blocks import has_retrieval_blocks
+from moe_jax.config.blocks import has_retrieval_blocks
 from moe_jax.report.analysis import LayerFacts
 from moe_jax.report.collect import Observed, column_names, routed_layers
 from moe_jax.report.history import Row, evaluations, series

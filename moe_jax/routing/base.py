@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import compat
-from moe_jax.config_moe import BaseConfig
+from moe_jax.config.routers import BaseConfig
 from moe_jax.ops.balanced_assignment import balanced_assignment
 from moe_jax.routing.contract import Router, best, score_by_kernel
 from moe_jax.routing.statistics import choice_statistics

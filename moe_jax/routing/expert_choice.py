@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moe_jax.config_moe import ExpertChoiceConfig
+from moe_jax.config.routers import ExpertChoiceConfig
 from moe_jax.ops.counting import slots_per_expert
 from moe_jax.routing.contract import Router, best, score_by_kernel, token_choice
 from moe_jax.routing.losses import z_loss

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.config_moe import HashConfig
+from moe_jax.config.routers import HashConfig
 from moe_jax.ops.hash_table import balanced_hash_table, random_hash_table
 from moe_jax.routing.contract import Router, Sizes, usable_tokens
 from moe_jax.routing.statistics import choice_statistics

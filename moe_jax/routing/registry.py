@@ -2,7 +2,7 @@
 
 import importlib
 
-from moe_jax.config_moe import ROUTER_NAMES
+from moe_jax.config.routers import ROUTER_NAMES
 from moe_jax.routing.contract import Router
 
 ROUTERS: dict[str, Router] = {name: importlib.import_module(f"moe_jax.routing.{name}").ROUTER for name in ROUTER_NAMES}

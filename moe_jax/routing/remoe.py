@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moe_jax.config_moe import ReMoEConfig
+from moe_jax.config.routers import ReMoEConfig
 from moe_jax.routing.contract import Router, Sizes, best, score_by_kernel
 from moe_jax.routing.losses import z_loss
 from moe_jax.routing.statistics import choice_statistics, sums

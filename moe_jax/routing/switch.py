@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moe_jax.config_moe import SwitchConfig
+from moe_jax.config.routers import SwitchConfig
 from moe_jax.routing.contract import Router, best, score_by_kernel, token_choice
 from moe_jax.routing.losses import balance_loss, z_loss
 from moe_jax.routing.statistics import choice_statistics, column_counts

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moe_jax.config_moe import TopKConfig
+from moe_jax.config.routers import TopKConfig
 from moe_jax.ops.counting import one_hot_sum
 from moe_jax.routing.contract import Router, Sizes, best, score_by_kernel, token_choice
 from moe_jax.routing.losses import balance_loss, sequence_balance_loss, z_loss

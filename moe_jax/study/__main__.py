@@ -23,7 +23,7 @@ from absl import flags as absl_flags
 
 from moe_jax import cli
 from moe_jax.config import ConfigError
-from moe_jax.config_study import Arm, Study
+from moe_jax.config.study import Arm, Study
 
 
 def define_flags(values: absl_flags.FlagValues) -> None:

@@ -17,7 +17,7 @@ import time
 from absl import flags as absl_flags
 
 from moe_jax.config import ConfigError
-from moe_jax.config_study import Study
+from moe_jax.config.study import Study
 
 VALIDATION = "validation.json"
 

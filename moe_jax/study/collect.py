@@ -8,7 +8,7 @@ import statistics
 from typing import Any
 
 from moe_jax.config import ConfigError
-from moe_jax.config_study import METRICS, Arm, Study, study_to_dict
+from moe_jax.config.study import METRICS, Arm, Study, study_to_dict
 from moe_jax.study.child import VALIDATION
 from moe_jax.study.curves import Runs, collect_curve, paired
 from moe_jax.study.plan import load_description, run_folder

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from moe_jax.config_study import Curve
+from moe_jax.config.study import Curve
 from moe_jax.study.statistics import Interval, t_interval
 
 Runs = dict[tuple[str, int], dict[str, Any]]

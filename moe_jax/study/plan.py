@@ -7,33 +7,16 @@ import pathlib
 import re
 from typing import Any
 
-from moe_jax.cli import apply_overrides
-from moe_jax.config import Config, ConfigError, differences, leaves, one_line, to_dict
-from moe_jax.config_study import METRICS, Arm, Curve, Settings, Study, study_from_dict, study_to_dict
+from moe_jax.config import Config, ConfigError, differences, leaves, one_line, role, to_dict
+from moe_jax.config.flags import apply_overrides
+from moe_jax.config.study import METRICS, Arm, Curve, Settings, Study, study_from_dict, study_to_dict
+from moe_jax.config.validate import validate
 from moe_jax.data.hashing import digest, hash64
-from moe_jax.validation import validate
 
 DESCRIPTION = "description.json"
 _NAME = re.compile(r"[A-Za-z0-9][\w.+-]*", re.ASCII)
 # What an arm that scores the runs of another cannot change any more.
 _TRAINED = ("train", "optimizer", "init", "data", "mesh")
-# What it can change of the model: none has a part in the shapes of what was trained.
-SCORED = (
-    "dtype",
-    "scan",
-    "remat",
-    "attention",
-    "loss_chunk",
-    "peer.top_k",
-    "peer.backend",
-    *(f"moe.{name}" for name in ("top_k", "allow_noncausal", "execution", "eval_capacity", "capacity_priority")),
-    *(f"moe.{name}" for name in ("exchange", "exchange_buffer", "backend")),
-    *(f"moe.routers.top_k.{name}" for name in ("order", "renormalise", "scale", "kept_groups")),
-    "moe.routers.gshard.eval_second_expert",
-    "moe.routers.gshard.threshold",
-    "moe.routers.expert_choice.evaluation",
-    "moe.routers.remoe.max_k",
-)
 # What all arms of a pair share, or what fixes the text that is compared.
 _SHARED = (
     "seed",
@@ -131,7 +114,7 @@ def _check_other(study: Study, arm: Arm, field: str) -> None:
         if path.partition(".")[0] in _TRAINED:
             limit = f"the runs of {arm.scores} are trained"
             raise ConfigError(f"{where} config.{path}", arm.settings[path], limit, "change the evaluation alone")
-        if path.startswith("model.") and path.removeprefix("model.") not in SCORED:
+        if path.startswith("model.") and not role(path):
             limit = f"no option of evaluation, and the runs of {arm.scores} are trained"
             raise ConfigError(f"{where} config.{path}", arm.settings[path], limit, "leave it out, or train the arm")
 

@@ -24,7 +24,7 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from moe_jax.config import Config, ConfigError, differences, one_line
+from moe_jax.config import Config, ConfigError, differences, one_line, role
 
 
 class Restored(NamedTuple):
@@ -320,15 +320,6 @@ def _plan_fill(workdir: str, step: int, targets: dict, saved: dict, include) -> 
     return wanted, FillReport(workdir, step, tuple(wanted), unfilled, unused)
 
 
-# What may differ on resume. The second table changes rounding, not the run.
-_FREE = (
-    "train.steps train.log_every train.eval_every train.eval_batches train.checkpoint_every "
-    "train.max_to_keep train.async_checkpoint train.max_skipped train.profile_steps train.peak_tflops "
-    "train.tensorboard model.scan model.remat data.cache_dir sample init"
-).split()
-_ROUNDING = ("mesh model.attention model.moe.backend model.moe.exchange model.moe.exchange_buffer model.loss_chunk").split()
-
-
 def check_resume(saved: Config, new: Config) -> list[str]:
     """Compares a run's saved config with the one it is resumed with.
 
@@ -339,11 +330,7 @@ def check_resume(saved: Config, new: Config) -> list[str]:
       ConfigError: naming the first fields that may not differ.
     """
     changed = differences(saved, new)
-
-    def under(field, names):
-        return any(field == name or field.startswith(f"{name}.") for name in names)
-
-    refused = {f: values for f, values in changed.items() if not under(f, _FREE + _ROUNDING)}
+    refused = {f: values for f, values in changed.items() if role(f) not in ("runtime", "rounding")}
     if refused:
         changes = [f"{f} {one_line(old, 40)} -> {one_line(now, 40)}" for f, (old, now) in refused.items()]
         field, (_, value) = next(iter(refused.items()))
@@ -353,7 +340,7 @@ def check_resume(saved: Config, new: Config) -> list[str]:
     if "train.steps" in changed:
         old, now = changed["train.steps"]
         warnings.append(f"config.train.steps {old} -> {now}: the schedule stretches to the new length")
-    rounding = [f"config.{f}" for f in changed if under(f, _ROUNDING)]
+    rounding = [f"config.{f}" for f in changed if role(f) == "rounding"]
     if rounding:
         warnings.append(f"{', '.join(rounding)} changed: equal to the uninterrupted run except for rounding")
     return warnings

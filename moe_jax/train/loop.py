@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from etils import epath
 
 from moe_jax.config import Config, ConfigError, from_dict, to_dict
-from moe_jax.config_blocks import has_routed_blocks
+from moe_jax.config.blocks import has_routed_blocks
+from moe_jax.config.validate import validate
 from moe_jax.data import TextData, Tokenizer, open_data
 from moe_jax.models import MODELS
 from moe_jax.parallel.mesh import mesh_from_config, start_devices
@@ -40,7 +41,6 @@ from moe_jax.train.state import abstract_state, place_state
 from moe_jax.train.step import compile_train_step
 from moe_jax.train.upcycle import check_dense_run, upcycle
 from moe_jax.train.workdir import own_workdir
-from moe_jax.validation import validate
 
 
 def fit(config: Config, workdir: str) -> int:

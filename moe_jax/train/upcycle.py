@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config import Config, ConfigError, ModelConfig, MoEConfig, from_dict
-from moe_jax.config_blocks import block_kinds, expert_shards, parse_inserts, parse_pattern
+from moe_jax.config.blocks import block_kinds, expert_shards, parse_inserts, parse_pattern
 from moe_jax.models import MODELS
 from moe_jax.train.checkpoint import load_meta, load_params
 from moe_jax.train.state import abstract_placed_variables

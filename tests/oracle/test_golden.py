@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config_moe import GShardConfig, SwitchConfig, TopKConfig
+from moe_jax.config.routers import GShardConfig, SwitchConfig, TopKConfig
 from moe_jax.dispatch.capacity import limit_assignments
 from moe_jax.layers.moe import MoE
 from moe_jax.layers.peer import PEER

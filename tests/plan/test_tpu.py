@@ -23,7 +23,7 @@ import json, sys
 import jax
 jax.config.update("jax_platforms", "cpu")
 from moe_jax import cli
-from moe_jax.config_file import load_config
+from moe_jax.config.load import load_config
 from moe_jax.plan import hlo, report, step, topology, traffic
 
 config = cli.apply_overrides(load_config(sys.argv[1]), sys.argv[3:])

@@ -13,7 +13,8 @@ import pytest
 import moe_jax.report.__main__ as command
 from moe_jax import cli
 from moe_jax.config import Config, ModelConfig, MoEConfig, PeerConfig, SourceConfig, to_dict
-from moe_jax.config_moe import ROUTER_NAMES
+from moe_jax.config.routers import ROUTER_NAMES
+from moe_jax.config.validate import validate
 from moe_jax.data import BPETokenizer, ByteTokenizer
 from moe_jax.evaluate.__main__ import evaluation_sets
 from moe_jax.models.decoder import Decoder
@@ -25,7 +26,6 @@ from moe_jax.report.passages import colours
 from moe_jax.train.checkpoint import Checkpoints
 from moe_jax.train.metrics import MetricsWriter, routing_metrics
 from moe_jax.train.restore import load_run
-from moe_jax.validation import validate
 from tests.models.small import random_variables
 
 pytestmark = [

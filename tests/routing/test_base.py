@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config_moe import BaseConfig
+from moe_jax.config.routers import BaseConfig
 from moe_jax.routing.base import Base
 from moe_jax.types import RouterInputs
 

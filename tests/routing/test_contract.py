@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from moe_jax import compat
-from moe_jax.config_moe import (
+from moe_jax.config.routers import (
     BaseConfig,
     ExpertChoiceConfig,
     GShardConfig,

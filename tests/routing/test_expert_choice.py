@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.config_moe import ExpertChoiceConfig
+from moe_jax.config.routers import ExpertChoiceConfig
 from moe_jax.layers.moe import MoE
 from moe_jax.routing.expert_choice import ExpertChoiceRouter
 from moe_jax.types import RouterInputs

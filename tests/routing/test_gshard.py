@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.config_moe import GShardConfig
+from moe_jax.config.routers import GShardConfig
 from moe_jax.routing.gshard import GShard, keep_second
 from moe_jax.types import RouterInputs
 

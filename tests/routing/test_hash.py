@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config_moe import HashConfig, MoEConfig
+from moe_jax.config.routers import HashConfig, MoEConfig
 from moe_jax.routing.contract import Sizes
 from moe_jax.routing.hash import Hash, start
 from moe_jax.train.router_state import start_router_state

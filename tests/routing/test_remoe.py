@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config_moe import ReMoEConfig
+from moe_jax.config.routers import ReMoEConfig
 from moe_jax.routing.contract import Sizes
 from moe_jax.routing.remoe import ReMoE, sparsity_loss, update
 from moe_jax.types import RouterInputs

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config_moe import SwitchConfig, TopKConfig
+from moe_jax.config.routers import SwitchConfig, TopKConfig
 from moe_jax.routing.switch import Switch
 from moe_jax.routing.top_k import TopK
 from moe_jax.types import RouterInputs

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config_moe import TopKConfig
+from moe_jax.config.routers import TopKConfig
 from moe_jax.routing.contract import Sizes
 from moe_jax.routing.top_k import TopK, choose, update
 from moe_jax.types import RouterInputs

@@ -4,7 +4,7 @@ import json
 import math
 
 from moe_jax.config import Config, SourceConfig
-from moe_jax.config_study import Arm, Study
+from moe_jax.config.study import Arm, Study
 from moe_jax.study.plan import run_folder, save_description
 from moe_jax.study.timing import place
 

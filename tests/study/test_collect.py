@@ -9,7 +9,7 @@ from matplotlib import pyplot as plt
 
 from benchmarks import table
 from moe_jax.config import ConfigError
-from moe_jax.config_study import Arm, Curve
+from moe_jax.config.study import Arm, Curve
 from moe_jax.study import __main__ as command
 from moe_jax.study.collect import collect
 from moe_jax.study.plan import run_folder

@@ -17,7 +17,7 @@ from moe_jax.study.runs import steps_done
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FILE = """
 from moe_jax import config as c
-from moe_jax.config_study import Arm, Study
+from moe_jax.config.study import Arm, Study
 
 
 def get_config(text=""):

@@ -4,7 +4,7 @@ import flax.traverse_util
 import jax
 import numpy as np
 
-from moe_jax.config_study import Arm
+from moe_jax.config.study import Arm
 from moe_jax.models.decoder import Decoder
 from moe_jax.study.plan import run_config
 from moe_jax.train.state import init_state

@@ -11,18 +11,18 @@ import jax
 import pytest
 
 from moe_jax import cli
-from moe_jax.config import ConfigError, ModelConfig, leaves, to_dict
-from moe_jax.config_study import Arm, Curve, study_from_dict, study_to_dict
+from moe_jax.config import ConfigError, ModelConfig, leaf_fields, leaves, to_dict
+from moe_jax.config.study import Arm, Curve, study_from_dict, study_to_dict
 from moe_jax.models.decoder import Decoder
 from moe_jax.models.flops import training_flops_per_token
 from moe_jax.study import __main__ as command
-from moe_jax.study.plan import SCORED, check_unchanged, load_description, prepare, run_config
+from moe_jax.study.plan import check_unchanged, load_description, prepare, run_config
 from tests.models.small import boxed_shapes
 from tests.study.small import make_study, write_study
 
 FILE = """
 from moe_jax import config as c
-from moe_jax.config_study import Arm, Study
+from moe_jax.config.study import Arm, Study
 
 def get_config(text="64"):
     config = c.Config()
@@ -148,7 +148,7 @@ def test_settings_are_those_of_the_command_line(settings, message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", SCORED)
+@pytest.mark.parametrize("path", [path for path, leaf in leaf_fields(ModelConfig).items() if leaf.metadata["role"]])
 def test_what_an_arm_that_scores_may_change_keeps_the_shapes(path):
     model = ModelConfig(layers=1, pattern="peer" if path.startswith("peer.") else "routed", width=16, ffn_width=16, heads=2)
     model.moe.router = path.split(".")[2] if path.startswith("moe.routers.") else "top_k"
@@ -290,7 +290,7 @@ def test_the_command_line(files):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--config=plain.py"], "get_config() returns a Config; return a moe_jax.config_study.Study"),
+        (["--config=plain.py"], "get_config() returns a Config; return a moe_jax.config.Study"),
         (["--config=study.py", "--config.model.widht=3"], "config.model.widht=3: no such field"),
         (["--config.model.width=3"], "--config: not given"),
         ([], "--config: not given; write --config=FILE, or --summary"),

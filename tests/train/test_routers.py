@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config_moe import ROUTER_NAMES
+from moe_jax.config.routers import ROUTER_NAMES
 from moe_jax.models.decode import generate
 from moe_jax.routing import ROUTERS
 from moe_jax.train.router_state import start_router_state

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config import Config, ConfigError, SourceConfig, to_dict
+from moe_jax.config.validate import validate
 from moe_jax.data import ByteTokenizer
 from moe_jax.models.decoder import Decoder
 from moe_jax.models.stack import by_layer
@@ -30,7 +31,6 @@ from moe_jax.train.upcycle import (
     upcycle,
     upcycle_params,
 )
-from moe_jax.validation import validate
 from tests.models.small import boxed_shapes, random_variables
 from tests.train.small import make_config
 

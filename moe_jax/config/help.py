@@ -6,7 +6,9 @@ from typing import Any
 
 from absl import flags as absl_flags
 
-from moe_jax.config import Config, item_type, one_line
+from moe_jax.config.leaf import one_line
+from moe_jax.config.reflect import item_type
+from moe_jax.config.run import Config
 
 _COLUMNS = 120
 

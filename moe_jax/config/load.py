@@ -12,9 +12,11 @@ from typing import Any
 
 from etils import epath
 
-from moe_jax.config import Config, ConfigError, from_dict, one_line
-from moe_jax.config_study import Study
-from moe_jax.config_types import validate_types
+from moe_jax.config.leaf import ConfigError, one_line
+from moe_jax.config.reflect import from_dict
+from moe_jax.config.run import Config
+from moe_jax.config.study import Study
+from moe_jax.config.validate.limits import validate_types
 
 
 def load_saved_config(workdir: epath.PathLike) -> Config:
@@ -72,7 +74,7 @@ def _load(path: str | None, kind: type) -> Any:
     config = _execute(path, file, source, arguments)
     if not isinstance(config, kind):
         limit = f"get_config() returns a {type(config).__name__}"
-        fix = f"return a {kind.__module__}.{kind.__name__}"
+        fix = f"return a moe_jax.config.{kind.__name__}"
         if isinstance(config, Study):
             fix = "run it with python -m moe_jax.study"
         raise ConfigError("--config", path, limit, fix)

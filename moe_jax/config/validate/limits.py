@@ -4,7 +4,9 @@ import dataclasses
 import math
 from typing import Any
 
-from moe_jax.config import Config, ConfigError, item_type, unknown_field
+from moe_jax.config.leaf import ConfigError
+from moe_jax.config.reflect import item_type, unknown_field
+from moe_jax.config.run import Config
 
 
 def validate_types(config: Any) -> None:

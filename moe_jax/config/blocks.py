@@ -2,7 +2,8 @@
 
 import re
 
-from moe_jax.config import ConfigError, ModelConfig
+from moe_jax.config.leaf import ConfigError
+from moe_jax.config.model import ModelConfig
 
 RETRIEVING = ("peer", "pkm")
 BLOCK_KINDS = ("dense", "routed", *RETRIEVING)

@@ -6,7 +6,9 @@ A file of configs/studies/ returns one from `get_config()`; `python -m moe_jax.s
 import dataclasses
 from typing import Any
 
-from moe_jax.config import Config, ConfigError, from_dict, to_dict
+from moe_jax.config.leaf import ConfigError
+from moe_jax.config.reflect import from_dict, to_dict
+from moe_jax.config.run import Config
 
 Settings = dict[str, bool | int | float | str]
 

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, ClassVar, NamedTuple
 
-from moe_jax.config_field import field
+from moe_jax.config.leaf import field
 
 
 class Traits(NamedTuple):
@@ -48,15 +48,17 @@ class TopKConfig:
         "score_first",
         "score_first: scores of all experts, then the choice; top_k_first: softmax over the chosen logits.",
         choices=("score_first", "top_k_first"),
+        role="scoring",
     )
     renormalise: str = field(
         "auto",
         "Divide the chosen scores by their sum; auto: for K above 1, else the router would get no gradient.",
         choices=("auto", "always", "never"),
+        role="scoring",
     )
-    scale: float = field(1.0, "Multiplies the gates.", low=1e-6)
+    scale: float = field(1.0, "Multiplies the gates.", low=1e-6, role="scoring")
     groups: int = field(1, "Equal groups of experts; the choice is limited to the best of them (DeepSeek-V3).", low=1)
-    kept_groups: int = field(1, "Groups that a token may choose from.", low=1)
+    kept_groups: int = field(1, "Groups that a token may choose from.", low=1, role="scoring")
     jitter: float = _jitter()
     bias_rate: float = field(
         0.0,
@@ -92,8 +94,12 @@ class GShardConfig:
         "Second expert in training: all; threshold: where its gate is above `threshold`; random: with probability gate / threshold.",
         choices=_POLICIES,
     )
-    eval_second_expert: str = field("all", "The same in evaluation; random draws nothing there.", choices=_POLICIES[:2])
-    threshold: float = field(0.5, "Gate, of a pair that sums to 1, from which on `random` always keeps it.", low=1e-6, high=1)
+    eval_second_expert: str = field(
+        "all", "The same in evaluation; random draws nothing there.", choices=_POLICIES[:2], role="scoring"
+    )
+    threshold: float = field(
+        0.5, "Gate, of a pair that sums to 1, from which on `random` always keeps it.", low=1e-6, high=1, role="scoring"
+    )
     balance_loss: float = _balance(0.01)
     z_loss: float = _z(0.0)
 
@@ -129,6 +135,7 @@ class ExpertChoiceConfig:
         "experts",
         "Who chooses in evaluation: experts, as in training; tokens: each its K best experts by the same scores, which is causal.",
         choices=("experts", "tokens"),
+        role="scoring",
     )
     z_loss: float = _z(0.0)
 
@@ -144,7 +151,7 @@ class ReMoEConfig:
     """Options of the router `remoe`: ReLU gates, as many experts as are above 0, K on average by a controller."""
 
     traits: ClassVar[Traits] = Traits(virtual=False)
-    max_k: int = field(0, "Most experts of a token; what is above is dropped and counted; 0: all.", low=0)
+    max_k: int = field(0, "Most experts of a token; what is above is dropped and counted; 0: all.", low=0, role="scoring")
     start_weight: float = field(1e-8, "Weight of the sparsity loss at the start.", low=1e-20, high=1e6)
     rate: float = field(1.2, "The weight is multiplied or divided by this after each step.", low=1.000001)
     z_loss: float = _z(0.0)
@@ -182,7 +189,7 @@ class MoEConfig:
     """Every routed feed-forward layer of the model."""
 
     experts: int = field(8, "Experts E in a routed layer.", low=1)
-    top_k: int = field(2, "Experts K per token; an average where the router decides.", low=1)
+    top_k: int = field(2, "Experts K per token; an average where the router decides.", low=1, role="scoring")
     router: str = field("top_k", "Who writes the nonzeros.", choices=ROUTER_NAMES)
     expert_width: int = field(0, "Hidden width F of an expert; 0: model.ffn_width.", low=0)
     zero_experts: int = field(0, "Experts beside the E that add nothing and cost nothing (MoE++).", low=0)
@@ -190,28 +197,37 @@ class MoEConfig:
     constant_experts: int = field(0, "Experts beside the E that mix their input with a learned vector (MoE++).", low=0)
     shared_experts: int = field(0, "Experts that see every token, as one network of their summed width.", low=0)
     shared_gate: bool = field(False, "Multiply the shared experts' output by a sigmoid gate.")
-    allow_noncausal: bool = field(False, "Accept a router that looks at later tokens in evaluation of a causal model.")
-    execution: str = field("dropless", "Run every assignment, or at most C per expert.", choices=("dropless", "capacity"))
+    allow_noncausal: bool = field(
+        False, "Accept a router that looks at later tokens in evaluation of a causal model.", role="scoring"
+    )
+    execution: str = field(
+        "dropless", "Run every assignment, or at most C per expert.", choices=("dropless", "capacity"), role="scoring"
+    )
     capacity_factor: float = field(
         1.25, "C = ceil(factor * T * K / (E + V)) in training with execution=capacity; V: zero, copy and constant.", low=0.01
     )
-    eval_capacity: float = field(0.0, "Capacity factor of evaluation and generation; 0: dropless.", low=0)
+    eval_capacity: float = field(0.0, "Capacity factor of evaluation and generation; 0: dropless.", low=0, role="scoring")
     capacity_priority: str = field(
         "token",
         "Who gets a slot: token (in order), choice (first choices first), gate (highest first); only token is causal.",
         choices=("token", "choice", "gate"),
+        role="scoring",
     )
     exchange: str = field(
         "auto",
         "How tokens reach the experts of other shards; auto: gather, which no routing can overflow.",
         choices=("auto", "gather", "all_to_all", "ragged"),
+        role="rounding",
     )
     exchange_buffer: float = field(
         2.0,
         "Room of all_to_all and ragged relative to an even load, else the call takes gather; 0: for all that can come.",
         low=0,
+        role="rounding",
     )
-    backend: str = field("auto", "Grouped matmul.", choices=("auto", "blocks", "ragged_dot", "megablox", "tokamax", "loop"))
+    backend: str = field(
+        "auto", "Grouped matmul.", choices=("auto", "blocks", "ragged_dot", "megablox", "tokamax", "loop"), role="rounding"
+    )
     routers: RoutersConfig = dataclasses.field(default_factory=RoutersConfig)
 
     @property

@@ -1,12 +1,20 @@
 """A leaf of the configuration, and the error of one that cannot work."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
+# What a field changes of a run that has begun, from nothing to the scores: "runtime" how it goes on, "rounding" the last bits too,
+# "scoring" what evaluation computes, but no shape of what was trained. The first two may change on resume.
+ROLES = ("runtime", "rounding", "scoring")
 
-def field(default: Any, doc: str, *, choices: tuple = (), low: float | None = None, high: float | None = None):
-    """A config leaf with its documentation and limits (`low` and `high` are inclusive)."""
-    return dataclasses.field(default=default, metadata={"doc": doc, "choices": choices, "low": low, "high": high})
+
+def field(
+    default: Any, doc: str, *, choices: Sequence = (), low: float | None = None, high: float | None = None, role: str = ""
+) -> Any:
+    """A config leaf with its documentation, limits (`low` and `high` are inclusive) and role, one of `ROLES`; "": it makes another run."""
+    assert role in ("", *ROLES), role
+    return dataclasses.field(default=default, metadata={"doc": doc, "choices": choices, "low": low, "high": high, "role": role})
 
 
 class ConfigError(ValueError):

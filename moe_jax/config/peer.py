@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from moe_jax.config_field import field
+from moe_jax.config.leaf import field
 
 
 @dataclasses.dataclass
@@ -11,7 +11,7 @@ class PeerConfig:
 
     experts: int = field(2**20, "Experts N in the pool, a square.", low=1, high=2**30)
     heads: int = field(8, "Heads H, each with a query of its own.", low=1)
-    top_k: int = field(16, "Experts K that each head retrieves.", low=1)
+    top_k: int = field(16, "Experts K that each head retrieves.", low=1, role="scoring")
     key_width: int = field(256, "Width of a query and of a pair of keys; even.", low=2)
     share_keys: bool = field(True, "All heads search the same keys; off: each head its own.")
     query_norm: str = field(
@@ -29,10 +29,12 @@ class PeerConfig:
         "width",
         "What mesh.expert splits: the pool's width D, even for any usage, or its experts.",
         choices=("width", "experts"),
+        role="rounding",
     )
     backend: str = field(
         "auto",
         "What fetches and sums the experts; auto: the best of the platform. On others the kernels triton (NVIDIA) and mosaic (TPU) "
         "are interpreted, slowly.",
         choices=("auto", "blocks", "triton", "mosaic"),
+        role="rounding",
     )

@@ -1,0 +1,49 @@
+"""Layers that retrieve one-neuron experts."""
+
+import math
+
+from moe_jax.config.blocks import RETRIEVING, block_kinds
+from moe_jax.config.leaf import ConfigError
+from moe_jax.config.run import Config
+from moe_jax.config.validate.common import must_divide
+
+
+def check_retrieval(config: Config) -> None:
+    peer, mesh, path = config.model.peer, config.mesh, "model.peer."
+    side = math.isqrt(peer.experts)
+    if side * side != peer.experts:
+        near = f"use {side**2} or {(side + 1) ** 2}"
+        raise ConfigError(path + "experts", peer.experts, "not a square, which two sets of keys need", near)
+    if peer.top_k > side:
+        limit = f"more than the {side} keys of a half, the root of {path}experts={peer.experts}"
+        raise ConfigError(path + "top_k", peer.top_k, limit, f"use {side} or less, or more experts")
+    if peer.key_width % 2:
+        limit = "odd, but each half of a query meets keys of its own"
+        raise ConfigError(path + "key_width", peer.key_width, limit, f"use {peer.key_width + 1}")
+    field = "model.width" if peer.split == "width" else path + "experts"
+    total = config.model.width if peer.split == "width" else peer.experts
+    must_divide("mesh.expert", mesh.expert, field, total)
+    width = config.model.width // (mesh.expert if peer.split == "width" else 1)
+    if peer.backend == "mosaic" and width % 128:
+        limit = f"{width} values of an expert's row on a device, and its copies are multiples of 128"
+        raise ConfigError(path + "backend", peer.backend, limit, f"use {path}backend=auto, or another model.width")
+    if peer.shared_width:
+        must_divide("mesh.tensor", mesh.tensor, path + "shared_width", peer.shared_width)
+    if peer.top_k == 1:
+        limit = "the softmax over one score is 1, so that the router gets no gradient"
+        raise ConfigError(path + "top_k", 1, limit, "use 2 or more")
+    kinds = [kind for kind in block_kinds(config.model) if kind in RETRIEVING]
+    layers = len(kinds)
+    if layers * peer.experts >= 2**31:
+        limit = f"with {layers} such blocks {layers * peer.experts} ids, which do not fit into int32"
+        raise ConfigError(path + "experts", peer.experts, limit, "use fewer experts or blocks")
+    pairs = config.data.batch_size * config.data.sequence_length * peer.heads * peer.top_k * layers
+    if pairs >= 2**31:
+        limit = f"{pairs} pairs of a token and an expert in a step, which int32 cannot count"
+        raise ConfigError(path + "heads", peer.heads, limit, "use fewer heads, a smaller top_k or a smaller batch")
+    if peer.row_gradients and config.optimizer.ema_decay:
+        limit = f"an average of all of the pool, with {path}row_gradients=true"
+        raise ConfigError("optimizer.ema_decay", config.optimizer.ema_decay, limit, f"use 0, or {path}row_gradients=false")
+    if peer.share_pool and len(set(kinds)) > 1:
+        limit = "neurons of peer blocks and values of pkm blocks have other shapes"
+        raise ConfigError(path + "share_pool", True, limit, "use blocks of one of the two kinds")

@@ -1,0 +1,92 @@
+"""Mesh, optimizer, start and loop of a run."""
+
+import re
+
+from moe_jax.config.blocks import expert_shards, has_retrieval_blocks, has_routed_blocks, parse_inserts
+from moe_jax.config.leaf import ConfigError
+from moe_jax.config.run import Config
+
+_STEP_RANGE = re.compile(r"(\d+):(\d+)", re.ASCII)
+
+
+def check_mesh(config: Config, device_count: int | None) -> None:
+    mesh, train = config.mesh, config.train
+    if mesh.data == 0:
+        raise ConfigError("mesh.data", 0, "no copy of the model", "use -1 for what the other axes leave, or 1 or more")
+    others = mesh.fsdp * mesh.expert * mesh.tensor
+    axes = f"fsdp={mesh.fsdp} * expert={mesh.expert} * tensor={mesh.tensor}"
+    data = mesh.data
+    if device_count is not None:
+        if data == -1:
+            if device_count % others:
+                limit = f"{axes} = {others} does not divide the {device_count} devices"
+                raise ConfigError("mesh.data", -1, limit, "change an axis so that the product does")
+            data = device_count // others
+        elif data * others != device_count:
+            limit = f"data={data} * {axes} = {data * others}, but there are {device_count} devices"
+            raise ConfigError("mesh.data", data, limit, "change an axis, or use mesh.data=-1")
+    shards = max(data, 1) * mesh.fsdp * mesh.expert
+    parts = train.microbatches * shards
+    if config.data.batch_size % parts:
+        limit = f"not a multiple of train.microbatches={train.microbatches} * {shards} shards = {parts}"
+        near = max(config.data.batch_size // parts, 1) * parts
+        raise ConfigError("data.batch_size", config.data.batch_size, limit, f"use {near}, or change the other two")
+
+
+def check_optimizer(config: Config) -> None:
+    optimizer = config.optimizer
+    if optimizer.warmup_steps > config.train.steps:
+        limit = f"more than train.steps={config.train.steps}"
+        raise ConfigError("optimizer.warmup_steps", optimizer.warmup_steps, limit, "lower it, or train longer")
+    for i, group in enumerate(optimizer.groups):
+        path = f"optimizer.groups[{i}]."
+        if not group.path:
+            raise ConfigError(path + "path", "", "matches every parameter", "write '.' if all are meant")
+        try:
+            re.compile(group.path)
+        except re.error as error:
+            limit = f"not a regular expression ({error})"
+            raise ConfigError(path + "path", group.path, limit, "escape special characters with \\") from None
+        if -1 < group.weight_decay < 0:
+            raise ConfigError(path + "weight_decay", group.weight_decay, "negative", "use 0 or more, or -1")
+
+
+def check_run(config: Config) -> None:
+    train, init = config.train, config.init
+    if train.profile_steps:
+        match = _STEP_RANGE.fullmatch(train.profile_steps)
+        first, end = (int(match[1]), int(match[2])) if match else (0, 0)
+        if not 1 <= first < end <= train.steps + 1:
+            limit = f"not a range 'first:end' with 1 <= first < end <= train.steps + 1 = {train.steps + 1}"
+            raise ConfigError("train.profile_steps", train.profile_steps, limit, "write one such as 10:13")
+    if init.upcycle_from:
+        _check_upcycle(config)
+    if init.include and not init.checkpoint:
+        raise ConfigError("init.include", init.include, "init.checkpoint is empty", "name a checkpoint, or empty it")
+    if init.include and not all(prefix.strip() for prefix in init.include.split(",")):
+        raise ConfigError("init.include", init.include, "an empty prefix between commas", "remove the extra comma")
+
+
+def _check_upcycle(config: Config) -> None:
+    init, moe = config.init, config.model.moe
+    for name in ("checkpoint", "include"):
+        if value := getattr(init, name):
+            limit = f"excludes init.upcycle_from={init.upcycle_from}"
+            raise ConfigError(f"init.{name}", value, limit, "empty one of them")
+    if not has_routed_blocks(config.model):
+        limit = f"there are no experts in model.pattern={config.model.pattern}"
+        raise ConfigError("init.upcycle_from", init.upcycle_from, limit, "add routed blocks, or use init.checkpoint")
+    if has_retrieval_blocks(config.model):
+        limit = "retrieved experts have no counterpart in a dense layer"
+        raise ConfigError("init.upcycle_from", init.upcycle_from, limit, "use dense and routed blocks alone")
+    width, kinds = config.model.insert_width, [kind for _, kind, _ in parse_inserts(config.model)]
+    if "routed" in kinds and width not in (0, config.model.ffn_width):
+        limit = f"experts of an upcycled insert have model.ffn_width={config.model.ffn_width}"
+        raise ConfigError("model.insert_width", width, limit, "use 0")
+    shards = expert_shards(config.model)
+    for name in ("experts", "top_k"):
+        value = getattr(moe, name)
+        if value % shards:
+            limit = f"not a multiple of model.ffn_width / model.moe.expert_width = {shards}, the shards of a dense layer"
+            fix = f"use {-(-value // shards) * shards}, or another expert_width"
+            raise ConfigError(f"model.moe.{name}", value, limit, fix)
