@@ -6,8 +6,11 @@ _HOMES = {
     "Aux": "moe_jax.types",
     "MoE": "moe_jax.layers.moe",
     "PEER": "moe_jax.layers.peer",
+    "Router": "moe_jax.routing",
     "RouterInputs": "moe_jax.types",
     "TokenChoice": "moe_jax.types",
+    "Step": "moe_jax.routing",
+    "register_router": "moe_jax.routing",
     "grouped_matmul": "moe_jax.ops.grouped_matmul",
 }
 __all__ = sorted(_HOMES)

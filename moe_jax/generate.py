@@ -16,7 +16,7 @@ from absl import flags as absl_flags
 
 from moe_jax import cli
 from moe_jax.config import Config, ConfigError, SampleConfig
-from moe_jax.config.blocks import has_routed_blocks
+from moe_jax.config.blocks import distinct_layers, options_path
 from moe_jax.config.validate import validate
 
 if TYPE_CHECKING:
@@ -99,9 +99,13 @@ def main(config: Config, flags: absl_flags.FlagValues) -> None:
     for name in ("tokens", "temperature", "top_p", "stop"):
         if flags[name].value is not None:
             setattr(config.sample, name, flags[name].value)
-    if not config.model.moe.options.traits.causal and has_routed_blocks(config.model):
-        limit = "looks at later tokens, which there are none of while text is generated"
-        raise ConfigError("model.moe.router", config.model.moe.router, limit, "use moe_jax.evaluate")
+    for ffn in distinct_layers(config.model, "routed"):
+        if not ffn.moe.options.traits.causal:
+            limit, path = (
+                "looks at later tokens, which there are none of while text is generated",
+                options_path(config.model, ffn),
+            )
+            raise ConfigError(f"{path}moe.router", ffn.moe.router, limit, "use moe_jax.evaluate")
     validate(config)
     prompts = flags.prompt or [config.sample.prompt] * bool(config.sample.prompt)
     if not prompts:

@@ -51,7 +51,7 @@ class RouterInputs(NamedTuple):
 
     token_ids, positions, segment_ids: int32 [T]. valid: bool [T]; invalid (padding) tokens route nowhere and
     enter no statistic, loss or capacity. sequences: int32 [T], the number, below T, of each token's row; None: all are of
-    one. key: typed PRNG key of this layer and step, or None without noise. step: int32 scalar. train: static; capacity and
+    one. key: typed PRNG key of this layer and step, or None without noise.  train: static; capacity and
     noise differ in evaluation. record: static, True or None; if True the layer's statistics hold the sparse
     matrix itself.
     """
@@ -62,7 +62,6 @@ class RouterInputs(NamedTuple):
     valid: jax.Array | None = None
     sequences: jax.Array | None = None
     key: jax.Array | None = None
-    step: jax.Array | None = None
     train: bool = False
     record: bool | None = None
 

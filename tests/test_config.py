@@ -8,7 +8,7 @@ import pickle
 import pytest
 
 from moe_jax import config as c
-from moe_jax.config.blocks import has_routed_blocks, parse_inserts, parse_pattern
+from moe_jax.config.blocks import block_layers, parse_inserts, parse_pattern
 from moe_jax.config.validate import validate
 
 
@@ -19,6 +19,7 @@ def different(config: c.Config) -> c.Config:
         value = getattr(owner, leaf.name)
         new = not value if leaf.type is bool else f"{value}x" if leaf.type is str else value + leaf.type(1)
         setattr(owner, leaf.name, new)
+    other.plugins = "json"  # read again, they are imported
     return other
 
 
@@ -28,6 +29,7 @@ def large() -> c.Config:
         c.SourceConfig(tfds="python_stdlib"),
         c.SourceConfig(name="mine", files="*.txt", weight=2.0),
     )
+    config.model.ffns = (c.FFNConfig("mine", kind="routed"),)
     config.optimizer.groups = (c.ParameterGroup(path="embed", learning_rate_scale=0.1),)
     return config
 
@@ -161,10 +163,11 @@ def test_each_leaf_holds_its_limits(path, leaf):
 
 def test_pattern_and_inserts():
     model = c.ModelConfig(layers=4, pattern="dense,routed", inserts="first=dense@0,mid=routed@2,last=dense@4")
-    assert parse_pattern(model) == ("dense", "routed")
-    assert parse_inserts(model) == (("first", "dense", 0), ("mid", "routed", 2), ("last", "dense", 4))
-    assert not has_routed_blocks(c.ModelConfig(pattern="dense"))
-    assert has_routed_blocks(c.ModelConfig(pattern="dense", inserts="a=routed@1"))
+    assert [ffn.name for ffn in parse_pattern(model)] == ["dense", "routed"]
+    found = [(insert.name, insert.ffn.name, insert.before) for insert in parse_inserts(model)]
+    assert found == [("first", "dense", 0), ("mid", "routed", 2), ("last", "dense", 4)]
+    assert not block_layers(c.ModelConfig(pattern="dense"), "routed")
+    assert block_layers(c.ModelConfig(pattern="dense", inserts="a=routed@1"), "routed")
     validate(c.Config(model=model))
 
 

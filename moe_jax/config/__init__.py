@@ -7,10 +7,11 @@ are no None-able fields, because flags cannot set them.
 
 from moe_jax.config.data import DataConfig, SourceConfig
 from moe_jax.config.leaf import ConfigError, field, one_line
-from moe_jax.config.model import ModelConfig
+from moe_jax.config.model import FFNConfig, ModelConfig
+from moe_jax.config.moe import MoEConfig
 from moe_jax.config.peer import PeerConfig
 from moe_jax.config.reflect import differences, from_dict, item_type, leaf_fields, leaves, nearest, role, to_dict, unknown_field
-from moe_jax.config.routers import MoEConfig
+from moe_jax.config.routers import RouterOptions, Traits
 from moe_jax.config.run import Config
 from moe_jax.config.study import Arm, Curve, Settings, Study
 from moe_jax.config.train import InitConfig, MeshConfig, OptimizerConfig, ParameterGroup, SampleConfig, TrainConfig
@@ -18,6 +19,9 @@ from moe_jax.config.train import InitConfig, MeshConfig, OptimizerConfig, Parame
 __all__ = [
     "Arm",
     "Config",
+    "FFNConfig",
+    "RouterOptions",
+    "Traits",
     "ConfigError",
     "Curve",
     "DataConfig",

@@ -1,86 +1,120 @@
-"""The blocks of a decoder as `model.pattern` and `model.inserts` name them."""
+"""The blocks of a decoder as `model.pattern`, `model.inserts` and `model.ffns` name them."""
 
+import dataclasses
 import re
+from typing import NamedTuple
 
 from moe_jax.config.leaf import ConfigError
-from moe_jax.config.model import ModelConfig
+from moe_jax.config.model import FFNConfig, ModelConfig
 
+BUILT_IN = ("dense", "routed", "peer", "pkm")
 RETRIEVING = ("peer", "pkm")
-BLOCK_KINDS = ("dense", "routed", *RETRIEVING)
 _INSERT = re.compile(r"([A-Za-z_]\w*)=(\w+)@(\d+)", re.ASCII)
 # Keys that stand beside or in place of inserts in the trees of parameters, statistics and metrics.
-_TAKEN = re.compile(r"groups|counts|tokens|experts|pool|peer|moe|layer_\d+", re.ASCII)
+_TAKEN = re.compile(r"groups|counts|tokens|experts|pool|pool_\w+|peer|moe|layer_\d+", re.ASCII)
 
 
-def parse_pattern(model: ModelConfig) -> tuple[str, ...]:
-    """The feed-forward kinds of one repeating group, such as ('dense', 'routed').
+class Insert(NamedTuple):
+    """An extra block: its name, its feed-forward layer, and the block of the groups that it stands before."""
+
+    name: str
+    ffn: FFNConfig
+    before: int
+
+
+def feed_forward(model: ModelConfig, name: str) -> FFNConfig | None:
+    """The layer of that name, its hidden width filled in; None: there is none."""
+    if name in BUILT_IN:
+        return FFNConfig(name, kind=name, width=model.ffn_width, moe=model.moe, peer=model.peer)
+    named = next((ffn for ffn in model.ffns if ffn.name == name), None)
+    return named and dataclasses.replace(named, width=named.width or model.ffn_width)
+
+
+def options_path(model: ModelConfig, ffn: FFNConfig) -> str:
+    """Dotted path of the section that has the layer's `moe` and `peer`, such as 'model.' or 'model.ffns[1].'."""
+    names = [other.name for other in model.ffns]
+    return f"model.ffns[{names.index(ffn.name)}]." if ffn.name in names else "model."
+
+
+def _names(model: ModelConfig) -> str:
+    return ", ".join([*BUILT_IN, *(ffn.name for ffn in model.ffns)])
+
+
+def parse_pattern(model: ModelConfig) -> tuple[FFNConfig, ...]:
+    """The feed-forward layers of one repeating group.
 
     Raises:
-      ConfigError: a kind that does not exist.
+      ConfigError: a layer that does not exist.
     """
-    kinds = tuple(model.pattern.split(","))
-    for kind in kinds:
-        if kind not in BLOCK_KINDS:
-            fix = f"use {' and '.join(BLOCK_KINDS)}, separated by commas without spaces"
-            raise ConfigError("model.pattern", model.pattern, f"no block kind {kind!r}", fix)
-    return kinds
+    layers = []
+    for name in model.pattern.split(","):
+        layers.append(feed_forward(model, name))
+        if layers[-1] is None:
+            fix = f"use {_names(model)}, separated by commas without spaces, or add a layer to model.ffns"
+            raise ConfigError("model.pattern", model.pattern, f"no feed-forward layer {name!r}", fix)
+    return tuple(layers)
 
 
-def parse_inserts(model: ModelConfig) -> tuple[tuple[str, str, int], ...]:
-    """The extra blocks as (name, kind, index of the block they stand before), in the order written.
+def parse_inserts(model: ModelConfig) -> tuple[Insert, ...]:
+    """The extra blocks, in the order written.
 
     Raises:
-      ConfigError: bad syntax, a kind that does not exist, a name that is repeated or taken, or a place inside a group.
+      ConfigError: bad syntax, a layer that does not exist, a name that is repeated or taken, or a place inside a group.
     """
-    inserts, group = [], len(parse_pattern(model))
+    inserts: list[Insert] = []
+    group = len(parse_pattern(model))
     for text in model.inserts.split(",") if model.inserts else ():
         match = _INSERT.fullmatch(text)
-        if not match or match[2] not in BLOCK_KINDS:
-            kinds = " or ".join(BLOCK_KINDS)
-            raise ConfigError(
-                "model.inserts",
-                model.inserts,
-                f"cannot read {text!r}",
-                f"write name=kind@block, kind {kinds}",
-            )
+        ffn = match and feed_forward(model, match[2])
+        if not ffn:
+            fix = f"write name=layer@block, layer one of {_names(model)}"
+            raise ConfigError("model.inserts", model.inserts, f"cannot read {text!r}", fix)
         name, place = match[1], int(match[3])
         if _TAKEN.fullmatch(name):
             limit = f"the name {name} means something else among the blocks"
             raise ConfigError("model.inserts", model.inserts, limit, "use another, such as first")
-        if name in (other for other, _, _ in inserts):
+        if name in (other.name for other in inserts):
             raise ConfigError("model.inserts", model.inserts, f"the name {name} is there twice", "rename one")
         if place > model.layers or place % group:
             limit = f"block {place} is not between groups of model.pattern={model.pattern}"
             fix = f"use a multiple of {group} from 0 to model.layers={model.layers}"
             raise ConfigError("model.inserts", model.inserts, limit, fix)
-        inserts.append((name, match[2], place))
+        if match[2] == "dense" and model.insert_width:
+            ffn = dataclasses.replace(ffn, width=model.insert_width)
+        inserts.append(Insert(name, ffn, place))
     return tuple(inserts)
 
 
-def block_kinds(model: ModelConfig) -> list[str]:
-    """The feed-forward kinds of all blocks: of the repeating groups in order, then of the inserts."""
-    kinds = parse_pattern(model)
-    return list(kinds) * (model.layers // len(kinds)) + [kind for _, kind, _ in parse_inserts(model)]
+def block_layers(model: ModelConfig, *kinds: str) -> list[FFNConfig]:
+    """The feed-forward layers of all blocks, of these kinds or of all: of the repeating groups in order, then of the inserts."""
+    pattern = parse_pattern(model)
+    layers = [*pattern * (model.layers // len(pattern)), *(insert.ffn for insert in parse_inserts(model))]
+    return [ffn for ffn in layers if not kinds or ffn.kind in kinds]
 
 
-def has_routed_blocks(model: ModelConfig) -> bool:
-    """Whether any block of the model is a mixture of experts."""
-    return "routed" in block_kinds(model)
+def distinct_layers(model: ModelConfig, *kinds: str) -> list[FFNConfig]:
+    """`block_layers`, each once."""
+    found: list[FFNConfig] = []
+    for ffn in block_layers(model, *kinds):
+        if ffn not in found:
+            found.append(ffn)
+    return found
 
 
-def has_retrieval_blocks(model: ModelConfig) -> bool:
-    """Whether any block retrieves one-neuron experts or values."""
-    return any(kind in RETRIEVING for kind in block_kinds(model))
-
-
-def expert_shards(model: ModelConfig) -> int:
-    """G, how many experts make up a dense feed-forward layer.
+def expert_shards(model: ModelConfig, ffn: FFNConfig) -> int:
+    """G, how many experts of a routed layer make up a dense one.
 
     Raises:
       ConfigError: no whole number of them.
     """
-    width = model.moe.expert_width or model.ffn_width
+    width = expert_width(model, ffn)
     if model.ffn_width % width:
         limit = f"does not divide model.ffn_width={model.ffn_width}, whose layers init.upcycle_from makes experts of"
-        raise ConfigError("model.moe.expert_width", width, limit, "use a divisor, or 0 for whole layers")
+        path = options_path(model, ffn) + "moe.expert_width"
+        raise ConfigError(path, width, limit, "use a divisor, or 0 for whole layers")
     return model.ffn_width // width
+
+
+def expert_width(model: ModelConfig, ffn: FFNConfig) -> int:
+    """Hidden width F of an expert of a routed layer."""
+    return ffn.moe.expert_width or model.ffn_width

@@ -9,7 +9,7 @@ from absl import flags as absl_flags
 from ml_collections import config_flags
 
 from moe_jax.config.leaf import ConfigError
-from moe_jax.config.reflect import leaves, unknown_field
+from moe_jax.config.reflect import import_plugins, leaves, unknown_field
 from moe_jax.config.run import Config
 from moe_jax.config.validate.limits import example
 
@@ -23,8 +23,11 @@ def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
     Raises:
       ConfigError: no such field, or a value of another type.
     """
-    fields = {path: leaf for path, _, leaf in leaves(config)}
     texts = {}
+    for override in overrides:
+        if (match := OVERRIDE.fullmatch(override)) and match[2] == "plugins":
+            import_plugins(match[3] or "")
+    fields = {path: leaf for path, _, leaf in leaves(config)}
     for override in overrides:  # ml_collections would raise a KeyError while parsing
         match = OVERRIDE.fullmatch(override)
         if not match:

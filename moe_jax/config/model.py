@@ -3,8 +3,22 @@
 import dataclasses
 
 from moe_jax.config.leaf import field
+from moe_jax.config.moe import MoEConfig
 from moe_jax.config.peer import PeerConfig
-from moe_jax.config.routers import MoEConfig
+
+
+@dataclasses.dataclass
+class FFNConfig:
+    """A feed-forward layer by name, and what its blocks have before it. Beside those of `model.ffns` there are four built in: dense,
+    routed, peer and pkm, with the options of the model."""
+
+    name: str = field("", "What model.pattern and model.inserts call it.")
+    kind: str = field("dense", "What it is.", choices=("dense", "routed", "peer", "pkm"))
+    width: int = field(0, "Hidden width F of kind dense; 0: model.ffn_width.", low=0)
+    attention: bool = field(True, "Whether its blocks have attention, after a norm, before it.")
+    norm: bool = field(True, "Whether a norm stands before it.")
+    moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
+    peer: PeerConfig = dataclasses.field(default_factory=PeerConfig)
 
 
 @dataclasses.dataclass
@@ -14,12 +28,15 @@ class ModelConfig:
     name: str = field("decoder", "Model builder.", choices=("decoder",))
     layers: int = field(4, "Blocks L in the repeating groups; a multiple of the pattern's length.", low=1)
     pattern: str = field(
-        "dense,routed", "Feed-forward kinds of one repeating group, comma-separated: dense, routed, peer, pkm."
+        "dense,routed",
+        "Feed-forward layers of one repeating group, comma-separated: dense, routed, peer, pkm, or names of model.ffns.",
     )
-    inserts: str = field("", "Extra named blocks, 'name=kind@i' before block i of the groups, comma-separated.")
+    inserts: str = field(
+        "", "Extra named blocks, 'name=layer@i' before block i of the groups, comma-separated; layer: as in pattern."
+    )
     width: int = field(128, "Model width D.", low=1)
     ffn_width: int = field(512, "Hidden width F of a dense feed-forward layer.", low=1)
-    insert_width: int = field(0, "Hidden width of dense inserts; 0: ffn_width.", low=0)
+    insert_width: int = field(0, "Hidden width of inserts of the built-in layer dense; 0: ffn_width.", low=0)
     heads: int = field(4, "Query heads H.", low=1)
     kv_heads: int = field(0, "Key and value heads of grouped-query attention; 0: as many as query heads.", low=0)
     head_width: int = field(0, "Width of a head; 0: width / heads.", low=0)
@@ -49,3 +66,6 @@ class ModelConfig:
     loss_chunk: int = field(1024, "Tokens whose float32 logits are held at once by the cross-entropy.", low=1, role="rounding")
     moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
     peer: PeerConfig = dataclasses.field(default_factory=PeerConfig)
+    ffns: tuple[FFNConfig, ...] = dataclasses.field(
+        default=(), metadata={"doc": "Feed-forward layers by name, each with its own kind, width, router and options."}
+    )

@@ -7,7 +7,7 @@ from moe_jax.config.leaf import field
 
 @dataclasses.dataclass
 class PeerConfig:
-    """Every feed-forward layer of kind peer (one-neuron experts, arXiv:2407.04153) or pkm (values, arXiv:1907.05242)."""
+    """A feed-forward layer of kind peer (one-neuron experts, arXiv:2407.04153) or pkm (values, arXiv:1907.05242)."""
 
     experts: int = field(2**20, "Experts N in the pool, a square.", low=1, high=2**30)
     heads: int = field(8, "Heads H, each with a query of its own.", low=1)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import importlib
 import itertools
 import re
 import typing
@@ -81,14 +82,30 @@ def from_dict(tree: dict[str, Any]) -> Config:
       ConfigError: `tree` has a field that does not exist, or no section where one is due. Leaf values are left
         to `moe_jax.config.validate.validate`.
     """
+    if isinstance(tree, dict) and isinstance(plugins := tree.get("plugins", ""), str):
+        import_plugins(plugins)
     return _section_from_dict(Config, tree, "")
+
+
+def import_plugins(names: str) -> None:
+    """Imports the modules of `config.plugins`, so that the routers that they register are there.
+
+    Raises:
+      ConfigError: one cannot be imported.
+    """
+    for name in filter(None, names.split(",")):
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # whatever the module raises
+            limit = f"cannot be imported ({type(error).__name__}: {error})"
+            raise ConfigError("plugins", name, limit, "name a module on PYTHONPATH, or mend it") from error
 
 
 def _section_from_dict(section: type, tree: Any, path: str) -> Any:
     if not isinstance(tree, dict):
         raise ConfigError(path.rstrip(".") or "config", tree, "not a section", "give its fields as a JSON object")
     entries = {entry.name: entry for entry in dataclasses.fields(section)}
-    values = {}
+    made = section()
     for name, value in tree.items():
         if name not in entries:
             raise unknown_field(f"{path}{name}", value, [f"{path}{known}" for known in entries])
@@ -98,8 +115,8 @@ def _section_from_dict(section: type, tree: Any, path: str) -> Any:
             value = tuple(_section_from_dict(item, x, f"{path}{name}[{i}].") for i, x in enumerate(value))
         elif dataclasses.is_dataclass(entries[name].type):
             value = _section_from_dict(entries[name].type, value, f"{path}{name}.")
-        values[name] = value
-    return section(**values)
+        setattr(made, name, value)
+    return made
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:

@@ -1,9 +1,12 @@
-"""The options of routed layers, and of each router, with what a router can and cannot do."""
+"""The options of each router, with what the rest of the code needs to know of it: nobody else tests a router's name."""
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-from moe_jax.config.leaf import field
+from moe_jax.config.leaf import ConfigError, field
+
+if TYPE_CHECKING:
+    from moe_jax.config.moe import MoEConfig
 
 
 class Traits(NamedTuple):
@@ -12,6 +15,7 @@ class Traits(NamedTuple):
     causal: whether in evaluation a token's assignment never depends on later tokens. causal_training: the same in
     training. top_k: the K it knows; empty: any. virtual: whether it can choose zero, copy and constant experts. capacity:
     whether `execution=capacity` can limit it. exchange: whether its tokens travel by `exchange` and run by `backend`.
+    except_in: where the last two do not hold, for the messages.
     """
 
     causal: bool = True
@@ -20,6 +24,45 @@ class Traits(NamedTuple):
     virtual: bool = True
     capacity: bool = True
     exchange: bool = True
+    except_in: str = ""
+
+
+class RouterOptions:
+    """What validation, FLOPs, upcycling and reports ask of a router, with the answers that suit most.
+
+    `moe` is the layer's `moe_jax.config.MoEConfig`, whose `options` this is.
+    """
+
+    traits: ClassVar[Traits] = Traits()
+
+    def check(self, moe: "MoEConfig", path: str, tokens: int) -> None:
+        """Refuses what cannot work with these options.
+
+        Args:
+          moe: the layer's options.
+          path: dotted path of `moe`, such as "model.moe."; those of these options are `path`routers.NAME.
+          tokens: T of a microbatch.
+
+        Raises:
+          ConfigError: with the field, its value, the limit and the fix.
+        """
+
+    def columns(self, moe: "MoEConfig") -> float:
+        """How many products of a token [D] with a vector the router takes."""
+        return moe.experts + moe.virtual_experts
+
+    def experts_per_token(self, moe: "MoEConfig", sequence_length: int) -> float:
+        """How many experts run for a token, on average: K, unless the router says otherwise."""
+        return moe.top_k
+
+    def varies(self, moe: "MoEConfig") -> bool:
+        """Whether only the counts of a step tell how many experts ran, so that `experts_per_token` is no more than a plan."""
+        return moe.virtual_experts > 0
+
+    def gate_sum(self, moe: "MoEConfig", shards: int) -> tuple[float, str]:
+        """What the gates of a token sum to (1.0 where that is no fixed number), and why a layer whose experts are copies of one
+        dense layer, each cut into `shards` experts, does not compute what that layer does; "": it does."""
+        return 1.0, f"{moe.router}: the gates are raw scores, which do not sum to 1"
 
 
 # Modules have their options as an attribute, and JAX hashes modules.
@@ -39,10 +82,9 @@ def _jitter():
 
 
 @_options
-class TopKConfig:
+class TopKConfig(RouterOptions):
     """Options of the router `top_k`: the K best by score."""
 
-    traits: ClassVar[Traits] = Traits()
     score: str = field("softmax", "Score of an expert from its logit.", choices=("softmax", "sigmoid", "sqrt_softplus"))
     order: str = field(
         "score_first",
@@ -70,9 +112,37 @@ class TopKConfig:
     sequence_loss: float = field(0.0, "Weight of the balance loss of each sequence by itself.", low=0)
     z_loss: float = _z(0.001)
 
+    def gate_sum(self, moe: "MoEConfig", shards: int) -> tuple[float, str]:
+        shares = self.renormalise == "always" or (self.renormalise == "auto" and moe.top_k > 1) or self.order == "top_k_first"
+        if not shares and not (self.score == "softmax" and moe.top_k == moe.experts):
+            return super().gate_sum(moe, shards)
+        group = (moe.experts + moe.virtual_experts) // self.groups
+        cut = group % shards and shards % group
+        return self.scale, f"top_k: groups={self.groups} cuts through the shards of a dense layer" if cut else ""
+
+    def check(self, moe: "MoEConfig", path: str, tokens: int) -> None:
+        own, columns = f"{path}routers.top_k.", moe.experts + moe.virtual_experts
+        if moe.top_k == 1 and (self.renormalise == "always" or self.order == "top_k_first"):
+            always = self.renormalise == "always"
+            name, value = ("renormalise", self.renormalise) if always else ("order", self.order)
+            limit = f"with {path}top_k=1 every gate is 1 and the router gets no gradient"
+            raise ConfigError(own + name, value, limit, "use auto" if always else "use score_first")
+        if self.order == "top_k_first" and self.score != "softmax":
+            limit = f"the softmax over the chosen, not {own}score={self.score}"
+            raise ConfigError(own + "order", self.order, limit, "use score_first")
+        if columns % self.groups:
+            raise ConfigError(own + "groups", self.groups, f"does not divide the {columns} experts", "use a divisor")
+        if self.kept_groups > self.groups:
+            raise ConfigError(own + "kept_groups", self.kept_groups, f"more than {own}groups={self.groups}", "lower it")
+        if moe.top_k > columns // self.groups * self.kept_groups:
+            limit = f"fewer than {path}top_k={moe.top_k} experts in {self.kept_groups} of {self.groups} groups"
+            raise ConfigError(own + "kept_groups", self.kept_groups, limit, "raise it")
+        if self.zero_sum_bias and not self.bias_rate:
+            raise ConfigError(own + "zero_sum_bias", True, f"{own}bias_rate=0", "raise it, or switch this off")
+
 
 @_options
-class SwitchConfig:
+class SwitchConfig(RouterOptions):
     """Options of the router `switch`: the most probable expert, its probability as the gate."""
 
     traits: ClassVar[Traits] = Traits(top_k=(1,))
@@ -85,7 +155,7 @@ _POLICIES = ("all", "threshold", "random")
 
 
 @_options
-class GShardConfig:
+class GShardConfig(RouterOptions):
     """Options of the router `gshard`: the two most probable experts, the second not always."""
 
     traits: ClassVar[Traits] = Traits(top_k=(2,))
@@ -103,9 +173,17 @@ class GShardConfig:
     balance_loss: float = _balance(0.01)
     z_loss: float = _z(0.0)
 
+    def varies(self, moe: "MoEConfig") -> bool:
+        return self.second_expert != "all" or super().varies(moe)
+
+    def gate_sum(self, moe: "MoEConfig", shards: int) -> tuple[float, str]:
+        if (self.second_expert, self.eval_second_expert) == ("all", "all"):
+            return 1.0, ""
+        return 1.0, "gshard: where the second expert does not run, the gate of the first stays below 1"
+
 
 @_options
-class BaseConfig:
+class BaseConfig(RouterOptions):
     """Options of the router `base`: balanced assignment in training, the best expert in evaluation."""
 
     traits: ClassVar[Traits] = Traits(causal_training=False, top_k=(1,), virtual=False, capacity=False)
@@ -113,9 +191,17 @@ class BaseConfig:
         1, "Equal parts of a microbatch balanced each by itself, such as one per shard; 1: all tokens together.", low=1
     )
 
+    def check(self, moe: "MoEConfig", path: str, tokens: int) -> None:
+        if tokens % self.groups:
+            limit = f"does not divide the {tokens} tokens of a microbatch"
+            raise ConfigError(f"{path}routers.base.groups", self.groups, limit, "use a divisor")
+
+    def gate_sum(self, moe: "MoEConfig", shards: int) -> tuple[float, str]:
+        return 1.0, "base: the gate is a sigmoid"
+
 
 @_options
-class HashConfig:
+class HashConfig(RouterOptions):
     """Options of the router `hash`: the expert is a table's entry for the token id."""
 
     traits: ClassVar[Traits] = Traits(top_k=(1,), virtual=False)
@@ -126,9 +212,15 @@ class HashConfig:
     )
     seed: int = field(0, "Of the random table, and of ties in the balanced one.", low=0, high=2**31 - 1)
 
+    def columns(self, moe: "MoEConfig") -> float:
+        return 0
+
+    def gate_sum(self, moe: "MoEConfig", shards: int) -> tuple[float, str]:
+        return 1.0, ""
+
 
 @_options
-class ExpertChoiceConfig:
+class ExpertChoiceConfig(RouterOptions):
     """Options of the router `expert_choice`: every expert takes its C best tokens, K a token on average."""
 
     evaluation: str = field(
@@ -143,11 +235,12 @@ class ExpertChoiceConfig:
     def traits(self) -> Traits:
         """What it can do depends on who chooses."""
         causal = self.evaluation == "tokens"
-        return Traits(causal=causal, causal_training=False, virtual=False, capacity=False, exchange=False)
+        where = " in training; evaluation by tokens is dropless with the default exchange" if causal else ""
+        return Traits(causal=causal, causal_training=False, virtual=False, capacity=False, exchange=False, except_in=where)
 
 
 @_options
-class ReMoEConfig:
+class ReMoEConfig(RouterOptions):
     """Options of the router `remoe`: ReLU gates, as many experts as are above 0, K on average by a controller."""
 
     traits: ClassVar[Traits] = Traits(virtual=False)
@@ -156,9 +249,21 @@ class ReMoEConfig:
     rate: float = field(1.2, "The weight is multiplied or divided by this after each step.", low=1.000001)
     z_loss: float = _z(0.0)
 
+    def check(self, moe: "MoEConfig", path: str, tokens: int) -> None:
+        low, high = moe.top_k, moe.experts
+        if self.max_k and not low <= self.max_k <= high:
+            limit = f"not from {path}top_k={low} to {path}experts={high}"
+            raise ConfigError(f"{path}routers.remoe.max_k", self.max_k, limit, "use 0 for all")
+
+    def varies(self, moe: "MoEConfig") -> bool:
+        return True
+
+    def gate_sum(self, moe: "MoEConfig", shards: int) -> tuple[float, str]:
+        return 1.0, "remoe: the gates are those of a ReLU"
+
 
 @_options
-class SoftMoEConfig:
+class SoftMoEConfig(RouterOptions):
     """Options of the router `soft_moe`: slots are mixtures of a sequence's tokens."""
 
     traits: ClassVar[Traits] = Traits(
@@ -166,10 +271,24 @@ class SoftMoEConfig:
     )
     slots: int = field(1, "Slots C of an expert for each sequence.", low=1)
 
+    def columns(self, moe: "MoEConfig") -> float:
+        """Of the logits, and of the two products that mix tokens into the slots and back."""
+        return 3 * moe.experts * self.slots
 
-@dataclasses.dataclass
+    def experts_per_token(self, moe: "MoEConfig", sequence_length: int) -> float:
+        """A sequence fills the slots, however long it is."""
+        return moe.experts * self.slots / sequence_length
+
+    def gate_sum(self, moe: "MoEConfig", shards: int) -> tuple[float, str]:
+        return 1.0, "soft_moe: experts see mixtures of tokens"
+
+
+@dataclasses.dataclass(repr=False, eq=False)
 class RoutersConfig:
-    """The routers: a field is the name of a file in `moe_jax/routing`, with its options. Only those of `router` count."""
+    """The routers: a field is the name of a file in `moe_jax/routing`, with its options. Only those of `router` count.
+
+    `register_options` adds a field, also to configs that are there already.
+    """
 
     top_k: TopKConfig = dataclasses.field(default_factory=TopKConfig)
     switch: SwitchConfig = dataclasses.field(default_factory=SwitchConfig)
@@ -180,62 +299,41 @@ class RoutersConfig:
     remoe: ReMoEConfig = dataclasses.field(default_factory=ReMoEConfig)
     soft_moe: SoftMoEConfig = dataclasses.field(default_factory=SoftMoEConfig)
 
+    def __getattr__(self, name: str) -> RouterOptions:
+        leaf = type(self).__dataclass_fields__.get(name)
+        if leaf is None:
+            raise AttributeError(f"no router {name!r}")
+        setattr(self, name, leaf.default_factory())
+        return getattr(self, name)
 
-ROUTER_NAMES = tuple(entry.name for entry in dataclasses.fields(RoutersConfig))
+    def __repr__(self) -> str:
+        options = (f"{entry.name}={getattr(self, entry.name)!r}" for entry in dataclasses.fields(self))
+        return f"RoutersConfig({', '.join(options)})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RoutersConfig) and repr(self) == repr(other)
 
 
-@dataclasses.dataclass
-class MoEConfig:
-    """Every routed feed-forward layer of the model."""
+# The choices of `model.moe.router`.
+ROUTER_NAMES = [entry.name for entry in dataclasses.fields(RoutersConfig)]
 
-    experts: int = field(8, "Experts E in a routed layer.", low=1)
-    top_k: int = field(2, "Experts K per token; an average where the router decides.", low=1, role="scoring")
-    router: str = field("top_k", "Who writes the nonzeros.", choices=ROUTER_NAMES)
-    expert_width: int = field(0, "Hidden width F of an expert; 0: model.ffn_width.", low=0)
-    zero_experts: int = field(0, "Experts beside the E that add nothing and cost nothing (MoE++).", low=0)
-    copy_experts: int = field(0, "Experts beside the E that return their input (MoE++).", low=0)
-    constant_experts: int = field(0, "Experts beside the E that mix their input with a learned vector (MoE++).", low=0)
-    shared_experts: int = field(0, "Experts that see every token, as one network of their summed width.", low=0)
-    shared_gate: bool = field(False, "Multiply the shared experts' output by a sigmoid gate.")
-    allow_noncausal: bool = field(
-        False, "Accept a router that looks at later tokens in evaluation of a causal model.", role="scoring"
-    )
-    execution: str = field(
-        "dropless", "Run every assignment, or at most C per expert.", choices=("dropless", "capacity"), role="scoring"
-    )
-    capacity_factor: float = field(
-        1.25, "C = ceil(factor * T * K / (E + V)) in training with execution=capacity; V: zero, copy and constant.", low=0.01
-    )
-    eval_capacity: float = field(0.0, "Capacity factor of evaluation and generation; 0: dropless.", low=0, role="scoring")
-    capacity_priority: str = field(
-        "token",
-        "Who gets a slot: token (in order), choice (first choices first), gate (highest first); only token is causal.",
-        choices=("token", "choice", "gate"),
-        role="scoring",
-    )
-    exchange: str = field(
-        "auto",
-        "How tokens reach the experts of other shards; auto: gather, which no routing can overflow.",
-        choices=("auto", "gather", "all_to_all", "ragged"),
-        role="rounding",
-    )
-    exchange_buffer: float = field(
-        2.0,
-        "Room of all_to_all and ragged relative to an even load, else the call takes gather; 0: for all that can come.",
-        low=0,
-        role="rounding",
-    )
-    backend: str = field(
-        "auto", "Grouped matmul.", choices=("auto", "blocks", "ragged_dot", "megablox", "tokamax", "loop"), role="rounding"
-    )
-    routers: RoutersConfig = dataclasses.field(default_factory=RoutersConfig)
 
-    @property
-    def options(self) -> Any:
-        """The options of the router in use."""
-        return getattr(self.routers, self.router)
+def register_options(name: str, options: type[RouterOptions]) -> None:
+    """Adds a router's options to the table; see `moe_jax.register_router`.
 
-    @property
-    def virtual_experts(self) -> int:
-        """V, how many zero, copy and constant experts there are."""
-        return self.zero_experts + self.copy_experts + self.constant_experts
+    Args:
+      name: of the router, in `model.moe.router` and `model.moe.routers`.
+      options: a dataclass under `RouterOptions` whose fields are made by `moe_jax.config.field` and all have defaults.
+
+    Raises:
+      ValueError: the name is taken by other options or is no identifier, or `options` is something else.
+    """
+    if not name.isidentifier() or not (dataclasses.is_dataclass(options) and issubclass(options, RouterOptions)):
+        raise ValueError(f"register_router({name!r}, {options!r}): a name and a dataclass under RouterOptions are wanted")
+    known = RoutersConfig.__dataclass_fields__
+    if name in known and known[name].type is not options:
+        raise ValueError(f"register_router: the name {name!r} is taken by {known[name].type.__name__}; use another")
+    if name not in known:
+        made = dataclasses.make_dataclass("_Row", [(name, options, dataclasses.field(default_factory=options))])
+        known[name] = made.__dataclass_fields__[name]
+        ROUTER_NAMES.append(name)

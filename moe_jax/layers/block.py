@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moe_jax.config import ModelConfig, MoEConfig
+from moe_jax.config import FFNConfig, ModelConfig, MoEConfig
+from moe_jax.config.blocks import expert_width
 from moe_jax.layers.attention import Attention, KVCache
 from moe_jax.layers.ffn import FeedForward
 from moe_jax.layers.moe import MoE
@@ -20,15 +21,13 @@ from moe_jax.types import Aux, RouterInputs
 class BlockInputs(NamedTuple):
     """What every block of a model sees beside the hidden states.
 
-    token_ids, positions, segment_ids: int32 [B, S]; segment 0 is padding. key: typed PRNG key or None. step: int32 scalar or
-    None. train, record: static, see `RouterInputs`.
+    token_ids, positions, segment_ids: int32 [B, S]; segment 0 is padding. key: typed PRNG key or None. train, record: static, see `RouterInputs`.
     """
 
     token_ids: jax.Array
     positions: jax.Array
     segment_ids: jax.Array
     key: jax.Array | None = None
-    step: jax.Array | None = None
     train: bool = False
     record: bool | None = None
 
@@ -43,41 +42,53 @@ def router_inputs(inputs: BlockInputs, layer: jax.Array | int) -> RouterInputs:
         valid=inputs.segment_ids.reshape(-1) > 0,
         sequences=jnp.repeat(jnp.arange(batch, dtype=jnp.int32), length),
         key=None if inputs.key is None else jax.random.fold_in(inputs.key, layer),
-        step=inputs.step,
         train=inputs.train,
         record=inputs.record,
     )
 
 
 def router_sizes(config: MoEConfig, vocab_size: int = 0) -> Sizes:
-    """What the routers of a model are built for."""
+    """What the router of a layer is built for."""
     return Sizes(config.experts, config.top_k, config.virtual_experts, vocab_size)
 
 
 class Block(nn.Module):
-    """A pre-norm block; `kind` is "dense", "routed", "peer" or "pkm". Parameters: norm_attention, attention, norm_ffn, and ffn,
-    moe or peer.
+    """A pre-norm block with the feed-forward layer `ffn`. Parameters: norm_attention, attention, norm_ffn, and of the layer ffn, moe
+    or peer; the first two only with `ffn.attention`, the third with `ffn.norm`.
 
-    `vocab_size` is there for routers with a table of token ids. `width`: of a dense feed-forward layer; 0: `config.ffn_width`.
+    `vocab_size` is there for routers with a table of token ids.
     """
 
     config: ModelConfig
-    kind: str
+    ffn: FFNConfig
     vocab_size: int = 0
-    width: int = 0
 
     @nn.compact
     def __call__(
         self, x: jax.Array, inputs: BlockInputs, layer: jax.Array | int = 0, cache: KVCache | None = None
     ) -> tuple[jax.Array, Aux | None, KVCache | None]:
         """x [B, S, D] -> (x [B, S, D], Aux or None of a dense block, the cache with these tokens or None)."""
-        c, dtype = self.config, jnp.dtype(self.config.dtype)
-        rotary = None
+        c, dtype, aux = self.config, jnp.dtype(self.config.dtype), None
+        if self.ffn.attention:
+            h = make_norm(c.norm, c.norm_epsilon, dtype, name="norm_attention")(x)
+            h, cache = self._attention(dtype)(h, inputs.positions, inputs.segment_ids, cache)
+            x = x + h
+        h = make_norm(c.norm, c.norm_epsilon, dtype, name="norm_ffn")(x) if self.ffn.norm else x
+        if self.ffn.kind == "dense":
+            h = FeedForward(self.ffn.width or c.ffn_width, c.activation, c.ffn_bias, dtype, name="ffn")(h)
+        elif self.ffn.kind == "routed":
+            h, aux = self._moe()(h, router_inputs(inputs, layer))
+        else:
+            h, aux = self._peer()(h, router_inputs(inputs, layer))
+        return x + h, aux, cache
+
+    def _attention(self, dtype) -> Attention:
+        c, rotary = self.config, None
         if c.positions == "rope":
             rotary = Rotary(
                 c.rope_theta, c.rope_scaling, c.rope_factor, c.rope_low_frequency, c.rope_high_frequency, c.rope_original_length
             )
-        attention = Attention(
+        return Attention(
             heads=c.heads,
             kv_heads=c.kv_heads,
             head_width=c.head_width,
@@ -90,21 +101,9 @@ class Block(nn.Module):
             dtype=dtype,
             name="attention",
         )
-        h = make_norm(c.norm, c.norm_epsilon, dtype, name="norm_attention")(x)
-        h, cache = attention(h, inputs.positions, inputs.segment_ids, cache)
-        x = x + h
-        h = make_norm(c.norm, c.norm_epsilon, dtype, name="norm_ffn")(x)
-        aux = None
-        if self.kind == "dense":
-            h = FeedForward(self.width or c.ffn_width, c.activation, c.ffn_bias, dtype, name="ffn")(h)
-        elif self.kind == "routed":
-            h, aux = self._moe()(h, router_inputs(inputs, layer))
-        else:
-            h, aux = self._peer()(h, router_inputs(inputs, layer))
-        return x + h, aux, cache
 
     def _peer(self) -> PEER:
-        p = self.config.peer
+        p = self.ffn.peer
         return PEER(
             p.experts,
             p.heads,
@@ -112,7 +111,7 @@ class Block(nn.Module):
             p.key_width,
             p.share_keys,
             p.query_norm,
-            activation=p.activation if self.kind == "peer" else None,
+            activation=p.activation if self.ffn.kind == "peer" else None,
             replaces=self.config.activation,
             shared_width=p.shared_width,
             split=p.split,
@@ -121,8 +120,7 @@ class Block(nn.Module):
         )
 
     def _moe(self) -> MoE:
-        c, m = self.config, self.config.moe
-        width = m.expert_width or c.ffn_width
+        c, m, width = self.config, self.ffn.moe, expert_width(self.config, self.ffn)
         return MoE(
             experts=m.experts,
             width=width,

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config import ModelConfig
-from moe_jax.config.blocks import RETRIEVING, parse_inserts, parse_pattern
+from moe_jax.config.blocks import RETRIEVING, parse_pattern
 from moe_jax.layers.block import BlockInputs
 from moe_jax.layers.embeddings import LearnedPositions, TokenEmbedding, row_ids
 from moe_jax.layers.norms import make_norm
+from moe_jax.models.places import pool_path, stacked_places
 from moe_jax.models.stack import Stack, mean_losses, row_ids_tree, stats_tree
 from moe_jax.ops.retrieval import row_sink, rows_of_expert
 
@@ -20,7 +21,7 @@ class Output(NamedTuple):
     """What a model returns.
 
     x: [B, S, D], normalised; logits are x table^T. table: [V, D], the output projection. losses: the routers' unweighted
-    losses, each a mean over routed layers. stats: routing statistics of every routed layer (see `stack.by_layer`). cache: for
+    losses by feed-forward layer (see `stack.mean_losses`). stats: routing statistics of every block with a router (see `by_layer`). cache: for
     the next call, or None. row_ids: for every table in the collection `row_sinks`, at the same place, int32 [T], of a pool
     [T, R] (stacked over groups): the table's rows that the sink's gradient belongs to.
     """
@@ -48,7 +49,6 @@ class Decoder(nn.Module):
         *,
         cache: dict[str, Any] | None = None,
         key: jax.Array | None = None,
-        step: jax.Array | None = None,
         train: bool = False,
         record: bool | None = None,
     ) -> Output:
@@ -64,14 +64,13 @@ class Decoder(nn.Module):
             x = x + LearnedPositions(c.max_positions, c.width, c.position_offset, c.init_std, dtype, name="positions")(
                 positions
             )
-        inputs = BlockInputs(token_ids, positions, segment_ids, key, step, train, record)
+        inputs = BlockInputs(token_ids, positions, segment_ids, key, train, record)
         x, aux, cache = Stack(c, self.vocab_size, name="stack")(x, inputs, cache)
         x = make_norm(c.norm, c.norm_epsilon, dtype, name="norm_final")(x)
         table = embed.embedding if c.tied_embeddings else self._output_table()
         ids = {"embed": {"embedding": row_ids(token_ids)}} if c.row_gradients else {}
-        if pools := row_ids_tree(aux):
-            ids["stack"] = pools
-        return Output(x, table, mean_losses(aux), stats_tree(aux), cache, ids)
+        ids |= flax.traverse_util.unflatten_dict(row_ids_tree(aux, c), sep="/")
+        return Output(x, table, mean_losses(aux, c), stats_tree(aux), cache, ids)
 
     def _output_table(self):
         init = nn.with_logical_partitioning(nn.initializers.variance_scaling(1.0, "fan_out", "normal"), ("vocab", "embed"))
@@ -86,28 +85,22 @@ def row_sinks(config: ModelConfig, tokens: int) -> dict[str, Any]:
     """
     sinks: dict[str, Any] = {}
     if config.row_gradients:
-        sinks["embed"] = {"embedding": jnp.zeros((tokens, config.width), jnp.float32)}
-    if not config.peer.row_gradients:
-        return sinks
-
-    def pool(kind, groups=None):
-        rows = rows_of_expert(config.peer.activation if kind == "peer" else None)
-        sink = row_sink(tokens, config.peer.heads * config.peer.top_k, rows, config.width)
-        if groups is not None:
+        sinks["embed/embedding"] = jnp.zeros((tokens, config.width), jnp.float32)
+    groups = config.layers // len(parse_pattern(config))
+    for place in stacked_places(config, *RETRIEVING):
+        peer = place.ffn.peer
+        if not peer.row_gradients:
+            continue
+        rows = rows_of_expert(peer.activation if place.ffn.kind == "peer" else None)
+        sink = row_sink(tokens, peer.heads * peer.top_k, rows, config.width)
+        if place.group is not None:
             sink = jax.tree.map(lambda a: jnp.zeros((groups, *a.shape), a.dtype), sink)
-        return {"peer": {"experts": sink}}
-
-    kinds = parse_pattern(config)
-    groups = config.layers // len(kinds)
-    blocks = {f"block_{i}": pool(kind, groups) for i, kind in enumerate(kinds) if kind in RETRIEVING}
-    stack = {name: pool(kind) for name, kind, _ in parse_inserts(config) if kind in RETRIEVING}
-    if blocks:
-        stack["groups"] = blocks
-    return sinks | ({"stack": stack} if stack else {})
+        sinks[f"{place.prefix}/{place.module}/experts"] = sink
+    return flax.traverse_util.unflatten_dict(sinks, sep="/")
 
 
 def sink_tables(config: ModelConfig) -> dict[str, str]:
     """For the path of every leaf of `row_sinks` that of its table in `params`: the same, or the pool that blocks share."""
-    paths = flax.traverse_util.flatten_dict(row_sinks(config, 1), sep="/")
-    shared = config.peer.share_pool
-    return {path: "stack/pool/experts" if shared and path.endswith("peer/experts") else path for path in paths}
+    tables = {path: path for path in flax.traverse_util.flatten_dict(row_sinks(config, 1), sep="/")}
+    shared = {f"{place.prefix}/{place.module}/experts": pool_path(place) for place in stacked_places(config, *RETRIEVING)}
+    return {path: shared.get(path, path) for path in tables}

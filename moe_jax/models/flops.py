@@ -1,65 +1,93 @@
 """Model FLOPs and active parameters, counted from the config: what the mathematics needs, whatever an implementation spends."""
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 
-from moe_jax.config import ModelConfig
-from moe_jax.config.blocks import RETRIEVING, block_kinds, parse_inserts
+from moe_jax.config import FFNConfig, ModelConfig
+from moe_jax.config.blocks import RETRIEVING, block_layers, expert_width
+from moe_jax.models.places import places, shared_pool, stacked_places
 from moe_jax.ops.activations import is_gated
 from moe_jax.ops.retrieval import rows_of_expert
 
 
-def forward_flops_per_token(config: ModelConfig, vocab_size: int, sequence_length: int) -> float:
-    """Multiply-adds count twice. Attention counts the causal half of S x S; a routed layer K experts, those that are shared
-    and the router. Choices of virtual experts count as experts: how many there are is known only when it runs."""
+class BlockFlops(NamedTuple):
+    """Of one token in one block, forward; multiply-adds count twice. last: the part of `ffn` that is its last product."""
+
+    attention: float
+    ffn: float
+    router: float
+    last: float
+
+
+def forward_flops_per_token(
+    config: ModelConfig, vocab_size: int, sequence_length: int, experts: Mapping[str, float] | None = None
+) -> float:
+    """Multiply-adds count twice. Attention counts the causal half of S x S; a routed layer its experts, those that are shared
+    and the router.
+
+    Args:
+      config: the model's.
+      vocab_size: V.
+      sequence_length: S.
+      experts: how many experts ran for a token, by the name of the block (`experts_run`); where a block is missing, K, or what
+        the router's options say. Choices of virtual experts, which cost nothing, are known from such counts alone.
+    """
+    blocks = 0.0
+    for place in places(config):
+        cost = block_flops(config, place.ffn, sequence_length, (experts or {}).get(place.name))
+        blocks += cost.attention + cost.ffn + cost.router
+    return blocks + 2.0 * config.width * vocab_size
+
+
+def block_flops(config: ModelConfig, ffn: FFNConfig, sequence_length: int, experts: float | None = None) -> BlockFlops:
+    """What one block costs a token; experts: how many of a routed layer ran for it, None: as planned."""
     c, d = config, config.width
-    head = c.head_width or d // c.heads
-    kv_heads = c.kv_heads or c.heads
-    attention = 2 * d * head * (2 * c.heads + 2 * kv_heads) + 2 * sequence_length * head * c.heads
+    head, kv_heads = c.head_width or d // c.heads, c.kv_heads or c.heads
+    attention = 2 * d * head * (2 * c.heads + 2 * kv_heads) + 2 * sequence_length * head * c.heads if ffn.attention else 0
     matrices = 3 if is_gated(c.activation) else 2
-    experts = experts_per_token(c, sequence_length) + c.moe.shared_experts
-    ffn = {
-        "dense": 2 * matrices * d * c.ffn_width,
-        "routed": 2 * matrices * d * (c.moe.expert_width or c.ffn_width) * experts,
-    }
-    for kind in RETRIEVING:
-        rows = rows_of_expert(c.peer.activation if kind == "peer" else None)
-        ffn[kind] = 2 * d * (rows * c.peer.heads * c.peer.top_k + matrices * c.peer.shared_width)
-    blocks = sum(attention + ffn[kind] for kind in block_kinds(c))
-    blocks += 2 * matrices * d * extra_insert_width(c)
-    return blocks + router_flops_per_token(c) + 2.0 * d * vocab_size
-
-
-def extra_insert_width(config: ModelConfig) -> int:
-    """What `insert_width` adds to the hidden widths of all dense blocks; negative where it is below `ffn_width`."""
-    inserts = sum(kind == "dense" for _, kind, _ in parse_inserts(config))
-    return inserts * (config.insert_width - config.ffn_width) if config.insert_width else 0
-
-
-def experts_per_token(config: ModelConfig, sequence_length: int) -> float:
-    """How many experts' work a token brings: K, or where a sequence fills slots, their number over its length."""
-    moe = config.moe
-    return moe.experts * moe.routers.soft_moe.slots / sequence_length if moe.router == "soft_moe" else moe.top_k
+    if ffn.kind == "dense":
+        return BlockFlops(attention, 2 * matrices * d * ffn.width, 0.0, 2 * d * ffn.width)
+    if ffn.kind == "routed":
+        moe, width = ffn.moe, expert_width(c, ffn)
+        experts = moe.options.experts_per_token(moe, sequence_length) if experts is None else experts
+        routed = 2 * matrices * d * width * (experts + moe.shared_experts)
+        return BlockFlops(attention, routed, 2.0 * d * moe.options.columns(moe), 2 * d * width * experts)
+    peer = ffn.peer
+    rows = rows_of_expert(peer.activation if ffn.kind == "peer" else None)
+    # The query network, and its halves against sqrt(N) keys each.
+    retrieval = 2.0 * peer.heads * peer.key_width * (d + math.isqrt(peer.experts))
+    return BlockFlops(attention, 2 * d * (rows * peer.heads * peer.top_k + matrices * peer.shared_width), retrieval, 0.0)
 
 
 def router_flops_per_token(config: ModelConfig) -> float:
     """The routers' share of the forward pass: a product with the columns of experts in every routed layer; with slots also the
     two that mix tokens into them and back; in every layer that retrieves the queries and their scores."""
-    moe = config.moe
-    columns = {"hash": 0, "soft_moe": 3 * moe.experts * moe.routers.soft_moe.slots}
-    columns = columns.get(moe.router, moe.experts + moe.virtual_experts)
-    kinds, peer = block_kinds(config), config.peer
-    retrieving = sum(kind in RETRIEVING for kind in kinds)
-    # The query network, and its halves against sqrt(N) keys each.
-    retrieval = 2.0 * peer.heads * peer.key_width * (config.width + math.isqrt(peer.experts))
-    return 2.0 * config.width * columns * kinds.count("routed") + retrieval * retrieving
+    return sum(block_flops(config, ffn, 1).router for ffn in block_layers(config))
 
 
-def training_flops_per_token(config: ModelConfig, vocab_size: int, sequence_length: int) -> float:
-    """Forward plus backward: three times the forward pass. Recomputation is not counted."""
-    return 3 * forward_flops_per_token(config, vocab_size, sequence_length)
+def training_flops_per_token(
+    config: ModelConfig, vocab_size: int, sequence_length: int, experts: Mapping[str, float] | None = None
+) -> float:
+    """Forward plus backward: three times the forward pass. Recomputation is not counted. Arguments: `forward_flops_per_token`."""
+    return 3 * forward_flops_per_token(config, vocab_size, sequence_length, experts)
+
+
+def experts_run(config: ModelConfig, stats: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """How many experts with matrices ran for a token, by block, where the router decides that: from the counts of a step.
+
+    Args:
+      config: the model's.
+      stats: statistics by block (`by_layer`), on the host.
+    """
+    found = {}
+    for place in places(config, "routed"):
+        sums = stats.get(place.name)
+        if sums and place.ffn.moe.options.varies(place.ffn.moe):
+            found[place.name] = float((sums["counts"].sum() - sums["dropped"]) / max(float(sums["tokens"]), 1.0))
+    return found
 
 
 def active_parameters(config: ModelConfig, params: Any) -> int:
@@ -69,16 +97,17 @@ def active_parameters(config: ModelConfig, params: Any) -> int:
       config: the model's.
       params: its parameters, arrays or ShapeDtypeStructs.
     """
-    moe, active = config.moe, 0
-    retrieving = sum(kind in RETRIEVING for kind in block_kinds(config))
+    shares: dict[str, tuple[int, int]] = {}  # prefix of a path -> what of how many experts a token meets
+    for place in stacked_places(config, "routed"):
+        shares[f"{place.prefix}/{place.module}/experts/"] = place.ffn.moe.top_k, place.ffn.moe.experts
+    for place in stacked_places(config, *RETRIEVING):
+        peer, pool = place.ffn.peer, shared_pool(place.ffn)
+        uses = block_layers(config).count(place.ffn) if pool else 1
+        prefix = f"stack/{pool}/experts" if pool else f"{place.prefix}/{place.module}/experts"
+        shares[prefix] = min(uses * peer.heads * peer.top_k, peer.experts), peer.experts
+    active = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        size = math.prod(leaf.shape)
-        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-        if "experts" not in names:
-            active += size
-        elif "peer" in names or "pool" in names:
-            uses = retrieving if "pool" in names else 1
-            active += size * min(uses * config.peer.heads * config.peer.top_k, config.peer.experts) // config.peer.experts
-        else:
-            active += size * moe.top_k // moe.experts
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        used, of = next((share for prefix, share in shares.items() if name.startswith(prefix)), (1, 1))
+        active += math.prod(leaf.shape) * used // of
     return active

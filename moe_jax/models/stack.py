@@ -12,17 +12,18 @@ import jax.numpy as jnp
 
 from moe_jax import compat
 from moe_jax.config import ModelConfig
-from moe_jax.config.blocks import RETRIEVING, block_kinds, parse_inserts, parse_pattern
+from moe_jax.config.blocks import RETRIEVING, distinct_layers, parse_inserts, parse_pattern
 from moe_jax.layers.attention import init_cache
 from moe_jax.layers.block import Block, BlockInputs
+from moe_jax.models.places import MODULES, shared_pool, stacked_places
 from moe_jax.types import Aux
 
 COLLECTIONS = ("params", "router_state", "row_sinks")
 
 
 class StackOutput(NamedTuple):
-    """x [B, S, D]; aux: {"groups": {"block_i": Aux stacked over groups}, name: Aux} of the routed blocks; cache: the same
-    places with a KVCache each, or None."""
+    """x [B, S, D]; aux: {"groups": {"block_i": Aux stacked over groups}, name: Aux} of the blocks with a router; cache: the
+    same places with a KVCache each (None without attention), or None."""
 
     x: jax.Array
     aux: dict[str, Any]
@@ -31,7 +32,8 @@ class StackOutput(NamedTuple):
 
 class Stack(nn.Module):
     """All blocks of a model. Collections `params` and `router_state` hold `groups` {block_i: arrays [G, ...]} and the inserts;
-    with `peer.share_pool` `params` also `pool` {experts: [N, M, D]}, in place of the pools of the blocks.
+    with `peer.share_pool` `params` also `pool` (of a layer of `model.ffns`: `pool_NAME`) {experts: [N, M, D]}, in place of the pools
+    of the blocks.
     """
 
     config: ModelConfig
@@ -40,27 +42,27 @@ class Stack(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, inputs: BlockInputs, cache: dict[str, Any] | None = None) -> StackOutput:
         """Runs x [B, S, D] through every block, in order."""
-        kinds, inserts = parse_pattern(self.config), parse_inserts(self.config)
-        groups, pool = self.config.layers // len(kinds), {}
-        if self._shares_pool():
-            kind = next(kind for kind in block_kinds(self.config) if kind in RETRIEVING)
-            pool = self._variables("pool", lambda key: self._init_pool(key, kind, x, inputs))["params"]
-        stacked = self._variables("groups", lambda key: self._init_groups(key, kinds, groups, x, inputs))
+        pattern, inserts = parse_pattern(self.config), parse_inserts(self.config)
+        groups, pools = self.config.layers // len(pattern), {}
+        for ffn in distinct_layers(self.config):
+            if (name := shared_pool(ffn)) and name not in pools:
+                pools[name] = self._variables(name, lambda key, ffn=ffn: self._init_pool(key, ffn, x, inputs))["params"]
+        stacked = self._variables("groups", lambda key: self._init_groups(key, pattern, groups, x, inputs))
         auxes, caches, parts, done = {}, {}, [], 0
         # Inserts stand between groups; numbers after the last block keep their noise apart from the groups'.
-        for number, (name, kind, before) in sorted(enumerate(inserts), key=lambda insert: insert[1][2]):
-            x, part = self._run_groups(x, inputs, stacked, pool, cache, kinds, done, before // len(kinds))
+        for number, insert in sorted(enumerate(inserts), key=lambda one: one[1].before):
+            name, ffn, before = insert
+            x, part = self._run_groups(x, inputs, stacked, pools, cache, pattern, done, before // len(pattern))
             parts.append(part)
-            done = before // len(kinds)
-            width = self.config.insert_width
-            variables = self._variables(name, lambda key, kind=kind: self._init_block(key, kind, x, inputs, width))
+            done = before // len(pattern)
+            variables = self._variables(name, lambda key, ffn=ffn: self._init_block(key, ffn, x, inputs))
             layer = self.config.layers + number
-            variables = _with_pool(variables, pool, kind)
-            x, aux, new = self._block(kind, width)(variables, x, inputs, layer, cache and cache[name])
+            variables = _with_pool(variables, pools, ffn)
+            x, aux, new = self._block(ffn)(variables, x, inputs, layer, cache and cache[name])
             caches[name] = new
             if aux is not None:
                 auxes[name] = aux
-        x, part = self._run_groups(x, inputs, stacked, pool, cache, kinds, done, groups)
+        x, part = self._run_groups(x, inputs, stacked, pools, cache, pattern, done, groups)
         parts = [p for p in (*parts, part) if p is not None]
         auxes["groups"], caches["groups"] = jax.tree.map(lambda *a: jnp.concatenate(a), *parts) if parts else ({}, None)
         return StackOutput(x, auxes, caches if cache is not None else None)
@@ -71,23 +73,20 @@ class Stack(nn.Module):
                 self.put_variable(collection, name, tree)
         return {c: nn.unbox(self.get_variable(c, name)) for c in COLLECTIONS if self.has_variable(c, name)}
 
-    def _shares_pool(self):
-        return self.config.peer.share_pool and any(kind in RETRIEVING for kind in block_kinds(self.config))
+    def _init_pool(self, key, ffn, x, inputs):
+        block = Block(self.config, ffn, self.vocab_size, parent=None).init(key, x, inputs)
+        return {"params": {"experts": block["params"][MODULES[ffn.kind]]["experts"]}}
 
-    def _init_pool(self, key, kind, x, inputs):
-        block = Block(self.config, kind, self.vocab_size, parent=None).init(key, x, inputs)
-        return {"params": {"experts": block["params"]["peer"]["experts"]}}
-
-    def _init_block(self, key, kind, x, inputs, width=0):
-        block = Block(self.config, kind, self.vocab_size, width, parent=None).init(key, x, inputs)
-        if kind in RETRIEVING and self._shares_pool():
-            del block["params"]["peer"]["experts"]
+    def _init_block(self, key, ffn, x, inputs):
+        block = Block(self.config, ffn, self.vocab_size, parent=None).init(key, x, inputs)
+        if shared_pool(ffn):
+            del block["params"][MODULES[ffn.kind]]["experts"]
         return block
 
-    def _init_groups(self, key, kinds, groups, x, inputs):
+    def _init_groups(self, key, pattern, groups, x, inputs):
         def one(g):
             group_key = jax.random.fold_in(key, g)
-            blocks = [self._init_block(jax.random.fold_in(group_key, i), kind, x, inputs) for i, kind in enumerate(kinds)]
+            blocks = [self._init_block(jax.random.fold_in(group_key, i), ffn, x, inputs) for i, ffn in enumerate(pattern)]
             return {c: {f"block_{i}": b[c] for i, b in enumerate(blocks) if c in b} for c in COLLECTIONS}
 
         def boxed(leaf):
@@ -97,14 +96,13 @@ class Stack(nn.Module):
         stacked = {c: tree for c, tree in stacked.items() if tree}
         return jax.tree.map(lambda b: b.add_axis(0, {nn.PARTITION_NAME: "layers"}) if boxed(b) else b, stacked, is_leaf=boxed)
 
-    def _block(self, kind, width=0):
+    def _block(self, ffn):
         def run(variables, x, inputs, layer, cache):
-            block = Block(self.config, kind, self.vocab_size, width, parent=None)
-            return block.apply(variables, x, inputs, layer, cache)
+            return Block(self.config, ffn, self.vocab_size, parent=None).apply(variables, x, inputs, layer, cache)
 
         return with_barriers(run, recompute=self.config.remat)
 
-    def _run_groups(self, x, inputs, stacked, pool, cache, kinds, first, last):
+    def _run_groups(self, x, inputs, stacked, pools, cache, pattern, first, last):
         """Groups first..last-1; returns x and their (aux, cache), stacked, or None where there are none."""
         if first == last:
             return x, None
@@ -116,12 +114,12 @@ class Stack(nn.Module):
             x = compat.constrain(x, compat.BATCH_AXES, (), ())
             # XLA may keep bfloat16 values in float32 across what it fuses. The barriers end that where scan ends it.
             x, auxes, new = jax.lax.optimization_barrier(x), {}, {}
-            for i, kind in enumerate(kinds):
+            for i, ffn in enumerate(pattern):
                 name = f"block_{i}"
                 mine = {c: tree[name] for c, tree in variables.items() if name in tree}
-                mine = _with_pool(mine, pool, kind)
-                layer = g * len(kinds) + i
-                x, aux, new[name] = self._block(kind)(mine, x, inputs, layer, caches and caches[name])
+                mine = _with_pool(mine, pools, ffn)
+                layer = g * len(pattern) + i
+                x, aux, new[name] = self._block(ffn)(mine, x, inputs, layer, caches and caches[name])
                 if aux is not None:
                     auxes[name] = aux
             return x, (auxes, new)
@@ -131,12 +129,12 @@ class Stack(nn.Module):
         return jax.lax.optimization_barrier(x), outputs
 
 
-def _with_pool(variables, pool, kind):
-    """The variables of a block, with the pool that all share in the place of its own."""
-    if not pool or kind not in RETRIEVING:
+def _with_pool(variables, pools, ffn):
+    """The variables of a block, with the pool that its layer shares in the place of its own."""
+    if not (name := shared_pool(ffn)):
         return variables
-    params = variables["params"]
-    return variables | {"params": params | {"peer": params["peer"] | pool}}
+    params, module = variables["params"], MODULES[ffn.kind]
+    return variables | {"params": params | {module: params[module] | pools[name]}}
 
 
 def with_barriers(run, recompute: bool):
@@ -151,6 +149,8 @@ def with_barriers(run, recompute: bool):
         if cache is not None:
             return run(variables, x, inputs, layer, cache)
         arrays = {name: a for name, a in inputs._asdict().items() if name not in ("train", "record")}
+        if learned := [name for name, a in arrays.items() if a is not None and jnp.issubdtype(a.dtype, jnp.inexact)]:
+            raise ValueError(f"block inputs {learned}: floats would get no gradient; pass what is differentiated as x")
 
         def linearize(variables, x, arrays, layer):
             return jax.vjp(lambda v, x: run(v, x, inputs._replace(**arrays), layer, None), variables, x)
@@ -177,42 +177,38 @@ def with_barriers(run, recompute: bool):
 
 
 def init_stack_cache(config: ModelConfig, batch: int, length: int) -> dict[str, Any]:
-    """An empty cache for `length` tokens in each of `batch` rows."""
-    kinds = parse_pattern(config)
+    """An empty cache for `length` tokens in each of `batch` rows; None for blocks without attention."""
+    pattern = parse_pattern(config)
     width = config.head_width or config.width // config.heads
     one = init_cache(batch, length, config.kv_heads or config.heads, width, jnp.dtype(config.dtype))
-    groups = config.layers // len(kinds)
+    groups = config.layers // len(pattern)
     stacked = jax.tree.map(lambda a: jnp.broadcast_to(a, (groups, *a.shape)), one)
-    cache = {"groups": {f"block_{i}": stacked for i in range(len(kinds))}}
-    return cache | {name: one for name, _, _ in parse_inserts(config)}
+    cache = {"groups": {f"block_{i}": stacked if ffn.attention else None for i, ffn in enumerate(pattern)}}
+    return cache | {insert.name: one if insert.ffn.attention else None for insert in parse_inserts(config)}
 
 
-def mean_losses(aux: dict[str, Any]) -> dict[str, jax.Array]:
-    """Each router loss as its mean over the layers that have it: {name: float32 scalar}."""
-    layers = [a.losses for a in jax.tree.leaves(aux, is_leaf=lambda a: isinstance(a, Aux))]
-    names = sorted({name for losses in layers for name in losses})
-    values = {name: [losses[name].reshape(-1) for losses in layers if name in losses] for name in names}
-    return {name: jnp.mean(jnp.concatenate(value)) for name, value in values.items()}
+def mean_losses(aux: dict[str, Any], config: ModelConfig) -> dict[str, dict[str, jax.Array]]:
+    """Each router loss by the feed-forward layer that has it, {layer's name: {loss: float32 scalar}}: the sum over its blocks,
+    divided by the number of all blocks with a loss of that name. Summed over the layers that is the mean over blocks."""
+    found: dict[str, dict[str, list[jax.Array]]] = {}
+    count: dict[str, int] = {}
+    for place in sorted(stacked_places(config), key=lambda place: place.path):
+        block = place.find(aux)
+        for name, value in block.losses.items() if block else ():
+            found.setdefault(place.ffn.name, {}).setdefault(name, []).append(value.reshape(-1))
+            count[name] = count.get(name, 0) + value.size
+    return {
+        ffn: {name: jnp.sum(jnp.concatenate(values)) / count[name] for name, values in sorted(losses.items())}
+        for ffn, losses in found.items()
+    }
 
 
 def stats_tree(aux: dict[str, Any]) -> dict[str, Any]:
-    """The statistics of every routed layer, at the places of `aux`."""
+    """The statistics of every block with a router, at the places of `aux`."""
     return jax.tree.map(lambda a: a.stats, aux, is_leaf=lambda a: isinstance(a, Aux))
 
 
-def row_ids_tree(aux: dict[str, Any]) -> dict[str, Any]:
-    """The row ids of every pool with a sink, at the places of the pools in `params`: {"groups": {"block_i": {"peer": ...}}, ...}."""
-    ids = {name: row_ids_tree(a) if isinstance(a, dict) else {"peer": a.row_ids} for name, a in aux.items()}
-    return {name: tree for name, tree in ids.items() if tree and tree != {"peer": {}}}
-
-
-def by_layer(tree: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """{"groups": {"block_i": leaves [G, ...]}, name: leaves} -> {"layer_07": leaves, name: leaves}, in order of depth."""
-    kinds = parse_pattern(config)
-    layers = {}
-    for block, stacked in tree.get("groups", {}).items():
-        for g in range(config.layers // len(kinds)):
-            number = g * len(kinds) + int(block.removeprefix("block_"))
-            layers[number] = jax.tree.map(lambda a: a[g], stacked)
-    inserts = {name: tree[name] for name, _, _ in parse_inserts(config) if name in tree}
-    return {f"layer_{number:02d}": layers[number] for number in sorted(layers)} | inserts
+def row_ids_tree(aux: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """The row ids of every pool with a sink, {path in `params`: {"experts": int32}}, such as "stack/groups/block_0/peer"."""
+    found = ((place, place.find(aux)) for place in stacked_places(config, *RETRIEVING))
+    return {f"{place.prefix}/{place.module}": block.row_ids for place, block in found if block and block.row_ids}

@@ -9,15 +9,10 @@ import jax
 
 from moe_jax import compat
 from moe_jax.config import Config, ConfigError
-from moe_jax.config.blocks import block_kinds, has_routed_blocks
+from moe_jax.config.blocks import block_layers
 from moe_jax.config.validate import validate
 from moe_jax.models import MODELS
-from moe_jax.models.flops import (
-    experts_per_token,
-    extra_insert_width,
-    forward_flops_per_token,
-    training_flops_per_token,
-)
+from moe_jax.models.flops import block_flops, training_flops_per_token
 from moe_jax.parallel.mesh import AXES, mesh_from_config
 from moe_jax.plan import hlo
 from moe_jax.plan.collectives import Collective, collectives
@@ -159,7 +154,7 @@ def analyse(config: Config, topology: Topology, compiled: Any, seconds: float) -
     data, tokens = config.data, config.data.batch_size * config.data.sequence_length
     shape = {name: mesh.shape[name] for name in AXES}
     rows = tokens // config.train.microbatches // compat.axis_size(mesh, *compat.BATCH_AXES)
-    rows *= experts_per_token(config.model, data.sequence_length) if has_routed_blocks(config.model) else 1
+    rows *= experts_per_token(config)
     found = [
         k._replace(flops=k.flops * per_chip, useful=k.useful * per_chip, bytes=k.bytes * per_chip)
         for k in kernels(program, balanced_rows=rows)
@@ -193,14 +188,17 @@ def analyse(config: Config, topology: Topology, compiled: Any, seconds: float) -
 
 def recomputed_flops_per_token(config: Config, vocab: int) -> float:
     """FLOPs of what `model.remat` computes again: the blocks without their last product, whose result no gradient needs."""
-    c = config.model
-    if not c.remat:
+    if not config.model.remat:
         return 0.0
-    experts = experts_per_token(c, config.data.sequence_length)
-    last = {"dense": c.ffn_width, "routed": experts * (c.moe.expert_width or c.ffn_width)}
-    blocks = forward_flops_per_token(c, vocab, config.data.sequence_length) - 2 * c.width * vocab
     # A layer that retrieves runs its whole forward pass again.
-    return blocks - 2 * c.width * (sum(last.get(kind, 0) for kind in block_kinds(c)) + extra_insert_width(c))
+    costs = [block_flops(config.model, ffn, config.data.sequence_length) for ffn in block_layers(config.model)]
+    return sum(cost.attention + cost.ffn + cost.router - cost.last for cost in costs)
+
+
+def experts_per_token(config: Config) -> float:
+    """The most experts that run for a token in one routed layer of the model; 1 without one."""
+    layers = [ffn.moe for ffn in block_layers(config.model, "routed")]
+    return max((moe.options.experts_per_token(moe, config.data.sequence_length) for moe in layers), default=1)
 
 
 def _too_large(topology: Topology, needed: int, what: str) -> ConfigError:

@@ -82,7 +82,7 @@ def _page(config: Config, flags: Any, sources: dict[str, str]) -> str:
         step = step if older.config is config else None
         before = observe(loaded, sets, flags.tokens, 0, label=f"step {loaded.step}", step=step)
     few, many = DETAILED_LAYERS
-    columns = len(column_names(config.model))
+    columns = max(map(len, column_names(config.model).values()), default=1)
     detailed = spread(list(observed.layers), min(max(DETAILED_COLUMNS // columns, few), many))
     facts = analyse(observed, before, detailed, pieces=12)
     material = Material(run, rows, observed, facts, detailed, words, why)
@@ -107,7 +107,7 @@ def _older(flags: Any, run: "LoadedRun") -> tuple[_Older | None, str]:
     """
     from moe_jax.config.load import load_saved_config
     from moe_jax.data.tokenizer import Tokenizer
-    from moe_jax.report.collect import column_names, routed_layers
+    from moe_jax.report.collect import column_names
     from moe_jax.train.checkpoint import Checkpoints, load_meta
 
     if not flags.against or flags.against.isdecimal():
@@ -128,7 +128,7 @@ def _older(flags: Any, run: "LoadedRun") -> tuple[_Older | None, str]:
         raise ConfigError("--against", flags.against, str(error), fix) from None
     if tokenizer.fingerprint != run.tokenizer.fingerprint:
         raise ConfigError("--against", flags.against, "it has another tokenizer", fix)
-    ours, theirs = ((routed_layers(c.model), column_names(c.model)) for c in (run.config, config))
+    ours, theirs = (column_names(c.model) for c in (run.config, config))
     if ours != theirs:
         raise ConfigError("--against", flags.against, "it has other routed layers or experts", fix)
     # The same rows go through both, on the same devices.

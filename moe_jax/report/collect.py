@@ -12,12 +12,12 @@ import numpy as np
 from tqdm import tqdm
 
 from moe_jax import compat
-from moe_jax.config import Config, ModelConfig
-from moe_jax.config.blocks import RETRIEVING, has_routed_blocks, parse_inserts, parse_pattern
+from moe_jax.config import Config, ModelConfig, MoEConfig
+from moe_jax.config.blocks import RETRIEVING, distinct_layers
 from moe_jax.data.pipeline import EvaluationSet
 from moe_jax.layers.block import router_sizes
 from moe_jax.models.losses import per_token_cross_entropy
-from moe_jax.models.stack import by_layer
+from moe_jax.models.places import by_layer, places
 from moe_jax.parallel.rules import local_rows, put_batch
 from moe_jax.routing import ROUTERS
 from moe_jax.train.restore import LoadedRun
@@ -50,8 +50,8 @@ class Observed(NamedTuple):
 
     ids, sources: int32 [T], each token and the index of its source in `names`. passages: {source: int32 [P]}, ids. scores:
     {source: {tokens, loss in nats per token, bits_per_byte}}. layers: by name, in order of depth. batch: rows x length that
-    went through the model at once. dense: whether the routers' matrices are dense, so that the largest entry stands for the
-    choice. retrieved: of the layers that retrieve one-neuron experts, the statistics summed, float64, with `mass` [N].
+    went through the model at once. dense: the layers whose routers' matrices are dense, so that the largest entry stands for
+    the choice. retrieved: of the layers that retrieve one-neuron experts, the statistics summed, float64, with `mass` [N].
     """
 
     names: tuple[str, ...]
@@ -61,48 +61,45 @@ class Observed(NamedTuple):
     scores: dict[str, dict[str, float]]
     layers: dict[str, Choices]
     batch: tuple[int, int]
-    dense: bool
+    dense: frozenset[str]
     retrieved: dict[str, dict[str, np.ndarray]]
 
 
-def column_names(config: ModelConfig) -> list[str]:
-    """What to call the E experts and, after them, the virtual ones."""
-    moe = config.moe
-    kinds = (("zero", moe.zero_experts), ("copy", moe.copy_experts), ("constant", moe.constant_experts))
-    virtual = [f"{kind} {i}" if count > 1 else kind for kind, count in kinds for i in range(count)]
-    return [str(e) for e in range(moe.experts)] + virtual
+def column_names(config: ModelConfig) -> dict[str, list[str]]:
+    """For each routed layer what to call its E experts and, after them, the virtual ones."""
+    found = {}
+    for place in places(config, "routed"):
+        moe = place.ffn.moe
+        kinds = (("zero", moe.zero_experts), ("copy", moe.copy_experts), ("constant", moe.constant_experts))
+        virtual = [f"{kind} {i}" if count > 1 else kind for kind, count in kinds for i in range(count)]
+        found[place.name] = [str(e) for e in range(moe.experts)] + virtual
+    return found
 
 
-def is_dense(config: ModelConfig, vocab_size: int) -> bool:
-    """Whether the routers of this model mix slots, so that every token has a weight for every expert."""
-    if not has_routed_blocks(config):
-        return False
-    router = ROUTERS[config.moe.router].build(router_sizes(config.moe, vocab_size), config.moe.options)
-    ids = jnp.zeros(config.moe.experts, jnp.int32)  # enough tokens for any K
+def dense_layers(config: ModelConfig, vocab_size: int) -> frozenset[str]:
+    """The routed layers whose routers mix slots, so that every token has a weight for every expert."""
+    mixed = {ffn.name for ffn in distinct_layers(config, "routed") if _mixes(ffn.moe, config.width, vocab_size)}
+    return frozenset(place.name for place in places(config, "routed") if place.ffn.name in mixed)
+
+
+def _mixes(moe: MoEConfig, width: int, vocab_size: int) -> bool:
+    router = ROUTERS[moe.router].build(router_sizes(moe, vocab_size), moe.options)
+    ids = jnp.zeros(moe.experts, jnp.int32)  # enough tokens for any K
     inputs = RouterInputs(token_ids=ids, positions=ids, segment_ids=ids + 1, valid=ids == 0, sequences=ids)
-    x = jnp.zeros((len(ids), config.width))
+    x = jnp.zeros((len(ids), width))
     (assignment, _, _), _ = jax.eval_shape(lambda key: router.init_with_output(key, x, inputs), jax.random.key(0))
     return isinstance(assignment, SlotMix)
 
 
 def routed_layers(config: ModelConfig) -> list[str]:
-    """The layers with experts as `stack.by_layer` names them, in the order in which a token meets them."""
-    return layers_of(config, "routed")
-
-
-def layers_of(config: ModelConfig, *wanted: str) -> list[str]:
-    """The same of layers of these kinds."""
-    kinds = parse_pattern(config)
-    blocks = [f"layer_{i:02d}" for i in range(config.layers) if kinds[i % len(kinds)] in wanted]
-    inserts = [name for name, kind, _ in parse_inserts(config) if kind in wanted]
-    places = {name: (place, 0, i) for i, (name, _, place) in enumerate(parse_inserts(config))}
-    return sorted([*blocks, *inserts], key=lambda name: places.get(name) or (int(name.removeprefix("layer_")), 1, 0))
+    """The layers with experts as `by_layer` names them, in the order in which a token meets them."""
+    return [place.name for place in places(config, "routed")]
 
 
 def batch_rows(config: Config, mesh, tokens: int) -> int:
     """Rows of a batch: at most the run's, few enough for `tokens` and the memory, a multiple of the shards."""
-    length, moe = config.data.sequence_length, config.model.moe
-    row_bytes = 4 * (moe.experts + moe.virtual_experts) * max(len(routed_layers(config.model)), 1) * length
+    length = config.data.sequence_length
+    row_bytes = 4 * length * max(sum(map(len, column_names(config.model).values())), 1)
     rows = min(config.data.batch_size, max(tokens // length, 1), max(_BATCH_BYTES // row_bytes, 1))
     shards = compat.axis_size(mesh, *compat.BATCH_AXES)
     return max(rows // shards, 1) * shards
@@ -142,7 +139,7 @@ def observe(
     rows, length = batch_rows(run.config, run.mesh, tokens), run.config.data.sequence_length
     limit = max(tokens // (rows * length), 1)
     counts = {name: min(limit, -(-one.rows // rows)) for name, one in sets.items()}
-    dense = is_dense(run.config.model, run.tokenizer.vocab_size)
+    dense = dense_layers(run.config.model, run.tokenizer.vocab_size)
     recorder = _Recorder(run, passage, dense)
     hidden = jax.process_index() != 0
     pause = 0.1 if sys.stderr.isatty() else 10.0  # a log file gets a line now and then
@@ -160,7 +157,7 @@ def observe(
 class _Recorder:
     """Adds up batches; keeps a bit for a token and expert, and gates only of the passages."""
 
-    def __init__(self, run: LoadedRun, passage: int, dense: bool):
+    def __init__(self, run: LoadedRun, passage: int, dense: frozenset[str]):
         self.run, self.passage, self.dense = run, passage, dense
         self.ids, self.sources, self.passages, self.totals = [], [], {}, {}
         self.layers: dict[str, dict[str, Any]] = {}
@@ -188,7 +185,7 @@ class _Recorder:
             mine = self.layers.setdefault(layer, {"packed": [], "first": [], "gates": {}, "sums": None})
             first = np.where(matrix.any(axis=1), matrix.argmax(axis=1), -1).astype(np.int32)
             chosen = matrix != 0
-            if self.dense:
+            if layer in self.dense:
                 chosen = first[:, None] == np.arange(matrix.shape[1])
             mine["packed"].append(np.packbits(chosen, axis=1))
             mine["first"].append(first)
@@ -227,7 +224,7 @@ class _Recorder:
             layers,
             batch,
             self.dense,
-            {name: self.retrieved[name] for name in layers_of(self.run.config.model, *RETRIEVING)},
+            {name: self.retrieved[name] for name in (place.name for place in places(self.run.config.model, *RETRIEVING))},
         )
 
 

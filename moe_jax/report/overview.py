@@ -1,15 +1,17 @@
 """What the page is made from, and its first section: the run, its losses, its layers."""
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from moe_jax.config import ModelConfig
-from moe_jax.config.blocks import has_retrieval_blocks
+from moe_jax.config import FFNConfig, ModelConfig
+from moe_jax.config.blocks import BUILT_IN, RETRIEVING, distinct_layers, expert_width
+from moe_jax.models.places import places
 from moe_jax.report.analysis import LayerFacts
-from moe_jax.report.collect import Observed, column_names, routed_layers
+from moe_jax.report.collect import Observed, column_names
 from moe_jax.report.history import Row, evaluations, series
 from moe_jax.report.page import number, paragraph, percent, table, text
 from moe_jax.train.restore import LoadedRun
@@ -35,9 +37,20 @@ class Material(NamedTuple):
         return self.run.config.model
 
     @property
-    def columns(self) -> list[str]:
-        """Names of the experts, the virtual ones last."""
+    def columns(self) -> dict[str, list[str]]:
+        """Names of the experts of each routed layer, the virtual ones last."""
         return column_names(self.model)
+
+    def alike(self, layers: Iterable[str]) -> list[list[str]]:
+        """`layers`, those with the same experts together."""
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for name in layers:
+            groups.setdefault(tuple(self.columns[name]), []).append(name)
+        return list(groups.values())
+
+    def experts(self, layer: str) -> int:
+        """E of a routed layer."""
+        return next(place.ffn.moe.experts for place in places(self.model) if place.name == layer)
 
 
 def lead(m: Material, workdir: str, split: str) -> str:
@@ -75,7 +88,7 @@ def summary(m: Material) -> str:
             text(name),
             number(f.sums["load_max_over_mean"], 2),
             f"{number(f.sums['entropy'])} nats",
-            f"{f.sums['dead_experts']} of {m.model.moe.experts}",
+            f"{f.sums['dead_experts']} of {m.experts(name)}",
             number(f.set_size, 2),
             percent(f.alone),
             bits(f.piece.bits),
@@ -84,19 +97,24 @@ def summary(m: Material) -> str:
         for name, f in m.facts.items()
     ]
     out += table(head, rows, kinds=".nnnnnnn")
+    limits = " or ".join(f"ln {n} = {math.log(n):.3f}" for n in sorted({len(names) for names in m.columns.values()}))
     out += paragraph(
         "max/mean load: 1 is balanced, E is everything to one expert. entropy: of the router's distribution over experts, mean over "
-        f"tokens, at most ln {len(m.columns)} = {math.log(len(m.columns)):.3f} nats. I(expert; piece): what a token's piece tells of "
+        f"tokens, at most {limits} nats. I(expert; piece): what a token's piece tells of "
         'its expert, and the share of what it could tell, corrected for chance; see <a href="#pieces">token pieces</a>.',
         note=True,
     )
     if m.observed.dense:
         out += paragraph(
-            "This router's matrix is dense: a token is a mixture of all experts' outputs. Below, the expert with the largest "
+            f"The router's matrix is dense{_of_some(m)}: a token is a mixture of all experts' outputs. Below, the expert with the largest "
             "weight counts as its choice; loads are sums of the weights.",
             note=True,
         )
     return out
+
+
+def _of_some(m: Material) -> str:
+    return "" if len(m.observed.dense) == len(m.facts) else f" in {text(', '.join(sorted(m.observed.dense)))}"
 
 
 def bits(value: float) -> str:
@@ -105,7 +123,7 @@ def bits(value: float) -> str:
 
 
 def _run_facts(m: Material) -> list[tuple[str, str]]:
-    c, moe = m.model, m.model.moe
+    c = m.model
     leaves = jax.tree.leaves_with_path(m.run.variables["params"])
     sizes = [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.size) for path, leaf in leaves]
     total, experts = sum(n for _, n in sizes), sum(n for path, n in sizes if "/experts" in path)
@@ -115,25 +133,32 @@ def _run_facts(m: Material) -> list[tuple[str, str]]:
         ("parameters", f"{total:,}" + (f", of experts {experts:,}" if experts else "")),
         ("blocks", blocks),
     ]
-    if routed_layers(c):
-        virtual = f", and {', '.join(m.columns[moe.experts :])}" if moe.virtual_experts else ""
-        execution = moe.execution + (f", factor {moe.capacity_factor:g}" if moe.execution == "capacity" else "")
-        shared = f"; {moe.shared_experts} shared" if moe.shared_experts else ""
-        facts += [
-            ("router", f"<code>{text(moe.router)}</code>, {text(execution)}"),
-            ("experts", f"E = {moe.experts} of width {moe.expert_width or c.ffn_width}{virtual}{shared}"),
-            ("experts a token", f"K = {moe.top_k}"),
-            ("routed layers", str(len(routed_layers(c)))),
-        ]
-    if has_retrieval_blocks(c):
-        p = c.peer
-        facts.append(("retrieval", f"N = {p.experts:,} experts in a pool; H = {p.heads} heads, K = {p.top_k} of each"))
+    for ffn in distinct_layers(c, "routed", *RETRIEVING):
+        names = [place.name for place in places(c) if place.ffn == ffn]
+        facts += _layer_facts(m, ffn, names, "" if ffn.name in BUILT_IN else f"{ffn.name}: ")
     facts.append(("width, vocabulary", f"D = {c.width}, V = {m.run.tokenizer.vocab_size:,}"))
     last = max((row["step"] for row in m.rows), default=0)
     steps = f"{last:,} of {m.run.config.train.steps:,}"
     if len(skipped.values) and np.isfinite(skipped.values).any():
         steps += f"; {int(np.nanmax(skipped.values)):,} skipped for a loss or gradient that was not finite"
     return [*facts, ("steps", steps)]
+
+
+def _layer_facts(m: Material, ffn: FFNConfig, names: list[str], prefix: str) -> list[tuple[str, str]]:
+    """The rows of a feed-forward layer, whose blocks are `names`."""
+    if ffn.kind != "routed":
+        p = ffn.peer
+        return [(f"{prefix}retrieval", f"N = {p.experts:,} experts in a pool; H = {p.heads} heads, K = {p.top_k} of each")]
+    moe, columns = ffn.moe, m.columns[names[0]]
+    virtual = f", and {', '.join(columns[moe.experts :])}" if moe.virtual_experts else ""
+    execution = moe.execution + (f", factor {moe.capacity_factor:g}" if moe.execution == "capacity" else "")
+    shared = f"; {moe.shared_experts} shared" if moe.shared_experts else ""
+    return [
+        (f"{prefix}router", f"<code>{text(moe.router)}</code>, {text(execution)}"),
+        (f"{prefix}experts", f"E = {moe.experts} of width {expert_width(m.model, ffn)}{virtual}{shared}"),
+        (f"{prefix}experts a token", f"K = {moe.top_k}"),
+        (f"{prefix}routed layers", f"{len(names)}: {text(', '.join(names))}" if prefix else str(len(names))),
+    ]
 
 
 def _losses(m: Material) -> str:

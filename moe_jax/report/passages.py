@@ -55,7 +55,9 @@ def _darker(colour: str) -> str:
     return "#" + "".join(f"{int(colour[i : i + 2], 16) * 7 // 10:02x}" for i in (1, 3, 5))
 
 
-def passages_html(observed: Observed, layers: Sequence[str], columns: Sequence[str], tokenizer: Tokenizer, tokens: int) -> str:
+def passages_html(
+    observed: Observed, layers: Sequence[str], columns: dict[str, list[str]], tokenizer: Tokenizer, tokens: int
+) -> str:
     """A selector of layers, a legend, and of each source the first `tokens` tokens of its passage in each layer."""
     inputs, styles, parts, used = [], [], [], set()
     for i, layer in enumerate(layers):
@@ -65,15 +67,17 @@ def passages_html(observed: Observed, layers: Sequence[str], columns: Sequence[s
         inside = []
         for source, gates in observed.layers[layer].gates.items():
             ids = observed.passages[source][:tokens]
-            spans = [_span(tokenizer, int(token), gate, columns, used) for token, gate in zip(ids, gates)]
+            spans = [_span(tokenizer, int(token), gate, columns[layer], used) for token, gate in zip(ids, gates)]
             inside.append(f'<h3>{text(source)}</h3><div class="passage">{"".join(spans)}</div>\n')
         parts.append(f'<div class="of at{i}">{"".join(inside)}</div>\n')
-    palette = colours(len(columns))
+    # Expert e has one colour in all layers; the layer with the most names them.
+    names = max((columns[layer] for layer in layers), key=len, default=[])
+    palette = colours(len(names))
     styles += [f".e{e}{{background:{palette[e]}}}" for e in sorted(used)]
     styles += [f".s{e}{{box-shadow:inset 0 -3px {_darker(palette[e])}}}" for e in sorted(used)]
     legend = "".join(
         f'<button type="button" data-e="e{e}" aria-pressed="false" style="background:{palette[e]}">{text(name)}</button>'
-        for e, name in enumerate(columns)
+        for e, name in enumerate(names)
     )
     return (
         f'<style>{"".join(styles)}</style><style id="only"></style>'

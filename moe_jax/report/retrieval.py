@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 
+from moe_jax.config.blocks import RETRIEVING
+from moe_jax.models.places import places
 from moe_jax.report import pictures
 from moe_jax.report.history import evaluations, series
 from moe_jax.report.overview import Material
@@ -16,7 +18,7 @@ TOP = 0.01  # of the experts, whose share of the gates the table has
 
 def retrieval(m: Material) -> str:
     """Use of the pools on the held-out tokens, and in the evaluations during training."""
-    peer = m.model.peer
+    peers = {place.name: place.ffn.peer for place in places(m.model, *RETRIEVING)}
     head = [
         "layer",
         "experts N",
@@ -29,7 +31,7 @@ def retrieval(m: Material) -> str:
     ]
     rows, shares = [], {}
     for name, sums in m.observed.retrieved.items():
-        mass, tokens = sums["mass"], max(float(sums["tokens"]), 1.0)
+        peer, mass, tokens = peers[name], sums["mass"], max(float(sums["tokens"]), 1.0)
         found, count = usage(mass), len(mass)
         shares[name] = mass / max(mass.sum(), 1e-300)
         top = np.sort(shares[name])[::-1][: max(int(TOP * count), 1)].sum()
@@ -47,11 +49,12 @@ def retrieval(m: Material) -> str:
                 f"{number(sums['entropy_sum'] / tokens)} nats",
             )
         )
+    limits = " or ".join(f"ln {k} = {math.log(k):.3f}" for k in sorted({peer.top_k for peer in peers.values()}))
     out = table(head, rows, kinds=".nnnnnnn") + paragraph(
         "used: experts that any of these tokens retrieves. if all were even: what independent draws, equally likely, would use of so "
         "few tokens. unevenness: divergence of the experts' shares of all gates from even ones; 0 is even, ln N one expert with all. "
         "as many as even: N exp(-unevenness). of the top 1 %: gates of the experts with the most. entropy of gates: of a head's "
-        f"softmax over its picks, at most ln {peer.top_k} = {math.log(peer.top_k):.3f} nats.",
+        f"softmax over its picks, at most {limits} nats.",
         note=True,
     )
     out += picture(

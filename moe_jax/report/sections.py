@@ -76,13 +76,15 @@ def _only(shown: Sequence[str], layers: Sequence[str]) -> str:
 
 def held_out_load(m: Material) -> str:
     """Loads of every layer on the held-out tokens."""
-    loads = np.stack([f.loads for f in m.facts.values()])
-    png = pictures.load_by_layer(loads, list(m.facts), m.columns, m.model.moe.experts)
-    return picture(
-        png,
-        "Heat map of the load of every layer and expert",
-        "Share of the choices of real experts that each gets, in multiples of 1/E; virtual ones against the same.",
-    )
+    out = ""
+    for layers in m.alike(m.facts):
+        loads = np.stack([m.facts[name].loads for name in layers])
+        out += picture(
+            pictures.load_by_layer(loads, layers, m.columns[layers[0]], m.experts(layers[0])),
+            "Heat map of the load of every layer and expert",
+            "Share of the choices of real experts that each gets, in multiples of 1/E; virtual ones against the same.",
+        )
+    return out
 
 
 def pieces(m: Material, limit: int, experts: int) -> str:
@@ -125,9 +127,9 @@ def pieces(m: Material, limit: int, experts: int) -> str:
         f = m.facts[name]
         order = np.argsort(-f.shares, kind="stable")[:experts]
         keep = sorted(int(e) for e in order)
-        body = [(text(m.columns[e]), percent(f.shares[e]), _piece_list(m, f.pieces[e][:limit])) for e in keep]
-        left = len(m.columns) - len(keep)
-        note = paragraph(f"The {len(keep)} most loaded of {len(m.columns)} experts.", note=True) if left else ""
+        body = [(text(m.columns[name][e]), percent(f.shares[e]), _piece_list(m, f.pieces[e][:limit])) for e in keep]
+        left = len(m.columns[name]) - len(keep)
+        note = paragraph(f"The {len(keep)} most loaded of {len(m.columns[name])} experts.", note=True) if left else ""
         opened = " open" if i == 0 and len(keep) <= 32 else ""
         out += (
             f"<details{opened}><summary>{text(name)}</summary>\n"
@@ -153,24 +155,35 @@ def sources(m: Material) -> str:
         return paragraph("There is one source of text. More can be named with <code>--source NAME=GLOB</code>.")
     head = ["layer", "I(expert; source)", "by chance", "share of what it could tell, corrected"]
     rows = [(text(name), bits(f.source.bits), bits(f.source.chance), percent(f.source.share)) for name, f in m.facts.items()]
-    shares = {name: m.facts[name].source_shares for name in m.detailed}
-    png = pictures.sources_by_layer(shares, m.observed.names, m.columns)
     caption = "Percent of a source's choices that go to each expert; a row sums to 100." + _only(m.detailed, list(m.facts))
-    return table(head, rows, kinds=".nnn") + picture(png, "Heat maps of sources and experts", caption)
+    out = table(head, rows, kinds=".nnn")
+    for layers in m.alike(m.detailed):
+        shares = {name: m.facts[name].source_shares for name in layers}
+        png = pictures.sources_by_layer(shares, m.observed.names, m.columns[layers[0]])
+        out += picture(png, "Heat maps of sources and experts", caption)
+    return out
 
 
 def pairs(m: Material) -> str:
     """Which experts are chosen together."""
     lifts = {name: m.facts[name].pairs for name in m.detailed if m.facts[name].pairs is not None}
-    if not lifts or len(m.columns) < 3:
+    shown = [name for name in lifts if len(m.columns[name]) >= 3]
+    if not shown:
         why = "there are fewer than three experts" if lifts else "every token has at most one expert"
         return paragraph(f"Left out: {why}.")
     caption = (
         "How often two experts have the same token, over how often they would if each expert kept its number of pairs and partners "
         "were drawn independently. Orange: together more often; purple: less; grey: none expected."
-        + _only(list(lifts), list(m.facts))
+        + _only(shown, list(m.facts))
     )
-    return picture(pictures.pairs_by_layer(lifts, m.columns), "Heat maps of pairs of experts", caption)
+    return "".join(
+        picture(
+            pictures.pairs_by_layer({name: lifts[name] for name in layers}, m.columns[layers[0]]),
+            "Heat maps of pairs of experts",
+            caption,
+        )
+        for layers in m.alike(shown)
+    )
 
 
 def changes(m: Material) -> str:
@@ -218,7 +231,7 @@ def passages(m: Material, spans: int) -> str:
         "a token without colour has no expert. "
         "Point at a token for its experts and gates; press an expert to see it alone."
         + _only(m.detailed, list(m.facts))
-        + (" Of so many experts some colours are close." if len(m.columns) > 16 else "")
+        + (" Of so many experts some colours are close." if max(map(len, m.columns.values())) > 16 else "")
     ) + passages_html(m.observed, m.detailed, m.columns, m.run.tokenizer, each)
 
 
@@ -240,7 +253,7 @@ def build(m: Material, size: int) -> list[tuple[str, str, str]]:
     ]
     for scale in (1.0, 0.5, 0.25, 0.1):
         experts = max(int(_PIECE_ROWS * scale) // len(m.detailed), 8)
-        shown = min(experts, len(m.columns)) * len(m.detailed)
+        shown = sum(min(experts, len(m.columns[name])) for name in m.detailed)
         limit = int(np.clip(_PIECES * scale // shown, 2, 12))
         sections = [
             *found,

@@ -1,6 +1,6 @@
 """Who writes the nonzeros: one file per router, and what they share."""
 
-from moe_jax.routing.contract import Router, Sizes
-from moe_jax.routing.registry import ROUTERS
+from moe_jax.routing.contract import Router, Sizes, Step
+from moe_jax.routing.registry import ROUTERS, register_router
 
-__all__ = ["ROUTERS", "Router", "Sizes"]
+__all__ = ["ROUTERS", "Router", "Sizes", "Step", "register_router"]

@@ -21,21 +21,40 @@ class Sizes(NamedTuple):
     vocab_size: int = 0
 
 
+class Step(NamedTuple):
+    """An optimizer step that was applied, as a router's `update` sees it.
+
+    stats: the block's statistics, joined over the microbatches and devices of the step. total: the same, joined over all blocks of
+    this feed-forward layer, for what is steered for the model as a whole. params: the parameters of the block's router after the
+    step. number: int32 scalar, how many steps were applied so far, this one included: skipped ones do not count.
+    """
+
+    stats: dict[str, Any]
+    total: dict[str, Any]
+    params: dict[str, Any]
+    number: jax.Array
+
+
 class Router(NamedTuple):
     """What the rest of the code needs to know of a router; `routing/NAME.py` has one as `ROUTER`.
+
+    A statistic joins over microbatches, devices and blocks by addition: it is a sum over tokens, a float32 array, or a
+    `routing.statistics.Histogram` of fixed bins. A mean, an extreme or a quantile is read off those afterwards.
 
     build(sizes, options): the Linen module, without a parent; called with (x [T, D], RouterInputs),
       it returns (assignment, losses, stats).
     loss_weights(options): the weight of each loss that the module returns.
-    update(state, stats, total, sizes, options): the `router_state` of a layer after one optimizer step, from the statistics
-      summed over it; `total` is their sum over the routed layers, for what is steered for the model as a whole.
+    update(state, step, sizes, options): the `router_state` of a block after one optimizer step that was applied, a `Step`.
+    frozen(state): {name of a parameter of the router: bool scalar} from the `router_state` of a block: which of its parameters
+      do not learn any more. They get no gradient, no share of its norm, no decay, no moments and no average.
     start(state, token_shares, sizes, options): the `router_state` of a layer before the first step; token_shares: float64
       [V], the share of each id in the training text.
     """
 
     build: Callable[[Sizes, Any], nn.Module]
     loss_weights: Callable[[Any], dict[str, float]] = lambda options: {}
-    update: Callable[[dict, dict, dict, Sizes, Any], dict] | None = None
+    update: Callable[[dict, Step, Sizes, Any], dict] | None = None
+    frozen: Callable[[dict], dict[str, jax.Array]] | None = None
     start: Callable[[dict, np.ndarray, Sizes, Any], dict] | None = None
 
 

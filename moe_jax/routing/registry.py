@@ -2,7 +2,24 @@
 
 import importlib
 
-from moe_jax.config.routers import ROUTER_NAMES
+from moe_jax.config.routers import ROUTER_NAMES, RouterOptions, register_options
 from moe_jax.routing.contract import Router
 
 ROUTERS: dict[str, Router] = {name: importlib.import_module(f"moe_jax.routing.{name}").ROUTER for name in ROUTER_NAMES}
+
+
+def register_router(name: str, options: type[RouterOptions], router: Router) -> None:
+    """Adds a router from outside the package to every command and to `model.moe.router`.
+
+    A config names the module that calls this in `plugins`, so that a run's folder can be read again.
+
+    Args:
+      name: an identifier; `model.moe.routers.NAME` has its options.
+      options: a dataclass under `moe_jax.config.RouterOptions` whose fields are made by `moe_jax.config.field`.
+      router: what it does.
+
+    Raises:
+      ValueError: the name is taken by another router, or `options` is something else.
+    """
+    register_options(name, options)
+    ROUTERS[name] = router

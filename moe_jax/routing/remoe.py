@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config.routers import ReMoEConfig
-from moe_jax.routing.contract import Router, Sizes, best, score_by_kernel
+from moe_jax.routing.contract import Router, Sizes, Step, best, score_by_kernel
 from moe_jax.routing.losses import z_loss
 from moe_jax.routing.statistics import choice_statistics, sums
 from moe_jax.types import RouterInputs, TokenChoice
@@ -67,10 +67,10 @@ class ReMoE(nn.Module):
         return choice, losses, stats
 
 
-def update(state: dict, stats: dict, total: dict, sizes: Sizes, options: ReMoEConfig) -> dict:
+def update(state: dict, step: Step, sizes: Sizes, options: ReMoEConfig) -> dict:
     """The weight, times `rate` where more than K experts per token ran on average over the model, else divided (equation 8)."""
-    wanted = sizes.top_k * total["tokens"]
-    active = jnp.sum(total["counts"]) + total["overflow"]
+    wanted = sizes.top_k * step.total["tokens"]
+    active = jnp.sum(step.total["counts"]) + step.total["overflow"]
     weight = state["weight"] * options.rate ** jnp.sign(active - wanted)
     return {"weight": jnp.clip(weight, *WEIGHTS)}
 

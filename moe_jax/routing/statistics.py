@@ -1,4 +1,7 @@
-"""Sums over one call's valid tokens that say what a router did."""
+"""Sums and histograms over one call's valid tokens that say what a router did: what joins by addition."""
+
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +38,42 @@ def token_statistics(probabilities, routed, finite) -> dict[str, jax.Array]:
     p = jnp.where(routed[:, None], probabilities, 1.0)  # entropy 0
     entropy = -jnp.sum(p * jnp.log(jnp.maximum(p, jnp.finfo(p.dtype).tiny)), axis=-1)
     return {"tokens": jnp.sum(routed), "entropy_sum": jnp.sum(entropy), "nonfinite": jnp.sum(~finite)}
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["counts"], meta_fields=["low", "high"])
+@dataclasses.dataclass(frozen=True)
+class Histogram:
+    """How many values fell into each of some equal bins from `low` to `high`; values outside are in the first and the last.
+
+    counts: float32 [..., bins]. Histograms of the same bins add, so that what is read off one does not depend on how a step is cut
+    into microbatches, devices or blocks.
+    """
+
+    counts: jax.Array
+    low: float
+    high: float
+
+    @property
+    def width(self) -> float:
+        """Of a bin: what a quantile is exact to."""
+        return (self.high - self.low) / self.counts.shape[-1]
+
+    def quantile(self, share: float | jax.Array) -> jax.Array:
+        """[...]: the upper edge of the bin in which the share of values below or in it reaches `share`; `low` without values."""
+        reached = jnp.cumsum(self.counts, axis=-1)
+        total = reached[..., -1:]
+        bins = jnp.sum(reached < share * total, axis=-1)
+        return jnp.where(total[..., 0] > 0, self.low + self.width * jnp.minimum(bins + 1, self.counts.shape[-1]), self.low)
+
+
+def histogram(values: jax.Array, counted: jax.Array, low: float, high: float, bins: int) -> Histogram:
+    """The histogram of each column of [T, N], or of [T], over the tokens in `counted`, bool [T]; without a gradient."""
+    values = jax.lax.stop_gradient(values)
+    index = jnp.clip(jnp.floor((values - low) * (bins / (high - low))), 0, bins - 1).astype(jnp.int32)
+    weights = jnp.broadcast_to(counted.reshape(-1, *[1] * (values.ndim - 1)), values.shape).astype(jnp.float32)
+    column = jnp.broadcast_to(jnp.arange(values[0].size).reshape(values.shape[1:]), values.shape)
+    flat = jnp.zeros((values[0].size, bins), jnp.float32).at[column.reshape(-1), index.reshape(-1)].add(weights.reshape(-1))
+    return Histogram(flat.reshape(*values.shape[1:], bins), low, high)
 
 
 def sums(stats: dict[str, jax.Array]) -> dict[str, jax.Array]:

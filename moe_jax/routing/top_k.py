@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from moe_jax.config.routers import TopKConfig
 from moe_jax.ops.counting import one_hot_sum
-from moe_jax.routing.contract import Router, Sizes, best, score_by_kernel, token_choice
+from moe_jax.routing.contract import Router, Sizes, Step, best, score_by_kernel, token_choice
 from moe_jax.routing.losses import balance_loss, sequence_balance_loss, z_loss
 from moe_jax.routing.statistics import choice_statistics, column_counts
 from moe_jax.types import RouterInputs, TokenChoice
@@ -109,19 +109,13 @@ def loss_weights(options: TopKConfig) -> dict[str, float]:
     return weights | ({"sequence": options.sequence_loss} if options.sequence_loss else {})
 
 
-def update(
-    state: dict[str, jax.Array],
-    stats: dict[str, jax.Array],
-    total: dict[str, jax.Array],
-    sizes: Sizes,
-    options: TopKConfig,
-) -> dict[str, jax.Array]:
+def update(state: dict[str, jax.Array], step: Step, sizes: Sizes, options: TopKConfig) -> dict[str, jax.Array]:
     """The state after one optimizer step, from the statistics summed over it.
 
     `load` is a running mean of each expert's share. `bias` moves by `bias_rate` towards the experts below the
     mean load (arXiv 2408.15664, algorithm 1), from the counts of the whole step.
     """
-    counts = column_counts(stats)
+    counts = column_counts(step.stats)
     assignments = jnp.sum(counts)
     share = counts / jnp.maximum(assignments, 1)
     new = {"load": jnp.where(assignments > 0, LOAD_DECAY * state["load"] + (1 - LOAD_DECAY) * share, state["load"])}

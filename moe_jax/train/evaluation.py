@@ -13,7 +13,7 @@ import numpy as np
 from moe_jax.compat import PartitionSpec, current_mesh
 from moe_jax.data.pipeline import EvaluationSet
 from moe_jax.models.losses import per_token_cross_entropy
-from moe_jax.models.stack import by_layer
+from moe_jax.models.places import by_layer
 from moe_jax.parallel.rules import local_rows, put_batch
 from moe_jax.train.metrics import routing_metrics
 

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from etils import epath
 
 from moe_jax.config import Config, ConfigError, from_dict, to_dict
-from moe_jax.config.blocks import has_routed_blocks
+from moe_jax.config.blocks import options_path
 from moe_jax.config.validate import validate
 from moe_jax.data import TextData, Tokenizer, open_data
 from moe_jax.models import MODELS
+from moe_jax.models.places import places
 from moe_jax.parallel.mesh import mesh_from_config, start_devices
 from moe_jax.parallel.rules import local_rows, put_batch
 from moe_jax.routing import ROUTERS
@@ -169,7 +170,7 @@ class Trainer:
         check_free_space(self.workdir, state_bytes(target), self.config.train.max_to_keep)
         state = place_state(self.model, self.config, self.mesh)
         state["router_state"] = start_router_state(
-            state["router_state"], self.data.token_shares, self.config.model.moe, self.data.tokenizer.vocab_size
+            state["router_state"], self.data.token_shares, self.config.model, self.data.tokenizer.vocab_size
         )
         if self.config.init.checkpoint:
             include = tuple(prefix for prefix in self.config.init.include.split(",") if prefix)
@@ -191,15 +192,16 @@ class Trainer:
 
     def _other_routers(self) -> str:
         """Why the routers' state of `init.checkpoint` is not for this model: ids in a table mean other tokens or experts."""
-        theirs = from_dict(load_meta(self.config.init.checkpoint)["config"]).model.moe
-        ours = self.config.model.moe
-        if not has_routed_blocks(self.config.model):
-            return ""
-        if start_tokenizer(self.config, None) is None and ROUTERS[ours.router].start:
-            return "its tokens are those of another tokenizer"
-        for name in ("router", "experts", "virtual_experts"):
-            if getattr(ours, name) != getattr(theirs, name):
-                return f"model.moe.{name} is {getattr(ours, name)}, and {getattr(theirs, name)} in init.checkpoint"
+        model = from_dict(load_meta(self.config.init.checkpoint)["config"]).model
+        theirs = {place.name: place.ffn.moe for place in places(model, "routed")}
+        new_tokens = start_tokenizer(self.config, None) is None
+        for place in places(self.config.model, "routed"):
+            ours, path = place.ffn.moe, options_path(self.config.model, place.ffn)
+            if new_tokens and ROUTERS[ours.router].start:
+                return "its tokens are those of another tokenizer"
+            for name in ("router", "experts", "virtual_experts") if place.name in theirs else ():
+                if (old := getattr(theirs[place.name], name)) != getattr(ours, name):
+                    return f"{path}moe.{name} is {getattr(ours, name)}, and {old} in init.checkpoint"
         return ""
 
     def _restore(self):

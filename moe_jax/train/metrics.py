@@ -14,6 +14,7 @@ from etils import epath
 
 from moe_jax.config import ConfigError
 from moe_jax.routing.product_keys import usage
+from moe_jax.routing.statistics import Histogram
 
 FILE_NAME = "metrics.jsonl"
 # An object store cannot append: there the whole file is written again, at most this often.
@@ -187,7 +188,7 @@ def routing_metrics(stats: dict[str, dict[str, Any]]) -> dict[str, Any]:
     Returns:
       For each layer, under router/<layer>/: `load_max_over_mean` (1: balanced, E: one expert has all),
       `entropy` (nats per token), `dropped` (share of the assignments), `dead_experts` (experts without a
-      token), `load` (list of E shares), `virtual_share` (of all assignments, those of zero, copy and constant experts, where there
+      token), `load` (list of E shares), a router's own histogram (list of the bins' shares), `virtual_share` (of all assignments, those of zero, copy and constant experts, where there
       are any) and the other sums. A layer that retrieves one-neuron experts has no counts: of it come `gate_entropy` (nats)
       of a head's gates and, in evaluation, `usage` and `unevenness` (`routing.product_keys.usage`). Under router/: shares, entropy,
       load_max_over_mean, gate_entropy, usage and unevenness as means over the layers that have them, dead_experts and the other sums as
@@ -204,7 +205,7 @@ def routing_metrics(stats: dict[str, dict[str, Any]]) -> dict[str, Any]:
     totals = {
         f"router/{name}": sum(values) / len(values) if name in means else sum(values)
         for name, values in columns.items()
-        if name != "load"
+        if not isinstance(values[0], list)
     }
     return {**totals, **row}
 
@@ -224,8 +225,21 @@ def _layer_metrics(sums: dict[str, Any]) -> dict[str, Any]:
         "dropped": float(sums["dropped"]) / max(total, 1.0),
         "dead_experts": int((counts == 0).sum()),
         "load": (counts / max(total, 1.0)).tolist(),
-        **{name: float(value) for name, value in sums.items() if name not in known and np.ndim(value) == 0},
+        **{name: _plain_statistic(value) for name, value in sums.items() if name not in known and _can_be_shown(value)},
     }
+
+
+def _can_be_shown(value: Any) -> bool:
+    """Whether a router's own statistic has a figure of its own: a scalar, or one histogram."""
+    return value.counts.ndim == 1 if isinstance(value, Histogram) else np.ndim(value) == 0
+
+
+def _plain_statistic(value: Any) -> Any:
+    """A scalar, or the shares of a histogram's bins."""
+    if isinstance(value, Histogram):
+        counts = np.asarray(value.counts, np.float64)
+        return (counts / max(counts.sum(), 1.0)).tolist()
+    return float(value)
 
 
 def _retrieval_metrics(sums: dict[str, Any]) -> dict[str, float]:

@@ -8,8 +8,8 @@ import jax
 from etils import epath
 
 from moe_jax.config import Config
-from moe_jax.models.flops import training_flops_per_token
-from moe_jax.models.stack import by_layer
+from moe_jax.models.flops import experts_run, training_flops_per_token
+from moe_jax.models.places import by_layer
 from moe_jax.train.metrics import MetricsWriter, peak_flops, routing_metrics
 from moe_jax.train.progress import ProgressBar
 
@@ -27,7 +27,7 @@ class Reporter:
     def __init__(self, config: Config, vocab_size: int, step: int, writer: MetricsWriter, bar: ProgressBar):
         self.config, self.writer, self.bar, self.last_logged = config, writer, bar, step
         self.tokens_per_step = config.data.batch_size * config.data.sequence_length
-        self.flops_per_token = training_flops_per_token(config.model, vocab_size, config.data.sequence_length)
+        self.vocab_size = vocab_size
         known = peak_flops(jax.devices()[0].device_kind) or 0.0
         self.peak = (config.train.peak_tflops * 1e12 or known) * jax.device_count()
         self.start()
@@ -56,6 +56,10 @@ class Reporter:
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """Writes the row of `step`; `metrics` are the step's, on the host."""
+        stats = by_layer(metrics["stats"], self.config.model)
+        experts = experts_run(self.config.model, stats)
+        model, length = self.config.model, self.config.data.sequence_length
+        flops_per_token = training_flops_per_token(model, self.vocab_size, length, experts)
         seconds = max(time.perf_counter() - self.began - self.paused, 1e-9)
         speed = (step - self.last_logged) * self.tokens_per_step / seconds
         row = {
@@ -64,13 +68,17 @@ class Reporter:
             "gradient_norm": metrics["gradient_norm"],
             "learning_rate": metrics["learning_rate"],
             "skipped": metrics["skipped"],
-            "tflops_per_second": speed * self.flops_per_token / 1e12,
+            "tflops_per_second": speed * flops_per_token / 1e12,
             "step_share": self.stepping / seconds,
         }
         if self.peak:
-            row["mfu"] = speed * self.flops_per_token / self.peak
+            row["mfu"] = speed * flops_per_token / self.peak
         row |= {f"router/{name}_loss": value for name, value in metrics["losses"].items()}
-        row |= routing_metrics(by_layer(metrics["stats"], self.config.model))
+        row |= {f"router/{name}/experts_per_token": value for name, value in experts.items()}
+        if experts:
+            row["router/experts_per_token"] = sum(experts.values()) / len(experts)
+            row["flops_per_token"] = flops_per_token
+        row |= routing_metrics(stats)
         self.writer.write(step, row)
         self.bar.update(step, float(metrics["loss"]), speed)
         self.last_logged = step

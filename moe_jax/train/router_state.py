@@ -4,76 +4,89 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.config import MoEConfig
+from moe_jax.config import FFNConfig, ModelConfig
 from moe_jax.layers.block import router_sizes
-from moe_jax.routing import ROUTERS, product_keys
+from moe_jax.models.places import Place, stacked_places
+from moe_jax.routing import ROUTERS, Step, product_keys
 
 
-def update_router_state(router_state: Any, stats: Any, config: MoEConfig) -> Any:
-    """The routers' state after a step, from the statistics summed over it; see `Router.update`, and of layers that retrieve
-    `product_keys.update`."""
-    router, sizes = ROUTERS[config.router], router_sizes(config)
-    if not router_state:
-        return router_state
-    layers = [layer for layer in _layers(stats) if "counts" in layer]
-    total = jax.tree.map(lambda *parts: sum(parts), *map(_over_groups, layers)) if layers else {}
+def update_router_state(router_state: Any, stats: Any, params: Any, applied: jax.Array, config: ModelConfig) -> Any:
+    """The routers' state after a step, see `Router.update`, and of layers that retrieve `product_keys.update`.
 
-    def walk(state, sums):
-        if not _of_layer(sums):
-            return {name: walk(state[name], sums[name]) if name in sums else state[name] for name in state}
-        if "peer" in state:
-            return {"peer": {"router": product_keys.update(state["peer"]["router"], sums)}}
-        if router.update is None:
-            return state
-
-        def one(state, sums):
-            return router.update(state, sums, total, sizes, config.options)
-
-        stacked = sums["counts"].ndim == 2
-        return {"moe": {"router": (jax.vmap(one) if stacked else one)(state["moe"]["router"], sums)}}
-
-    return {"stack": walk(router_state["stack"], stats)}
-
-
-def _of_layer(sums: dict[str, Any]) -> bool:
-    return "tokens" in sums
-
-
-def _layers(stats: dict[str, Any]) -> list[dict[str, jax.Array]]:
-    if not stats or _of_layer(stats):
-        return [stats] if stats else []
-    return [layer for inner in stats.values() for layer in _layers(inner)]
+    Args:
+      router_state: before it.
+      stats: the statistics summed over it, at the places of the blocks.
+      params: the model's parameters after it.
+      applied: int32 scalar, how many steps were applied so far, this one included; skipped ones do not count.
+      config: the model's.
+    """
+    state = router_state.get("stack", {})
+    blocks = sorted(stacked_places(config, "routed", "peer", "pkm"), key=lambda place: place.path)
+    totals = _totals(blocks, stats)
+    new = state
+    for place in blocks:
+        old = _router(place, state)
+        if not old:
+            continue
+        sums, mine = place.find(stats), _router(place, params.get("stack", {}))
+        if place.ffn.kind == "routed":
+            update = _update_of(place.ffn, totals[place.ffn.name], applied)
+        else:
+            update = lambda state, stats, params: product_keys.update(state, stats)
+        if update is not None:
+            made = (update if place.group is None else jax.vmap(update))(old, sums, mine or {})
+            new = _replaced(new, (*place.path, place.module, "router"), made)
+    return router_state if new is state else {"stack": new}
 
 
-def _over_groups(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return jax.tree.map(lambda a: jnp.sum(a, axis=0), sums) if sums["counts"].ndim == 2 else sums
+def _update_of(ffn: FFNConfig, total: Any, applied: jax.Array):
+    """(state, stats, params) of one block -> its new state; None: the router keeps it."""
+    router, moe = ROUTERS[ffn.moe.router], ffn.moe
+    if router.update is None:
+        return None
+    return lambda state, stats, params: router.update(
+        state, Step(stats, total, params, applied), router_sizes(moe), moe.options
+    )
 
 
-def start_router_state(router_state: Any, token_shares: Callable[[], np.ndarray], config: MoEConfig, vocab_size: int) -> Any:
+def _totals(blocks: list[Place], stats: Any) -> dict[str, Any]:
+    """The statistics summed over the blocks of each routed layer, by its name."""
+    totals: dict[str, Any] = {}
+    for place in blocks:
+        if place.ffn.kind == "routed" and (sums := place.find(stats)):
+            over_groups = sums if place.group is None else jax.tree.map(lambda a: a.sum(axis=0), sums)
+            name = place.ffn.name
+            totals[name] = jax.tree.map(lambda a, b: a + b, totals[name], over_groups) if name in totals else over_groups
+    return totals
+
+
+def _router(place: Place, tree: Any) -> Any:
+    """What belongs to a block's router in a tree that starts below "stack"; None: nothing."""
+    return ((place.find(tree) or {}).get(place.module) or {}).get("router")
+
+
+def _replaced(tree: dict[str, Any], path: tuple[str, ...], leaf: Any) -> dict[str, Any]:
+    """`tree` with `leaf` at `path`."""
+    return tree | {path[0]: _replaced(tree[path[0]], path[1:], leaf) if len(path) > 1 else leaf}
+
+
+def start_router_state(router_state: Any, token_shares: Callable[[], np.ndarray], config: ModelConfig, vocab_size: int) -> Any:
     """The routers' state before the first step, on the devices of `router_state`; see `Router.start`.
 
     token_shares: gives float64 [V], the share of each id in the training text; called only where a router asks.
     """
-    router, sizes = ROUTERS[config.router], router_sizes(config, vocab_size)
-    if router.start is None or not router_state:
-        return router_state
-    shares = token_shares()
-
-    def walk(tree, stacked):
-        if "peer" in tree:
-            return tree
-        if "moe" not in tree:
-            return {name: walk(inner, stacked or name == "groups") for name, inner in tree.items()}
-        old = tree["moe"]["router"]
-        host = jax.device_get(old)
+    before = state = router_state.get("stack", {})
+    for place in stacked_places(config, "routed"):
+        router, moe, old = ROUTERS[place.ffn.moe.router], place.ffn.moe, _router(place, state)
+        if router.start is None or not old:
+            continue
+        sizes, host, stacked = router_sizes(moe, vocab_size), jax.device_get(old), place.group is not None
         groups = len(next(iter(host.values()))) if stacked else 1
         parts = [jax.tree.map(lambda a: a[g], host) if stacked else host for g in range(groups)]
-        parts = [router.start(part, shares, sizes, config.options) for part in parts]
+        parts = [router.start(part, token_shares(), sizes, moe.options) for part in parts]
         new = jax.tree.map(lambda *a: np.stack(a), *parts) if stacked else parts[0]
         new = jax.tree.map(lambda a, b: jax.device_put(np.asarray(a, b.dtype), b.sharding), new, old)
-        return {"moe": {"router": new}}
-
-    return {"stack": walk(router_state["stack"], False)}
+        state = _replaced(state, (*place.path, place.module, "router"), new)
+    return router_state if state is before else {"stack": state}

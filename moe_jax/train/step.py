@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from moe_jax.config import Config
+from moe_jax.config.blocks import RETRIEVING, distinct_layers
 from moe_jax.models.decoder import row_sinks, sink_tables
 from moe_jax.models.losses import cross_entropy
+from moe_jax.models.places import pool_path, stacked_places
 from moe_jax.ops.row_gradient import sort_rows, squared_norm
 from moe_jax.parallel.rules import batch_sharding, replicated
 from moe_jax.routing import ROUTERS
@@ -35,7 +37,9 @@ def make_loss(model: nn.Module, config: Config):
     `loss` is this microbatch's share of the step's: its nats over the step's `tokens`, plus the weighted router losses over
     the number of microbatches.
     """
-    weights = ROUTERS[config.model.moe.router].loss_weights(config.model.moe.options)
+    weights = {
+        ffn.name: ROUTERS[ffn.moe.router].loss_weights(ffn.moe.options) for ffn in distinct_layers(config.model, "routed")
+    }
 
     def loss(dense, sinks, tables, router_state, micro, tokens, key, step):
         params = join_tables(dense, tables)
@@ -46,7 +50,6 @@ def make_loss(model: nn.Module, config: Config):
             micro["positions"],
             micro["segment_ids"],
             key=key,
-            step=step,
             train=True,
         )
         nats, _ = cross_entropy(
@@ -58,9 +61,10 @@ def make_loss(model: nn.Module, config: Config):
             dtype=jnp.dtype(config.model.dtype),
         )
         total = nats / tokens
-        for name, value in out.losses.items():
-            if weights[name]:  # a loss of weight 0 must not leak a NaN
-                total += weights[name] * value / config.train.microbatches
+        for ffn, losses in out.losses.items():
+            for name, value in losses.items():
+                if weights[ffn][name]:  # a loss of weight 0 must not leak a NaN
+                    total += weights[ffn][name] * value / config.train.microbatches
         return total, (nats, out.losses, out.stats, out.row_ids)
 
     return loss
@@ -109,9 +113,10 @@ def accumulate(model: nn.Module, config: Config, state: State, batch: Batch):
         sums, rows = jax.lax.scan(body, zeros, (micro, jnp.arange(parts)))
     d_dense, loss, nats, losses, stats = sums
     ids, d_sinks = (flax.traverse_util.flatten_dict(tree, sep="/") for tree in rows)
-    by_width = "expert" if config.model.peer.split == "width" else ""
     table_of, parts_of = sink_tables(config.model), {}
+    split = {pool_path(place): place.ffn.peer.split for place in stacked_places(config.model, *RETRIEVING)}
     for path, d in d_sinks.items():
+        by_width = "expert" if split.get(table_of[path], config.model.peer.split) == "width" else ""
         one = row_gradient(tables[table_of[path]], ids[path], d, by_width)
         parts_of.setdefault(table_of[path], []).append(one)
     d_rows = {
@@ -119,6 +124,12 @@ def accumulate(model: nn.Module, config: Config, state: State, batch: Batch):
         for path, several in parts_of.items()
     }
     return d_dense, d_rows, loss, nats / tokens, jax.tree.map(lambda a: a / parts, losses), stats
+
+
+def losses_by_name(losses: dict[str, dict[str, jax.Array]]) -> dict[str, jax.Array]:
+    """Router losses by feed-forward layer -> {name: their sum over the layers, the mean over blocks}."""
+    names = sorted({name for mine in losses.values() for name in mine})
+    return {name: sum(mine[name] for mine in losses.values() if name in mine) for name in names}
 
 
 def make_train_step(model: nn.Module, config: Config):
@@ -155,8 +166,9 @@ def make_train_step(model: nn.Module, config: Config):
                 new = {
                     "params": join_tables(dense, tables),
                     "opt_state": {"dense": opt_dense, "rows": opt_rows},
-                    "router_state": update_router_state(old["router_state"], stats, config.model.moe),
                 }
+                applied = state["step"] - state["skipped"] + 1
+                new["router_state"] = update_router_state(old["router_state"], stats, new["params"], applied, config.model)
                 if "ema" in old:
                     new["ema"] = optax.incremental_update(new["params"], old["ema"], 1 - options.ema_decay)
                 return new
@@ -173,7 +185,7 @@ def make_train_step(model: nn.Module, config: Config):
             "total_loss": total,
             "gradient_norm": norm,
             "learning_rate": rate,
-            "losses": losses,
+            "losses": losses_by_name(losses),
             "stats": stats,
             "skipped": new["skipped"],
             "skipped_in_row": new["skipped_in_row"],

@@ -6,9 +6,8 @@ depth; routers are fresh; the rest is copied. With an `expert_width` of ffn_widt
 "virtual group". Equal scores go to the lower index, so the K best are then K / G whole copies, and every shard is in them.
 
 A copy's G gates are equal. Where all K sum to a number c, those of its copies sum to c / G, which is what the whole layer would be
-multiplied by: w_out times G / c and b_out by 1 / c give the dense layer. `gate_sum` knows c: for the router hash; for top_k where
-it renormalises (K above 1, or renormalise=always), takes the softmax of the chosen (top_k_first) or the softmax of all E = K; for
-gshard while it keeps both experts. Without drops and virtual experts the step-0 function is then that of the dense run up to
+multiplied by: w_out times G / c and b_out by 1 / c give the dense layer. The router's options know c (`RouterOptions.gate_sum`).
+Without drops and virtual experts the step-0 function is then that of the dense run up to
 rounding. Elsewhere it is not, c counts as 1, and `departures` says why.
 
 Shared experts start with an output of 0, which changes nothing and learns.
@@ -22,9 +21,10 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
-from moe_jax.config import Config, ConfigError, ModelConfig, MoEConfig, from_dict
-from moe_jax.config.blocks import block_kinds, expert_shards, parse_inserts, parse_pattern
+from moe_jax.config import Config, ConfigError, FFNConfig, ModelConfig, from_dict
+from moe_jax.config.blocks import RETRIEVING, block_layers, distinct_layers, expert_shards, options_path, parse_inserts
 from moe_jax.models import MODELS
+from moe_jax.models.places import Place, places
 from moe_jax.train.checkpoint import load_meta, load_params
 from moe_jax.train.state import abstract_placed_variables
 
@@ -35,12 +35,13 @@ class Origin(NamedTuple):
     """Where a leaf of the routed model comes from.
 
     how: "copied", "experts" or "fresh". sources: (path in the dense tree, group there or None), one for each group of the leaf.
-    stacked: whether the leaf has an axis of groups.
+    stacked: whether the leaf has an axis of groups. ffn: the feed-forward layer of its block.
     """
 
     how: str
     sources: tuple[tuple[str, int | None], ...] = ()
     stacked: bool = False
+    ffn: FFNConfig | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,7 @@ def check_dense_run(config: Config) -> Config:
     """
     workdir, new = config.init.upcycle_from, config.model
     old = from_dict(load_meta(workdir)["config"])
-    if set(block_kinds(old.model)) != {"dense"}:
+    if block_layers(old.model, "routed", *RETRIEVING):
         limit = f"its model.pattern={old.model.pattern} and inserts={old.model.inserts!r} have blocks with experts"
         raise ConfigError("init.upcycle_from", workdir, limit, "name a dense run, or use init.checkpoint")
     ours, theirs = _fitting(new), _fitting(old.model)
@@ -95,50 +96,31 @@ def _fitting(model: ModelConfig) -> dict[str, Any]:
     found = {name: getattr(model, name) for name in names.split()}
     if model.positions == "learned":
         found |= {"max_positions": model.max_positions, "position_offset": model.position_offset}
-    inserts = sorted(parse_inserts(model), key=lambda insert: insert[2])
-    places = ",".join(f"{name}@{place}" for name, _, place in inserts)
+    inserts = sorted(parse_inserts(model), key=lambda insert: insert.before)
+    at = ",".join(f"{insert.name}@{insert.before}" for insert in inserts)
     widths = {"kv_heads": kv_heads, "head_width": head_width, "insert_width": model.insert_width or model.ffn_width}
-    return found | widths | {"inserts": places}
-
-
-def gate_sum(moe: MoEConfig) -> tuple[float, str]:
-    """(what the gates of a token sum to, "") or (1.0, why they do not sum to a fixed number)."""
-    o, router = moe.options, moe.router
-    if router == "hash" or (router == "gshard" and (o.second_expert, o.eval_second_expert) == ("all", "all")):
-        return 1.0, ""
-    if router == "top_k":
-        shares = o.renormalise == "always" or (o.renormalise == "auto" and moe.top_k > 1) or o.order == "top_k_first"
-        if shares or (o.score == "softmax" and moe.top_k == moe.experts):
-            return o.scale, ""
-    reasons = {
-        "gshard": "where the second expert does not run, the gate of the first stays below 1",
-        "soft_moe": "experts see mixtures of tokens",
-        "base": "the gate is a sigmoid",
-        "remoe": "the gates are those of a ReLU",
-    }
-    return 1.0, f"model.moe.router={router}: " + reasons.get(router, "the gates are raw scores, which do not sum to 1")
+    return found | widths | {"inserts": at}
 
 
 def departures(old: ModelConfig, new: ModelConfig) -> tuple[str, ...]:
     """Why the step-0 function is not the dense one, each with its field; empty: it is, up to rounding."""
-    moe, found = new.moe, [gate_sum(new.moe)[1]]
-    if moe.virtual_experts:
-        found.append("zero, copy and constant experts take a share of the gates")
-    if moe.execution == "capacity":
-        found.append("model.moe.execution=capacity: training drops assignments")
-    if moe.eval_capacity:
-        found.append(f"model.moe.eval_capacity={moe.eval_capacity}: evaluation drops assignments")
-    if moe.router == "top_k":
-        shards, group = expert_shards(new), (moe.experts + moe.virtual_experts) // moe.options.groups
-        if group % shards and shards % group:
-            found.append(f"model.moe.routers.top_k.groups={moe.options.groups} cuts through the shards of a dense layer")
+    found = []
+    for ffn in distinct_layers(new, "routed"):
+        moe, path = ffn.moe, options_path(new, ffn) + "moe."
+        found.append(path + "router=" + reason if (reason := moe.options.gate_sum(moe, expert_shards(new, ffn))[1]) else "")
+        if moe.virtual_experts:
+            found.append("zero, copy and constant experts take a share of the gates")
+        if moe.execution == "capacity":
+            found.append(f"{path}execution=capacity: training drops assignments")
+        if moe.eval_capacity:
+            found.append(f"{path}eval_capacity={moe.eval_capacity}: evaluation drops assignments")
     names = ["norm_epsilon"] + ["rope_theta", "rope_scaling"] * (new.positions == "rope")
     if new.rope_scaling != "none":
         names += ["rope_factor", "rope_low_frequency", "rope_high_frequency", "rope_original_length"]
     for name in names:
         if getattr(old, name) != getattr(new, name):
             found.append(f"model.{name}={getattr(new, name)}, in the dense run {getattr(old, name)}")
-    return tuple(reason for reason in found if reason)
+    return tuple(dict.fromkeys(reason for reason in found if reason))
 
 
 def origins(routed: Flat, dense: Flat, old: ModelConfig, new: ModelConfig) -> dict[str, Origin]:
@@ -151,23 +133,21 @@ def origins(routed: Flat, dense: Flat, old: ModelConfig, new: ModelConfig) -> di
     Raises:
       ValueError: a leaf of the dense tree goes nowhere.
     """
-    places, found = _places(old), {}
-    blocks: dict[str, list[str]] = {}
-    for block, (prefix, _) in _places(new).items():
-        blocks.setdefault(prefix, []).append(block)
-    for path in routed:
-        parts = path.split("/")
-        length = (3 if parts[1] == "groups" else 2) if parts[0] == "stack" else 0
-        prefix, rest = "/".join(parts[:length]), "/".join(parts[length:])
-        how = "copied"
-        if rest.startswith("moe/experts/"):
-            how, rest = "experts", rest.replace("moe/experts", "ffn")
-        elif rest.startswith("moe/"):
-            found[path] = Origin("fresh")
-            continue
-        at = [places[block] for block in blocks[prefix]] if length else [("", None)]
-        sources = tuple((f"{base}/{rest}".removeprefix("/"), group) for base, group in at)
-        found[path] = Origin(how, sources, stacked=length == 3)
+    there = {place.name: place for place in places(old)}
+    found: dict[str, Origin] = {path: Origin("copied", ((path, None),)) for path in routed if not path.startswith("stack/")}
+    blocks: dict[str, list[Place]] = {}
+    for place in places(new):
+        blocks.setdefault(place.prefix, []).append(place)
+    for prefix, mine in blocks.items():
+        for path in (path for path in routed if path.startswith(f"{prefix}/")):
+            rest, how = path.removeprefix(f"{prefix}/"), "copied"
+            if rest.startswith("moe/experts/"):
+                how, rest = "experts", rest.replace("moe/experts", "ffn")
+            elif rest.startswith("moe/"):
+                found[path] = Origin("fresh", ffn=mine[0].ffn)
+                continue
+            sources = tuple((f"{there[place.name].prefix}/{rest}", there[place.name].group) for place in mine)
+            found[path] = Origin(how, sources, stacked=mine[0].group is not None, ffn=mine[0].ffn)
     used = {source for origin in found.values() for source in origin.sources}
     there = {
         (path, group)
@@ -177,13 +157,6 @@ def origins(routed: Flat, dense: Flat, old: ModelConfig, new: ModelConfig) -> di
     if used != there:
         raise ValueError(f"the dense and the routed model differ in {sorted(map(str, used ^ there))[:4]}")
     return found
-
-
-def _places(model: ModelConfig) -> dict[str, tuple[str, int | None]]:
-    """Block, by its number or name -> (its prefix in `params`, its group or None)."""
-    period = len(parse_pattern(model))
-    places = {str(n): (f"stack/groups/block_{n % period}", n // period) for n in range(model.layers)}
-    return places | {name: (f"stack/{name}", None) for name, _, _ in parse_inserts(model)}
 
 
 def to_experts(name: str, weight: jax.Array, experts: int, shards: int, gates: float = 1.0) -> jax.Array:
@@ -221,10 +194,12 @@ def upcycle_params(dense: Flat, fresh: Flat, plan: dict[str, Origin], model: Mod
       plan: of `origins`.
       model: the routed model's config.
     """
-    experts, shards, gates = model.moe.experts, expert_shards(model), gate_sum(model.moe)[0]
 
     def make(path: str, origin: Origin) -> jax.Array:
         name = path.rpartition("/")[2]
+        if origin.ffn is not None and origin.ffn.kind == "routed":
+            moe, shards = origin.ffn.moe, expert_shards(model, origin.ffn)
+            experts, gates = moe.experts, moe.options.gate_sum(moe, shards)[0]
         if origin.how == "fresh":
             if path.endswith("moe/router/kernel"):
                 return virtual_groups(fresh[path], experts, shards, axis=2 if path.startswith("stack/groups/") else 1)
@@ -253,7 +228,9 @@ def upcycle(config: Config, params: Any, vocab_size: int, mesh) -> tuple[Any, Up
     """
     old, new = check_dense_run(config), config.model
     # The dense run's own may name kernels that this machine lacks.
-    builder = MODELS[new.name](dataclasses.replace(new, pattern=old.model.pattern, inserts=old.model.inserts), vocab_size)
+    builder = MODELS[new.name](
+        dataclasses.replace(new, pattern=old.model.pattern, inserts=old.model.inserts, ffns=old.model.ffns), vocab_size
+    )
     restored = load_params(config.init.upcycle_from, {"params": abstract_placed_variables(builder, mesh)["params"]})
     dense = flax.traverse_util.flatten_dict(restored.state["params"], sep="/")
     flat = flax.traverse_util.flatten_dict(params, sep="/")
@@ -269,7 +246,7 @@ def upcycle(config: Config, params: Any, vocab_size: int, mesh) -> tuple[Any, Up
         config.init.upcycle_from,
         restored.step,
         **counts,
-        shards=expert_shards(new),
+        shards=max(expert_shards(new, ffn) for ffn in distinct_layers(new, "routed")),
         averaged=old.optimizer.ema_decay > 0,
         warnings=departures(old.model, new),
     )

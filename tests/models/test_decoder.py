@@ -13,7 +13,8 @@ import pytest
 from moe_jax.config import ModelConfig, MoEConfig
 from moe_jax.models.decoder import Decoder
 from moe_jax.models.losses import cross_entropy
-from moe_jax.models.stack import by_layer, init_stack_cache
+from moe_jax.models.places import by_layer
+from moe_jax.models.stack import init_stack_cache
 from tests.models.small import boxed_shapes, random_variables
 
 B, S, V = 2, 12, 61
@@ -46,9 +47,9 @@ def loss_and_gradients(model, variables):
     def run(params, state):
         def loss(params):
             variables = {"params": params} | state
-            out = model.apply(variables, ids, positions, segments, key=jax.random.key(3), step=jnp.int32(2), train=True)
+            out = model.apply(variables, ids, positions, segments, key=jax.random.key(3), train=True)
             nats, _ = cross_entropy(out.x, out.table, jnp.roll(ids, -1, 1), (segments > 0).astype(jnp.float32), chunk=16)
-            return nats + 0.1 * sum(out.losses.values()), out.stats
+            return nats + 0.1 * sum(jax.tree.leaves(out.losses)), out.stats
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 
@@ -181,11 +182,12 @@ def test_statistics_by_layer():
     model = make_model(inserts="base=routed@2,plain=dense@0")
     out = jax.jit(model.apply)(random_variables(model), *make_batch())
     layers = by_layer(out.stats, model.config)
-    assert list(layers) == ["layer_01", "layer_03", "base"]
+    assert list(layers) == ["layer_01", "base", "layer_03"]
     for stats in layers.values():
         assert stats["tokens"] == 21 and stats["counts"].sum() == 42 and stats["counts"].shape == (4,)
         assert stats["dropped"] == 0 and stats["nonfinite"] == 0
-    assert set(out.losses) == {"balance", "z"} and out.losses["balance"].shape == ()
+    losses = out.losses["routed"]
+    assert set(out.losses) == {"routed"} and set(losses) == {"balance", "z"} and losses["balance"].shape == ()
     dense = make_model(pattern="dense")
     out = jax.jit(dense.apply)(random_variables(dense), *make_batch())
     assert by_layer(out.stats, dense.config) == {} and out.losses == {} and out.cache is None

@@ -18,8 +18,8 @@ from moe_jax.config.validate import validate
 from moe_jax.data import BPETokenizer, ByteTokenizer
 from moe_jax.evaluate.__main__ import evaluation_sets
 from moe_jax.models.decoder import Decoder
-from moe_jax.models.stack import by_layer
-from moe_jax.report.collect import column_names, is_dense, observe, routed_layers
+from moe_jax.models.places import by_layer
+from moe_jax.report.collect import column_names, dense_layers, observe, routed_layers
 from moe_jax.report.history import Series, evaluations, other_sums, series, thinned
 from moe_jax.report.page import number, percent, text
 from moe_jax.report.passages import colours
@@ -145,7 +145,7 @@ def test_every_router(router, tmp_path, capsys):
     page = page_of(make_run(tmp_path, config), capsys=capsys)
     said = "".join(page.text)
     assert "layer_01" in said and router in said and "The same tokens under step 1 and under step 2" in said
-    assert ("matrix is dense" in said) == (router == "soft_moe") == is_dense(config.model, 257)
+    assert ("matrix is dense" in said) == (router == "soft_moe") == bool(dense_layers(config.model, 257))
     assert ("every token has at most one expert" in said) == (top_k == 1 or router == "soft_moe")
     assert all(name in page.text for name in column_names(config.model))
     pictures = sum(name == "src" for _, name, _ in page.attributes)

@@ -22,7 +22,7 @@ from moe_jax.config.routers import (
     TopKConfig,
 )
 from moe_jax.layers.moe import MoE
-from moe_jax.routing import ROUTERS, Sizes
+from moe_jax.routing import ROUTERS, Sizes, Step
 from moe_jax.routing.statistics import column_counts, matrix
 from moe_jax.types import ExpertChoice, RouterInputs, SlotMix
 
@@ -149,7 +149,6 @@ def example(seed=1):
         segment_ids=segments,
         valid=segments > 0,
         key=jax.random.key(3),
-        step=np.int32(7),
         train=None,
     )
 
@@ -393,7 +392,7 @@ def test_update(row):
         assert not s.state or router.start
         return
     state, stats = s.state["router"], s.route_jit(hidden(), example())[2]
-    new = router.update(state, stats, stats, sizes(row), ROWS[row].options)
+    new = router.update(state, Step(stats, stats, s.params["router"], jnp.int32(1)), sizes(row), ROWS[row].options)
     chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
     chex.assert_tree_all_finite(new)
     assert any(np.any(new[name] != state[name]) for name in state)

@@ -2,7 +2,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config.routers import HashConfig, MoEConfig
+from moe_jax.config.model import ModelConfig
+from moe_jax.config.moe import MoEConfig
+from moe_jax.config.routers import HashConfig
 from moe_jax.routing.contract import Sizes
 from moe_jax.routing.hash import Hash, start
 from moe_jax.train.router_state import start_router_state
@@ -41,10 +43,10 @@ def test_start_of_stacked_and_single_layers():
     layer = lambda table: {"moe": {"router": {"table": table}}}
     state = {"stack": {"groups": {"block_1": layer(table)}, "first": layer(table[0])}}
     shares = np.full(VOCABULARY, 1 / VOCABULARY)
-    config = MoEConfig(experts=E, top_k=1, router="hash")
+    config = ModelConfig(inserts="first=routed@0", moe=MoEConfig(experts=E, top_k=1, router="hash"))
     new = start_router_state(state, lambda: shares, config, VOCABULARY)["stack"]
     stacked, single = (new["groups"]["block_1"], new["first"])
     np.testing.assert_array_equal(stacked["moe"]["router"]["table"][0], single["moe"]["router"]["table"])
     counts = np.bincount(np.asarray(single["moe"]["router"]["table"]), minlength=E)
     assert counts.max() - counts.min() <= 1
-    assert start_router_state(state, None, MoEConfig(), VOCABULARY) is state
+    assert start_router_state(state, None, ModelConfig(inserts="first=routed@0"), VOCABULARY) is state

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config.routers import ReMoEConfig
-from moe_jax.routing.contract import Sizes
+from moe_jax.routing.contract import Sizes, Step
 from moe_jax.routing.remoe import ReMoE, sparsity_loss, update
 from moe_jax.types import RouterInputs
 
@@ -57,16 +57,20 @@ def test_controller(active, factor):
     """It steers the mean over the model: one layer's own counts do not matter."""
     stats = {"counts": jnp.full(E, 7.0), "overflow": jnp.float32(0), "tokens": jnp.float32(10)}
     total = {"counts": jnp.full(E, active * 20 / E), "overflow": jnp.float32(0), "tokens": jnp.float32(20)}
-    new = update({"weight": jnp.float32(3e-8)}, stats, total, Sizes(E, 2), ReMoEConfig())
+    new = update({"weight": jnp.float32(3e-8)}, Step(stats, total, {}, jnp.int32(1)), Sizes(E, 2), ReMoEConfig())
     np.testing.assert_allclose(new["weight"], 3e-8 * factor, rtol=1e-6)
 
 
 def test_the_controller_stays_in_range():
     """It comes back from either end."""
     total = {"counts": jnp.full(E, 30.0), "overflow": jnp.float32(0), "tokens": jnp.float32(10)}
-    up = lambda weight: update({"weight": jnp.float32(weight)}, total, total, Sizes(E, 2), ReMoEConfig())["weight"]
     few = total | {"counts": jnp.zeros(E)}
-    down = lambda weight: update({"weight": jnp.float32(weight)}, few, few, Sizes(E, 2), ReMoEConfig())["weight"]
+
+    def moved(weight, total):
+        step = Step(total, total, {}, jnp.int32(1))
+        return update({"weight": jnp.float32(weight)}, step, Sizes(E, 2), ReMoEConfig())["weight"]
+
+    up, down = lambda weight: moved(weight, total), lambda weight: moved(weight, few)
     low, high = down(1e-20), up(1e6)
     assert 0 < low <= 1e-20 * 1.001 and up(low) > low
     assert np.isfinite(high) and down(high) < high

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config.routers import TopKConfig
-from moe_jax.routing.contract import Sizes
+from moe_jax.routing.contract import Sizes, Step
 from moe_jax.routing.top_k import TopK, choose, update
 from moe_jax.types import RouterInputs
 
@@ -96,7 +96,9 @@ def test_state_bias_is_used():
 
 def test_update():
     state, sizes = {"load": jnp.full(E, 0.25), "bias": jnp.zeros(E)}, Sizes(E, 2)
-    step = lambda state, counts, options: update(state, {"counts": jnp.asarray(counts)}, {}, sizes, options)
+    step = lambda state, counts, options: update(
+        state, Step({"counts": jnp.asarray(counts)}, {}, {}, jnp.int32(1)), sizes, options
+    )
     new = step(state, [8.0, 2.0, 4.0, 2.0], TopKConfig(bias_rate=0.1))
     chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
     np.testing.assert_allclose(new["bias"], [-0.1, 0.1, 0, 0.1])

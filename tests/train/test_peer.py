@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax.models.stack import by_layer
+from moe_jax.models.places import by_layer
 from moe_jax.train.metrics import routing_metrics
 from tests.train.small import BATCH, LENGTH, Runner, make_batch, make_config
 

@@ -45,7 +45,7 @@ def test_it_learns(router):
     config = config_of(router)
     runner = Runner(config)
     runner.state["router_state"] = start_router_state(
-        runner.state["router_state"], lambda: np.full(VOCABULARY, 1 / VOCABULARY), config.model.moe, VOCABULARY
+        runner.state["router_state"], lambda: np.full(VOCABULARY, 1 / VOCABULARY), config.model, VOCABULARY
     )
     before, losses = router_state(runner), []
     for step in range(12):

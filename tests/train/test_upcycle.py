@@ -14,7 +14,7 @@ from moe_jax.config import Config, ConfigError, SourceConfig, to_dict
 from moe_jax.config.validate import validate
 from moe_jax.data import ByteTokenizer
 from moe_jax.models.decoder import Decoder
-from moe_jax.models.stack import by_layer
+from moe_jax.models.places import by_layer
 from moe_jax.parallel.mesh import mesh_from_config
 from moe_jax.parallel.rules import shardings_of
 from moe_jax.routing.contract import best
@@ -25,7 +25,6 @@ from moe_jax.train.restore import load_run
 from moe_jax.train.upcycle import (
     check_dense_run,
     departures,
-    gate_sum,
     origins,
     to_experts,
     upcycle,
@@ -208,7 +207,8 @@ def test_reasons_of_training_and_of_other_fields():
         "rope_theta=500.0",
     )
     assert len(reasons) == 4 and all(re.search(p, r) for p, r in zip(patterns, reasons, strict=True))
-    assert gate_sum(configs(**top_k(scale=2.0))[1].model.moe) == (2.0, "")
+    moe = configs(**top_k(scale=2.0))[1].model.moe
+    assert moe.options.gate_sum(moe, 1) == (2.0, "")
 
 
 def test_blocks_are_matched_by_depth_and_name():

@@ -1,20 +1,35 @@
 """Blocks, attention and feed-forward layers."""
 
 import importlib.util
+import re
 
-from moe_jax.config.blocks import has_retrieval_blocks, has_routed_blocks, parse_inserts, parse_pattern
+from moe_jax.config.blocks import BUILT_IN, RETRIEVING, distinct_layers, options_path, parse_inserts, parse_pattern
 from moe_jax.config.leaf import ConfigError
 from moe_jax.config.model import ModelConfig
+from moe_jax.config.moe import MoEConfig
 from moe_jax.config.run import Config
 from moe_jax.config.validate.common import must_divide
 from moe_jax.config.validate.retrieval import check_retrieval
 from moe_jax.config.validate.routing import check_router
 
+_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+
 
 def check_blocks(model: ModelConfig) -> None:
+    names = [ffn.name for ffn in model.ffns]
+    for i, ffn in enumerate(model.ffns):
+        path = f"model.ffns[{i}]."
+        if not _NAME.fullmatch(ffn.name):
+            raise ConfigError(path + "name", ffn.name, "not a name", "use letters, digits and '_'")
+        if ffn.name in BUILT_IN or names.index(ffn.name) != i:
+            raise ConfigError(path + "name", ffn.name, "the name of another feed-forward layer", "use another")
+        if ffn.width and ffn.kind != "dense":
+            limit = f"without effect on {path}kind={ffn.kind}"
+            fix = f"use 0, and {path}moe.expert_width" if ffn.kind == "routed" else "use 0"
+            raise ConfigError(path + "width", ffn.width, limit, fix)
     group = len(parse_pattern(model))
     if model.layers % group:
-        limit = f"not a multiple of the {group} kinds in model.pattern={model.pattern}"
+        limit = f"not a multiple of the {group} layers in model.pattern={model.pattern}"
         raise ConfigError("model.layers", model.layers, limit, f"use {model.layers // group * group or group}")
     parse_inserts(model)
 
@@ -55,28 +70,40 @@ def check_attention(config: Config) -> None:
 
 
 def check_feed_forward(config: Config) -> None:
-    model, moe, mesh = config.model, config.model.moe, config.mesh
+    model, mesh = config.model, config.mesh
     must_divide("mesh.fsdp", mesh.fsdp, "model.width", model.width)
     must_divide("mesh.tensor", mesh.tensor, "model.ffn_width", model.ffn_width)
     if model.insert_width:
-        if all(kind != "dense" for _, kind, _ in parse_inserts(model)):
-            limit = f"there is no insert of kind dense in model.inserts={model.inserts!r}"
+        if all(insert.ffn.name != "dense" for insert in parse_inserts(model)):
+            limit = f"there is no insert of the layer dense in model.inserts={model.inserts!r}"
             raise ConfigError("model.insert_width", model.insert_width, limit, "use 0, or add one")
         must_divide("mesh.tensor", mesh.tensor, "model.insert_width", model.insert_width)
-    if has_retrieval_blocks(model):
-        check_retrieval(config)
-    if has_routed_blocks(model):
-        check_router(config)
-        if moe.eval_capacity and moe.capacity_priority != "token":
-            limit = f"not causal, in evaluation with model.moe.eval_capacity={moe.eval_capacity}"
-            fix = "use token, or model.moe.eval_capacity=0"
-            raise ConfigError("model.moe.capacity_priority", moe.capacity_priority, limit, fix)
-        if 0 < moe.exchange_buffer < 1:
-            limit = "less than an even load needs, so that every call would take gather"
-            fix = "use 1 or more, or 0 for a buffer that holds everything"
-            raise ConfigError("model.moe.exchange_buffer", moe.exchange_buffer, limit, fix)
-        if moe.backend == "tokamax" and importlib.util.find_spec("tokamax") is None:
-            raise ConfigError("model.moe.backend", "tokamax", "a package that is missing", "pip install tokamax")
-        must_divide("mesh.expert", mesh.expert, "model.moe.experts", moe.experts)
-        if moe.expert_width:
-            must_divide("mesh.tensor", mesh.tensor, "model.moe.expert_width", moe.expert_width)
+    for ffn in distinct_layers(model):
+        path = options_path(model, ffn)
+        if ffn.kind == "dense" and ffn.name not in BUILT_IN:
+            must_divide("mesh.tensor", mesh.tensor, path + "width", ffn.width)
+        elif ffn.kind == "routed":
+            check_router(config, ffn.moe, path + "moe.")
+            _check_experts(config, ffn.moe, path + "moe.")
+        elif ffn.kind in RETRIEVING:
+            check_retrieval(config, ffn, path + "peer.")
+    if model.peer.share_pool and {"peer", "pkm"} <= {ffn.name for ffn in distinct_layers(model)}:
+        limit = "neurons of peer blocks and values of pkm blocks have other shapes"
+        raise ConfigError("model.peer.share_pool", True, limit, "use blocks of one of the two kinds")
+
+
+def _check_experts(config: Config, moe: MoEConfig, path: str) -> None:
+    mesh = config.mesh
+    if moe.eval_capacity and moe.capacity_priority != "token":
+        limit = f"not causal, in evaluation with {path}eval_capacity={moe.eval_capacity}"
+        fix = f"use token, or {path}eval_capacity=0"
+        raise ConfigError(path + "capacity_priority", moe.capacity_priority, limit, fix)
+    if 0 < moe.exchange_buffer < 1:
+        limit = "less than an even load needs, so that every call would take gather"
+        fix = "use 1 or more, or 0 for a buffer that holds everything"
+        raise ConfigError(path + "exchange_buffer", moe.exchange_buffer, limit, fix)
+    if moe.backend == "tokamax" and importlib.util.find_spec("tokamax") is None:
+        raise ConfigError(path + "backend", "tokamax", "a package that is missing", "pip install tokamax")
+    must_divide("mesh.expert", mesh.expert, path + "experts", moe.experts)
+    if moe.expert_width:
+        must_divide("mesh.tensor", mesh.tensor, path + "expert_width", moe.expert_width)

@@ -2,14 +2,16 @@
 
 import math
 
-from moe_jax.config.blocks import RETRIEVING, block_kinds
+from moe_jax.config.blocks import block_layers
 from moe_jax.config.leaf import ConfigError
+from moe_jax.config.model import FFNConfig
 from moe_jax.config.run import Config
 from moe_jax.config.validate.common import must_divide
 
 
-def check_retrieval(config: Config) -> None:
-    peer, mesh, path = config.model.peer, config.mesh, "model.peer."
+def check_retrieval(config: Config, ffn: FFNConfig, path: str) -> None:
+    """That the options of a layer that retrieves, at the dotted path `path`, fit together."""
+    peer, mesh = ffn.peer, config.mesh
     side = math.isqrt(peer.experts)
     if side * side != peer.experts:
         near = f"use {side**2} or {(side + 1) ** 2}"
@@ -32,8 +34,7 @@ def check_retrieval(config: Config) -> None:
     if peer.top_k == 1:
         limit = "the softmax over one score is 1, so that the router gets no gradient"
         raise ConfigError(path + "top_k", 1, limit, "use 2 or more")
-    kinds = [kind for kind in block_kinds(config.model) if kind in RETRIEVING]
-    layers = len(kinds)
+    layers = block_layers(config.model).count(ffn)
     if layers * peer.experts >= 2**31:
         limit = f"with {layers} such blocks {layers * peer.experts} ids, which do not fit into int32"
         raise ConfigError(path + "experts", peer.experts, limit, "use fewer experts or blocks")
@@ -44,6 +45,3 @@ def check_retrieval(config: Config) -> None:
     if peer.row_gradients and config.optimizer.ema_decay:
         limit = f"an average of all of the pool, with {path}row_gradients=true"
         raise ConfigError("optimizer.ema_decay", config.optimizer.ema_decay, limit, f"use 0, or {path}row_gradients=false")
-    if peer.share_pool and len(set(kinds)) > 1:
-        limit = "neurons of peer blocks and values of pkm blocks have other shapes"
-        raise ConfigError(path + "share_pool", True, limit, "use blocks of one of the two kinds")

@@ -2,8 +2,9 @@
 
 import re
 
-from moe_jax.config.blocks import expert_shards, has_retrieval_blocks, has_routed_blocks, parse_inserts
+from moe_jax.config.blocks import RETRIEVING, block_layers, distinct_layers, expert_shards, options_path, parse_inserts
 from moe_jax.config.leaf import ConfigError
+from moe_jax.config.model import FFNConfig, ModelConfig
 from moe_jax.config.run import Config
 
 _STEP_RANGE = re.compile(r"(\d+):(\d+)", re.ASCII)
@@ -68,25 +69,36 @@ def check_run(config: Config) -> None:
 
 
 def _check_upcycle(config: Config) -> None:
-    init, moe = config.init, config.model.moe
+    init, model = config.init, config.model
     for name in ("checkpoint", "include"):
         if value := getattr(init, name):
             limit = f"excludes init.upcycle_from={init.upcycle_from}"
             raise ConfigError(f"init.{name}", value, limit, "empty one of them")
-    if not has_routed_blocks(config.model):
-        limit = f"there are no experts in model.pattern={config.model.pattern}"
+    if not block_layers(model, "routed"):
+        limit = f"there are no experts in model.pattern={model.pattern}"
         raise ConfigError("init.upcycle_from", init.upcycle_from, limit, "add routed blocks, or use init.checkpoint")
-    if has_retrieval_blocks(config.model):
+    if block_layers(model, *RETRIEVING):
         limit = "retrieved experts have no counterpart in a dense layer"
         raise ConfigError("init.upcycle_from", init.upcycle_from, limit, "use dense and routed blocks alone")
-    width, kinds = config.model.insert_width, [kind for _, kind, _ in parse_inserts(config.model)]
-    if "routed" in kinds and width not in (0, config.model.ffn_width):
-        limit = f"experts of an upcycled insert have model.ffn_width={config.model.ffn_width}"
+    width, kinds = model.insert_width, [insert.ffn.kind for insert in parse_inserts(model)]
+    if "routed" in kinds and width not in (0, model.ffn_width):
+        limit = f"experts of an upcycled insert have model.ffn_width={model.ffn_width}"
         raise ConfigError("model.insert_width", width, limit, "use 0")
-    shards = expert_shards(config.model)
+    for ffn in distinct_layers(model):
+        path = options_path(model, ffn)
+        if not (ffn.attention and ffn.norm):
+            name = "attention" if not ffn.attention else "norm"
+            limit = f"init.upcycle_from={init.upcycle_from}, whose blocks have it"
+            raise ConfigError(path + name, False, limit, "leave the layer out, or use init.checkpoint")
+        if ffn.kind == "routed":
+            _check_shards(model, ffn, path + "moe.")
+
+
+def _check_shards(model: ModelConfig, ffn: FFNConfig, path: str) -> None:
+    shards = expert_shards(model, ffn)
     for name in ("experts", "top_k"):
-        value = getattr(moe, name)
+        value = getattr(ffn.moe, name)
         if value % shards:
-            limit = f"not a multiple of model.ffn_width / model.moe.expert_width = {shards}, the shards of a dense layer"
+            limit = f"not a multiple of model.ffn_width / {path}expert_width = {shards}, the shards of a dense layer"
             fix = f"use {-(-value // shards) * shards}, or another expert_width"
-            raise ConfigError(f"model.moe.{name}", value, limit, fix)
+            raise ConfigError(path + name, value, limit, fix)
