@@ -41,20 +41,25 @@ def _row(name: str, text: str, indent: int = 24) -> str:
 
 def config_help(config: Config) -> str:
     """Every field of a config, by section, with its value, type, documentation, choices and range."""
-    return "\n".join(_section_help(config, "config."))
+    return "\n".join(_section_help(config, "config.", {}))
 
 
-def _section_help(section: Any, path: str, note: str = "") -> list[str]:
+def _section_help(section: Any, path: str, shown: dict[type, str], note: str = "") -> list[str]:
+    """The lines of a section and of those in it; with a note it is not there, and sections of types in `shown` are named alone."""
+    shown = {type(section): path.rstrip("."), **shown}
     rows, sections = [], []
     for entry in dataclasses.fields(section):
         name, value = f"{path}{entry.name}", getattr(section, entry.name)
         if item := item_type(entry):
             for i, element in enumerate(value):
-                sections += _section_help(element, f"{name}[{i}].")
+                sections += _section_help(element, f"{name}[{i}].", shown)
             if not value:
-                sections += _section_help(item(), f"{name}[i].", " There is none; add items in the config file.")
+                sections += _section_help(item(), f"{name}[i].", shown, " There is none; add items in the config file.")
+        elif note and entry.type in shown:
+            sections += [f"{name}: with the fields of {shown[entry.type]}.", ""]
         elif dataclasses.is_dataclass(entry.type):
-            sections += _section_help(value, f"{name}.")
+            sections += _section_help(value, f"{name}.", shown)
+            shown.setdefault(entry.type, name)
         else:
             rows.append((f"{name} = {_shown(value)}", entry.type.__name__, _doc(entry.metadata)))
     width = max((len(name) for name, _, _ in rows), default=0)
