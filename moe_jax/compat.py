@@ -2,6 +2,7 @@
 
 import importlib
 import os
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,11 @@ def target_platform() -> str:
     """
     device = getattr(current_mesh(), "abstract_device", None)
     return getattr(device, "platform", None) or jax.default_backend()
+
+
+def for_platform(values: Mapping[str, int]) -> int:
+    """The entry of `target_platform`, or "other"."""
+    return values.get(target_platform(), values["other"])
 
 
 def tpu_topology(name: str, **options) -> list:
@@ -169,6 +175,7 @@ __all__ = [
     "constrain",
     "current_mesh",
     "empty",
+    "for_platform",
     "inside_shard_map",
     "make_mesh",
     "pallas",

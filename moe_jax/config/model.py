@@ -9,8 +9,10 @@ from moe_jax.config.peer import PeerConfig
 
 @dataclasses.dataclass
 class FFNConfig:
-    """A feed-forward layer by name, and what its blocks have before it. Beside those of `model.ffns` there are four built in: dense,
-    routed, peer and pkm, with the options of the model."""
+    """A feed-forward layer by name, with what its blocks have before it.
+
+    Beside those of `model.ffns` there are four built in, dense, routed, peer and pkm, with the options of the model.
+    """
 
     name: str = field("", "What model.pattern and model.inserts call it.")
     kind: str = field("dense", "What it is.", choices=("dense", "routed", "peer", "pkm"))

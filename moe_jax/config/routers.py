@@ -285,9 +285,9 @@ class SoftMoEConfig(RouterOptions):
 
 @dataclasses.dataclass(repr=False, eq=False)
 class RoutersConfig:
-    """The routers: a field is the name of a file in `moe_jax/routing`, with its options. Only those of `router` count.
+    """The routers: a field is the name of a file in `moe_jax/routing`, with its options.
 
-    `register_options` adds a field, also to configs that are there already.
+    Only those of `router` count. `register_options` adds a field, also to configs that are there already.
     """
 
     top_k: TopKConfig = dataclasses.field(default_factory=TopKConfig)

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from moe_jax import compat
 
 # Of both halves' scores that lie in memory at once.
-BLOCK_BYTES = {"cpu": 2**23}
-OTHER_BLOCK_BYTES = 2**28
+BLOCK_BYTES = {"cpu": 2**23, "other": 2**28}
 
 
 def product_search(queries: jax.Array, keys: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
@@ -90,7 +89,7 @@ def _block_count(tokens, token_bytes):
     mesh = compat.current_mesh()
     shards = 1 if compat.inside_shard_map(mesh) else compat.axis_size(mesh, *compat.BATCH_AXES)
     local = -(-tokens // shards)
-    needed = max(-(-local * token_bytes // BLOCK_BYTES.get(compat.target_platform(), OTHER_BLOCK_BYTES)), 1)
+    needed = max(-(-local * token_bytes // compat.for_platform(BLOCK_BYTES)), 1)
     if shards == 1:
         return needed
     # Blocks that divide no device's tokens would be searched by every device, for all of them.

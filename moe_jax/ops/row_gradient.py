@@ -12,9 +12,8 @@ import jax.numpy as jnp
 
 from moe_jax import compat
 
-# Of summed rows that lie in memory at once.
-BLOCK_BYTES = {"cpu": 2**21}
-OTHER_BLOCK_BYTES = 2**27
+# Bytes of summed rows in memory at once, by platform.
+BLOCK_BYTES = {"cpu": 2**21, "other": 2**27}
 
 
 class RowSink(NamedTuple):
@@ -35,9 +34,12 @@ class RowGradient(NamedTuple):
 class SortedRows(NamedTuple):
     """A `RowGradient` with its pairs (t, r) in the order of their ids, in blocks of C.
 
-    ids int32 [blocks, C+1]: of the rows whose last share lies in a block, at the row's place in it; the rest past the table and all
-    different. slots int32 [blocks, C]: a pair's place; 0 goes on with the row that the block before left open. places int32
-    [blocks, C]: the pair t R + r. weights [T R, M], vectors [T, M, D].
+    A row's pairs follow each other, and may reach over the end of a block. A block adds its pairs up into C+1 sums: sum 0 goes on with
+    the row that the block before did not finish, the others begin a row each.
+
+    ids int32 [blocks, C+1]: the row of each sum that ends in the block; for the others a number past the table, all different.
+    slots int32 [blocks, C]: the sum that each pair is added to. places int32 [blocks, C]: the pair, t R + r. weights [T R, M],
+    vectors [T, M, D].
     """
 
     ids: jax.Array
@@ -134,4 +136,4 @@ def stable_order(ids: jax.Array, largest: int) -> jax.Array:
 
 
 def _block_rows(row_bytes: int) -> int:
-    return max(1, BLOCK_BYTES.get(compat.target_platform(), OTHER_BLOCK_BYTES) // row_bytes)
+    return max(1, compat.for_platform(BLOCK_BYTES) // row_bytes)

@@ -19,10 +19,10 @@ KERNEL_INIT = nn.initializers.orthogonal(0.1)
 class Base(nn.Module):
     """The router `base`: parameter `kernel` [D, E], the experts' embeddings.
 
-    In training tokens are assigned over the whole microbatch, or over `groups` equal parts of it by themselves. Every device
-    holds the affinities of a whole part: 4 T E bytes for one part, sent once. With as many parts as shards of the batch none
-    are sent, but all parts go from round to round together, by a bit each. In evaluation each token takes its best expert. The gate is the sigmoid of the affinity, the only way that
-    a gradient reaches the router.
+    In training the tokens of a microbatch are balanced together, or each of `groups` equal parts of it by itself. A device holds the
+    affinities of whole parts. With one part every device gets all 4 T E bytes, once; with as many parts as the batch has shards
+    no affinity is sent; the parts' rounds run in step, and after each one flag is all-reduced. In evaluation each
+    token takes its best expert. The gate is the sigmoid of the affinity: the router's only gradient.
     """
 
     experts: int

@@ -97,7 +97,8 @@ def retrieve(
     if not x.shape[0]:
         return x
     here = ids < table.shape[0]
-    x = jnp.where(jnp.any(here, axis=-1, keepdims=True), x, 0)  # of what is not looked at a NaN would pass a gate of 0
+    # A token without an expert has gates of 0 alone, and 0 * NaN would be NaN.
+    x = jnp.where(jnp.any(here, axis=-1, keepdims=True), x, 0)
     gates = jnp.where(here, gates, 0).astype(jnp.promote_types(x.dtype, jnp.float32))
     axes = compat.varying_axes(x, ids, gates, table)
     args = jax.tree.map(lambda a: compat.vary(a, axes), (x, ids, gates, table))

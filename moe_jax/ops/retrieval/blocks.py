@@ -9,8 +9,7 @@ from moe_jax import compat
 from moe_jax.ops.activations import activate
 
 # Of retrieved rows that lie in memory at once.
-BLOCK_BYTES = {"cpu": 2**20}
-OTHER_BLOCK_BYTES = 2**27
+BLOCK_BYTES = {"cpu": 2**20, "other": 2**27}
 Reduce = Callable[[jax.Array], jax.Array]
 
 
@@ -112,7 +111,7 @@ def _sum(h, rows, dtype):
 def _over_tokens(block, table, *arrays):
     """`block` of all arrays [T, ...], so many tokens at a time that the rows of a block are about BLOCK_BYTES."""
     (_, m, d), tokens, retrieved = table.shape, arrays[0].shape[0], arrays[-1].shape[1]
-    size = BLOCK_BYTES.get(compat.target_platform(), OTHER_BLOCK_BYTES)
+    size = compat.for_platform(BLOCK_BYTES)
     size = max(1, size // (retrieved * m * d * arrays[0].dtype.itemsize))
     if size >= tokens:
         return block(*arrays)
