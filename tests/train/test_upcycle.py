@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config import Config, ConfigError, SourceConfig, to_dict
+from moe_jax.config import Config, ConfigError, FFNConfig, MoEConfig, SourceConfig, to_dict
 from moe_jax.config.validate import validate
 from moe_jax.data import ByteTokenizer
 from moe_jax.models.decoder import Decoder
@@ -116,6 +116,13 @@ KEPT = {
     "half routed": {"model__pattern": "dense,routed"} | top_k(order="top_k_first", renormalise="never"),
     "biases and inserts": {"model__inserts": "first=dense@0,last=routed@2", **BIASES},
     "two shards": moe(expert_width=HIDDEN // 2),
+    "two layers by name": {
+        "model__pattern": "whole,halves",
+        "model__ffns": (
+            FFNConfig("whole", kind="routed", moe=MoEConfig(experts=4)),
+            FFNConfig("halves", kind="routed", moe=MoEConfig(experts=8, top_k=4, expert_width=HIDDEN // 2)),
+        ),
+    },
     "two shards, two copies": moe(expert_width=HIDDEN // 2, top_k=4, experts=6) | BIASES,
     "four shards": moe(expert_width=HIDDEN // 4, top_k=4, experts=8),
     "four shards, two copies": moe(expert_width=HIDDEN // 4, top_k=8, experts=12) | BIASES,
