@@ -224,7 +224,7 @@ def test_blocks_are_matched_by_depth_and_name():
     old.model.pattern = "dense,dense"
     dense, routed = upcycled(old, new)
     ours, theirs = by_layer(routed["params"]["stack"], new.model), by_layer(dense["stack"], old.model)
-    assert list(ours) == list(theirs) == [f"layer_{n:02d}" for n in range(6)] + ["a", "b"]
+    assert list(ours) == list(theirs) == ["a", *(f"layer_{n:02d}" for n in range(6)), "b"]
     for block, tree in theirs.items():
         assert ("moe" in ours[block]) == (block in ("layer_01", "layer_04", "a"))
         for path, leaf in flat(tree).items():
