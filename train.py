@@ -12,10 +12,10 @@ from moe_jax import cli
 
 
 def main(config, flags) -> int:
-    from moe_jax.evaluate.closing import close
+    from moe_jax.evaluate.closing import closing_results
     from moe_jax.train.loop import fit
 
-    return fit(config, flags.workdir) or close(config, flags.workdir)
+    return fit(config, flags.workdir) or closing_results(config, flags.workdir)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from etils import epath
 from moe_jax.config import Config, ConfigError, leaf_fields, nearest
 from moe_jax.config.flags import ILLEGAL_VALUE, OVERRIDE, apply_overrides
 from moe_jax.config.help import command_help, config_help
-from moe_jax.config.load import describe, load_config, load_saved_config, load_study
+from moe_jax.config.load import describe, load_config, load_saved_config, load_study, run_folder
 from moe_jax.config.study import Study
 from moe_jax.config.validate import validate
 
@@ -113,7 +113,7 @@ def parse(
         limit = "this command reads the config that training saved in --workdir"
         raise ConfigError("--config", file, limit, "change single fields with --config.a.b=VALUE")
     if workdir and values.workdir:
-        values.workdir = os.path.expanduser(values.workdir)  # no shell does in --workdir=~/run
+        values.workdir = str(run_folder(values.workdir))  # no shell expands the ~ of --workdir=~/run
     folder = _check_workdir(values.workdir, must_exist=config_from == "workdir") if workdir else None
     if config_from == "study":
         return _open_study(file, overrides), values

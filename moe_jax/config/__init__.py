@@ -6,7 +6,7 @@ are no None-able fields, because flags cannot set them.
 """
 
 from moe_jax.config.data import DataConfig, SourceConfig
-from moe_jax.config.leaf import ConfigError, field, one_line
+from moe_jax.config.leaf import ConfigError, field, one_line, shorten_list
 from moe_jax.config.model import FFNConfig, ModelConfig
 from moe_jax.config.moe import MoEConfig
 from moe_jax.config.peer import PeerConfig
@@ -46,6 +46,7 @@ __all__ = [
     "nearest",
     "one_line",
     "role",
+    "shorten_list",
     "to_dict",
     "unknown_field",
 ]

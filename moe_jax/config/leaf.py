@@ -1,7 +1,7 @@
 """A leaf of the configuration, and the error of one that cannot work."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 # What a field changes of a run that has begun, from nothing to the scores: "runtime" how it goes on, "rounding" the last bits too,
@@ -43,3 +43,9 @@ def one_line(value: Any, width: int = 80) -> str:
     """`value` as text on one line: control characters escaped, the middle of a long text left out."""
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
     return text if len(text) <= width else f"{text[: width // 2]}...{text[len(text) - width // 2 + 3 :]}"
+
+
+def shorten_list(items: Iterable[str], limit: int = 4) -> str:
+    """The first `limit` items with commas between them, and how many more there are."""
+    items = list(items)
+    return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")

@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import json
+import os
 import re
 import sys
 import traceback
@@ -19,13 +20,21 @@ from moe_jax.config.study import Study
 from moe_jax.config.validate.limits import validate_types
 
 
+def run_folder(workdir: epath.PathLike) -> epath.Path:
+    """The folder of a run, from the name that a user, a command or a config gives it: a leading ~ is the user's home.
+
+    Every entry that takes a `workdir` goes through here, so that all parts of a run lie in one folder.
+    """
+    return epath.Path(os.path.expanduser(str(workdir)))
+
+
 def load_saved_config(workdir: epath.PathLike) -> Config:
     """The config of a training run, from `workdir`/config.json. It is not validated.
 
     Raises:
       ConfigError: there is none, or it cannot be read.
     """
-    path = epath.Path(workdir) / "config.json"
+    path = run_folder(workdir) / "config.json"
     try:
         tree = json.loads(path.read_text())
     except FileNotFoundError:

@@ -7,6 +7,7 @@ import jax
 from etils import epath
 
 from moe_jax.config import Config, to_dict
+from moe_jax.config.load import run_folder
 from moe_jax.data import open_data
 from moe_jax.evaluate import evaluate_sets, finite
 from moe_jax.evaluate.compression import compress_bits_per_byte
@@ -16,7 +17,7 @@ from moe_jax.train.metrics import write_whole
 from moe_jax.train.restore import load_run
 
 
-def close(config: Config, workdir: str) -> int:
+def closing_results(config: Config, workdir: str) -> int:
     """Scores the test text and samples as `config.sample` asks; prints the kept results where they are of the newest
     checkpoint and of the same `config.sample`.
 
@@ -24,7 +25,7 @@ def close(config: Config, workdir: str) -> int:
     """
     if not (config.sample.compare_compressors or config.sample.prompt):
         return 0
-    path = epath.Path(workdir) / "results.json"
+    path = run_folder(workdir) / "results.json"
     asked = {"checkpoint": load_identity(workdir), "options": to_dict(config)["sample"]}
     results = _kept(path)
     if {name: results.get(name) for name in asked} != asked:

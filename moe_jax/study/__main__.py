@@ -53,10 +53,10 @@ def main(study: Study | None, flags: absl_flags.FlagValues) -> int:
     if study is None:
         raise ConfigError("--config", None, "not given", "write --config=FILE, or --summary")
     study = prepare(study, flags.scale)
-    from moe_jax.train.workdir import take
+    from moe_jax.train.workdir import lock_workdir
 
     with contextlib.ExitStack() as stack:
-        if problem := take(flags.workdir, stack):
+        if problem := lock_workdir(flags.workdir, stack):
             raise problem
         if begun := load_description(flags.workdir):
             if (pathlib.Path(flags.workdir) / "runs").exists():  # else nothing has begun: it was refused

@@ -18,10 +18,10 @@ from moe_jax.parallel.mesh import mesh_from_config, start_devices
 from moe_jax.parallel.rules import local_rows, put_batch
 from moe_jax.study.plan import fingerprint
 from moe_jax.study.timing import environment, interleaved, median
-from moe_jax.train.checkpoint import Checkpoints, state_bytes
+from moe_jax.train.checkpoint import Checkpoints
 from moe_jax.train.evaluation import batch_count
-from moe_jax.train.loop import start_tokenizer
-from moe_jax.train.state import abstract_state, place_state
+from moe_jax.train.start import inherited_tokenizer
+from moe_jax.train.state import abstract_state, place_state, total_bytes
 from moe_jax.train.step import compile_train_step
 
 BATCHES = 4  # different ones that the timed steps take in turn
@@ -65,7 +65,7 @@ def open_texts(configs: dict[str, Config]) -> dict[str, TextData]:
     for name, config in configs.items():
         key = fingerprint(to_dict(config.data), to_dict(config.init))
         if key not in opened:
-            opened[key] = open_data(config.data, tokenizer=start_tokenizer(config, None))
+            opened[key] = open_data(config.data, tokenizer=inherited_tokenizer(config))
         texts[name] = opened[key]
     return texts
 
@@ -104,7 +104,7 @@ def facts(config: Config, data: TextData) -> dict[str, Any]:
         "router_flops_per_token": 3 * router_flops_per_token(config.model),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state["params"])),
         "active_parameters": active_parameters(config.model, state["params"]),
-        "state_bytes": state_bytes(state),
+        "state_bytes": total_bytes(state),
     }
 
 

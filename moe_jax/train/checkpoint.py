@@ -7,41 +7,49 @@ shape, dtype and a fingerprint of its bits. Orbax 0.12 notices truncated files b
 silence; the fingerprints do not.
 """
 
-import dataclasses
 import hashlib
 import json
-import math
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from moe_jax.config import Config, ConfigError, differences, one_line, role
+from moe_jax.config import ConfigError, shorten_list
+from moe_jax.train.workdir import checkpoint_directory, is_local
 
 
 class Restored(NamedTuple):
     """A restored checkpoint.
 
     step: when it was saved. state: the structure of the target, of jax.Arrays. meta: what `save` was given.
-    damaged: newer steps that could not be read.
+    damaged: newer steps that could not be read. ignored: path -> shape of the saved leaves that the target lacks.
     """
 
     step: int
     state: Any
     meta: dict
     damaged: tuple[int, ...] = ()
+    ignored: dict[str, tuple[int, ...]] = {}
 
 
 class DamagedCheckpointError(RuntimeError):
-    """A checkpoint whose bytes are not those that were saved."""
+    """A checkpoint whose bytes are not those that were saved.
+
+    Args:
+      message: what cannot be read.
+      field: the flag or config field that names the run, as in `Checkpoints`.
+      workdir: of the run.
+    """
+
+    def __init__(self, message: str, field: str = "--workdir", workdir: str = ""):
+        super().__init__(message)
+        self.field, self.workdir = field, workdir
 
 
 class Checkpoints:
@@ -53,10 +61,19 @@ class Checkpoints:
       asynchronous: `save` returns once the arrays are copied to the host, and a thread writes them. An error
         in that thread is raised by the next `save`, `wait` or `close`.
       read_only: for evaluation and generation: creates, deletes and renames nothing.
+      field: the flag or config field that names the folder, for messages.
     """
 
-    def __init__(self, workdir, *, max_to_keep: int = 1, asynchronous: bool = True, read_only: bool = False):
-        self.workdir = str(workdir)
+    def __init__(
+        self,
+        workdir,
+        *,
+        max_to_keep: int = 1,
+        asynchronous: bool = True,
+        read_only: bool = False,
+        field: str = "--workdir",
+    ):
+        self.workdir, self.field = str(workdir), field
         self._read_only = read_only
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.LatestN(max_to_keep),
@@ -66,7 +83,7 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
         )
         handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(_directory(workdir), options=options, item_handlers=handlers)
+        self._manager = ocp.CheckpointManager(checkpoint_directory(workdir), options=options, item_handlers=handlers)
 
     def __enter__(self):
         return self
@@ -86,7 +103,7 @@ class Checkpoints:
         """Saves a pytree of jax.Arrays and a JSON-able `meta`, all or nothing; False if `step` is there."""
         if step in self.steps():
             return False
-        leaves = _flatten(state)
+        leaves = leaves_by_path(state)
         prints = jax.device_get(_fingerprints(leaves))
         table = {
             path: {"shape": list(x.shape), "dtype": str(x.dtype), "fingerprint": int(prints[path])}
@@ -102,7 +119,11 @@ class Checkpoints:
         """The `meta` of `step`, or of the newest checkpoint whose description can be read."""
         return self._first_readable(step, lambda s: self._record(s)["meta"])[1]
 
-    def restore(self, target: Any, step: int | None = None, *, partial: bool = False) -> Restored:
+    def restore_identity(self) -> str:
+        """A hash of what the newest checkpoint holds, arrays included."""
+        return self._first_readable(None, lambda s: self._record(s)["sha256"])[1]
+
+    def restore(self, target: Any, step: int | None = None, *, ignore: Callable[[str], bool] = lambda path: False) -> Restored:
         """Restores bit for bit onto the shardings of `target`, from any mesh.
 
         Args:
@@ -110,19 +131,43 @@ class Checkpoints:
           step: the step to restore; None: the newest. If that one is damaged the newest intact one is
             restored, with a warning, and the damaged ones are moved out of the way (unless read_only), so
             that training on from the older one can save the same steps again.
-          partial: read only the top-level keys of `target`; the others' bytes are not read.
+          ignore: tells of the path of a saved leaf whether `target` may lack it; its bytes are then not read.
 
         Raises:
           ConfigError: there is no checkpoint, or its leaves are not those of `target`.
           DamagedCheckpointError: no checkpoint can be read.
           ValueError: a leaf of `target` has no sharding.
         """
-        if bare := [path for path, x in _flatten(target).items() if getattr(x, "sharding", None) is None]:
-            raise ValueError(f"target leaves without a sharding: {_shorten(bare)}")
-        step, (state, meta), damaged = self._first_readable(step, lambda s: self._restore(s, target, partial))
+        targets = leaves_by_path(target)
+        if bare := [path for path, x in targets.items() if getattr(x, "sharding", None) is None]:
+            raise ValueError(f"target leaves without a sharding: {shorten_list(bare)}")
+        step, (leaves, record), damaged = self._first_readable(step, lambda s: self._restore(s, targets, ignore))
         if damaged and not self._read_only:
             self._set_aside(damaged)
-        return Restored(step, state, meta, damaged)
+        state = jax.tree.unflatten(jax.tree.structure(target), [leaves[path] for path in targets])
+        ignored = {path: tuple(leaf["shape"]) for path, leaf in record["leaves"].items() if path not in targets}
+        return Restored(step, state, record["meta"], damaged, ignored)
+
+    def restore_leaves(self, choose: Callable[[int, dict[str, dict]], tuple[dict, Any]]) -> tuple[dict[str, jax.Array], Any]:
+        """Reads some leaves of the newest checkpoint that can be read.
+
+        Args:
+          choose: (step, {path: {"shape": ..., "dtype": ...}} of all that is saved) -> ({path: leaf with shape, dtype and
+            sharding} to read, anything).
+
+        Returns:
+          ({path: array}, what `choose` gave beside its choice).
+
+        Raises:
+          ConfigError, DamagedCheckpointError: as `restore`.
+        """
+
+        def read(step):
+            saved = self._record(step)["leaves"]
+            targets, other = choose(step, saved)
+            return self._read(step, targets, saved), other
+
+        return self._first_readable(None, read)[1]
 
     def wait(self) -> None:
         """Blocks until a save in progress is complete; raises its error."""
@@ -138,7 +183,7 @@ class Checkpoints:
         steps = saved[::-1] if step is None else [step]
         if not steps or steps[0] not in saved:
             limit = "no checkpoint" if step is None else f"no checkpoint of step {step}, only of {saved}"
-            raise ConfigError("--workdir", self.workdir, limit, "name the workdir of a run that saved one")
+            raise ConfigError(self.field, self.workdir, limit, "name the workdir of a run that saved one")
         damaged, errors = [], []
         for candidate in steps:
             try:
@@ -156,7 +201,7 @@ class Checkpoints:
             self._manager.reload()
             if max(self.steps(), default=-1) > saved[-1]:
                 return self._first_readable(None, read)
-        raise DamagedCheckpointError(f"{self.workdir}: none of steps {steps} can be read") from errors[0]
+        raise DamagedCheckpointError(f"none of steps {steps} can be read", self.field, self.workdir) from errors[0]
 
     def _record(self, step: int) -> dict:
         record = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
@@ -165,22 +210,19 @@ class Checkpoints:
             raise DamagedCheckpointError("the description was changed after it was saved")
         return record | {"sha256": digest}
 
-    def _restore(self, step: int, target: Any, partial: bool) -> tuple[Any, dict]:
+    def _restore(self, step: int, targets: dict[str, Any], ignore) -> tuple[dict[str, jax.Array], dict]:
         record = self._record(step)
-        targets = _flatten(target)
-        tops = {path.split("/")[0] for path in targets}
-        saved = {p: leaf for p, leaf in record["leaves"].items() if not partial or p.split("/")[0] in tops}
-        problems = [f"{p} {problem}" for p in targets if (problem := _misfit(targets[p], saved.get(p)))]
-        problems += [f"{p} is not in the model" for p in saved if p not in targets]
+        saved = record["leaves"]
+        problems = [f"{p} {problem}" for p in targets if (problem := misfit(targets[p], saved.get(p)))]
+        problems += [f"{p} is not in the model" for p in saved if p not in targets and not ignore(p)]
         if problems:
             raise ConfigError(
-                "--workdir",
+                self.field,
                 self.workdir,
-                f"its checkpoint of step {step} does not fit: {_shorten(problems)}",
-                "use the config it was saved with, or another --workdir",
+                f"its checkpoint of step {step} does not fit: {shorten_list(problems)}",
+                f"use the config it was saved with, or another {self.field}",
             )
-        leaves = self._read(step, targets, record["leaves"])
-        return jax.tree.unflatten(jax.tree.structure(target), [leaves[p] for p in targets]), record["meta"]
+        return self._read(step, targets, saved), record
 
     def _read(self, step: int, targets: dict[str, Any], saved: dict[str, dict]) -> dict[str, jax.Array]:
         """The leaves at the paths of `targets`, on their shardings, fingerprints compared."""
@@ -195,13 +237,13 @@ class Checkpoints:
         prints = jax.device_get(_fingerprints({path: leaves[path] for path in targets}))
         bad = [path for path in targets if int(prints[path]) != saved[path]["fingerprint"]]
         if bad:
-            raise DamagedCheckpointError(f"changed after they were saved: {_shorten(bad)}")
+            raise DamagedCheckpointError(f"changed after they were saved: {shorten_list(bad)}")
         return leaves
 
     def _set_aside(self, steps: tuple[int, ...]) -> None:
         """Renames damaged steps to damaged_<step>; object stores cannot rename, there they are deleted."""
         for step in steps:
-            if _is_local(self.workdir):
+            if is_local(self.workdir):
                 if jax.process_index() == 0:
                     directory = epath.Path(self._manager.directory)
                     moved = directory / f"damaged_{step}"
@@ -217,175 +259,33 @@ class Checkpoints:
         self._manager.reload()
 
 
-def load_params(workdir, target: dict, step: int | None = None) -> Restored:
+def load_params(workdir, target: dict, step: int | None = None, *, field: str = "--workdir") -> Restored:
     """Restores only the top-level keys of `target`, such as {'params': ..., 'router_state': ...}.
 
-    For evaluation and generation; see `Checkpoints.restore` for arguments and errors.
+    See `Checkpoints` for `field`, and `Checkpoints.restore` for the other arguments and errors.
     """
-    with Checkpoints(workdir, read_only=True) as checkpoints:
-        return checkpoints.restore(target, step, partial=True)
+    with Checkpoints(workdir, read_only=True, field=field) as checkpoints:
+        return checkpoints.restore(target, step, ignore=outside(target))
 
 
-def load_meta(workdir, step: int | None = None) -> dict:
-    """The `meta` of a run's newest checkpoint; ConfigError if there is none."""
-    with Checkpoints(workdir, read_only=True) as checkpoints:
+def outside(target: Iterable[str]) -> Callable[[str], bool]:
+    """For `Checkpoints.restore`: ignores the leaves under other top-level keys than these."""
+    return lambda path: path.split("/")[0] not in target
+
+
+def load_meta(workdir, step: int | None = None, *, field: str = "--workdir") -> dict:
+    """The `meta` of a run's newest checkpoint; ConfigError, which names `field`, if there is none."""
+    with Checkpoints(workdir, read_only=True, field=field) as checkpoints:
         return checkpoints.restore_meta(step)
 
 
 def load_identity(workdir) -> str:
     """A hash of what a run's newest checkpoint holds, arrays included; ConfigError if there is none."""
     with Checkpoints(workdir, read_only=True) as checkpoints:
-        return checkpoints._first_readable(None, lambda step: checkpoints._record(step)["sha256"])[1]
+        return checkpoints.restore_identity()
 
 
-@dataclasses.dataclass(frozen=True)
-class FillReport:
-    """What `fill_from` did. Paths include the top-level key, such as 'params/embed/embedding'.
-
-    filled: leaves taken from the checkpoint. unfilled: the other leaves of the target, and why. unused:
-    leaves of the checkpoint, under the same top-level keys, that went nowhere.
-    """
-
-    workdir: str
-    step: int
-    filled: tuple[str, ...]
-    unfilled: dict[str, str]
-    unused: tuple[str, ...]
-
-    def __str__(self):
-        total = len(self.filled) + len(self.unfilled)
-        text = f"filled {len(self.filled)} of {total} leaves from {self.workdir} step {self.step}"
-        if self.unfilled:
-            text += "; not filled: " + _shorten([f"{p} {why}" for p, why in self.unfilled.items()], 20)
-        if self.unused:
-            text += "; not used: " + _shorten(self.unused, 20)
-        return text
-
-
-def fill_from(workdir, target: dict, include: tuple[str, ...] = ()) -> tuple[dict, FillReport]:
-    """Fills parameters of a new run from the newest checkpoint of another.
-
-    Args:
-      workdir: the other run.
-      target: {'params': tree, 'router_state': tree} of initialised arrays.
-      include: prefixes of parameter paths below the top-level key, in whole parts: 'layers/moe' covers
-        'layers/moe/router', not 'layers/moe_2'. Empty: everything.
-
-    Returns:
-      `target`, with the leaves replaced that are saved with the same shape and dtype, and the report.
-
-    Raises:
-      ConfigError: no checkpoint, a prefix that covers nothing in both, or nothing to fill.
-    """
-    with Checkpoints(workdir, read_only=True) as checkpoints:
-
-        def fill(step):
-            saved = checkpoints._record(step)["leaves"]
-            wanted, report = _plan_fill(str(workdir), step, _flatten(target), saved, include)
-            return checkpoints._read(step, wanted, saved), report
-
-        _, (leaves, report), _ = checkpoints._first_readable(None, fill)
-    flat = {path: leaves.get(path, x) for path, x in _flatten(target).items()}
-    return jax.tree.unflatten(jax.tree.structure(target), list(flat.values())), report
-
-
-def _plan_fill(workdir: str, step: int, targets: dict, saved: dict, include) -> tuple[dict, FillReport]:
-    """Which target leaves to read, and the report."""
-    prefixes = [prefix.strip().strip("/") for prefix in include]
-    tops = {path.split("/")[0] for path in targets}
-
-    def covers(prefix, path):
-        return f"{path.split('/', 1)[-1]}/".startswith(f"{prefix}/")
-
-    wanted, unfilled = {}, {}
-    for path, x in targets.items():
-        if prefixes and not any(covers(prefix, path) for prefix in prefixes):
-            unfilled[path] = "is not in init.include"
-        elif problem := _misfit(x, saved.get(path)):
-            unfilled[path] = problem
-        else:
-            wanted[path] = x
-    for prefix in prefixes:
-        if not any(covers(prefix, path) for path in wanted):
-            reasons = [f"{path} {why}" for path, why in unfilled.items() if covers(prefix, path)]
-            limit = f"fills nothing from {workdir}: " + (_shorten(reasons) or "no parameter has this prefix")
-            names = sorted({path.split("/", 1)[-1].split("/")[0] for path in targets if path in saved})
-            fix = f"first parts of shared paths: {', '.join(names) or 'none'}"
-            raise ConfigError("init.include", prefix, limit, fix)
-    if not wanted:
-        reasons = _shorten([f"{path} {why}" for path, why in unfilled.items()])
-        limit = f"fills nothing: {reasons}"
-        raise ConfigError("init.checkpoint", workdir, limit, "name a run of a similar model")
-    unused = tuple(p for p in saved if p.split("/")[0] in tops and p not in wanted)
-    return wanted, FillReport(workdir, step, tuple(wanted), unfilled, unused)
-
-
-def check_resume(saved: Config, new: Config) -> list[str]:
-    """Compares a run's saved config with the one it is resumed with.
-
-    Returns:
-      Warnings: one if the schedule stretches, one if the numbers will differ in rounding.
-
-    Raises:
-      ConfigError: naming the first fields that may not differ.
-    """
-    changed = differences(saved, new)
-    refused = {f: values for f, values in changed.items() if role(f) not in ("runtime", "rounding")}
-    if refused:
-        changes = [f"{f} {one_line(old, 40)} -> {one_line(now, 40)}" for f, (old, now) in refused.items()]
-        field, (_, value) = next(iter(refused.items()))
-        limit = f"may not change on resume; differing: {_shorten(changes)}"
-        raise ConfigError(field, value, limit, "set these fields back, or start in another --workdir")
-    warnings = []
-    if "train.steps" in changed:
-        old, now = changed["train.steps"]
-        warnings.append(f"config.train.steps {old} -> {now}: the schedule stretches to the new length")
-    rounding = [f"config.{f}" for f in changed if role(f) == "rounding"]
-    if rounding:
-        warnings.append(f"{', '.join(rounding)} changed: equal to the uninterrupted run except for rounding")
-    return warnings
-
-
-def state_bytes(tree: Any) -> int:
-    """Bytes of all leaves (arrays or ShapeDtypeStructs), over all devices, each counted once."""
-    return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
-
-
-def check_free_space(workdir, bytes_per_checkpoint: int, max_to_keep: int) -> None:
-    """Refuses to start when the disk cannot hold max_to_keep checkpoints and the one being written.
-
-    Checkpoints that are there already count as written. gs:// paths are not checked.
-
-    Raises:
-      ConfigError: with the free and the needed space.
-    """
-    if not _is_local(workdir):
-        return
-    directory = _directory(workdir)
-    saved = [d for d in directory.iterdir() if d.name.isdigit()] if directory.exists() else []
-    needed = max(1, max_to_keep + 1 - len(saved)) * bytes_per_checkpoint
-    existing = next(p for p in (directory, *directory.parents) if p.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise ConfigError(
-            "--workdir",
-            str(workdir),
-            f"{free / 1e9:.2f} GB are free, its checkpoints need {needed / 1e9:.2f} GB",
-            "free some space, name another --workdir or lower config.train.max_to_keep",
-        )
-
-
-def _is_local(workdir) -> bool:
-    return "://" not in str(workdir)
-
-
-def _directory(workdir) -> epath.Path:
-    path = epath.Path(workdir).expanduser() if _is_local(workdir) else epath.Path(workdir)
-    # Orbax refuses relative paths.
-    return (path.resolve() if _is_local(workdir) else path) / "checkpoints"
-
-
-def _flatten(tree: Any) -> dict[str, Any]:
+def leaves_by_path(tree: Any) -> dict[str, Any]:
     """{'a/b/c': leaf} in the order of jax.tree.leaves."""
     pairs = jax.tree.leaves_with_path(tree)
     leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in pairs}
@@ -398,17 +298,12 @@ def _nest(leaves: dict[str, Any]) -> dict:
     return flax.traverse_util.unflatten_dict(leaves, sep="/")
 
 
-def _misfit(target, saved: dict | None) -> str:
+def misfit(target, saved: dict | None) -> str:
     """Why a saved leaf cannot fill a target leaf; empty if it can."""
     if saved is None:
         return "is not in the checkpoint"
     has, needs = (tuple(saved["shape"]), saved["dtype"]), (tuple(target.shape), str(target.dtype))
     return "" if has == needs else f"is {has[1]} {list(has[0])}, needs {needs[1]} {list(needs[0])}"
-
-
-def _shorten(items, limit: int = 4) -> str:
-    items = list(items)
-    return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")
 
 
 def _digest(record: dict) -> str:

@@ -13,8 +13,10 @@ from absl import logging
 from etils import epath
 
 from moe_jax.config import ConfigError
+from moe_jax.config.load import run_folder
 from moe_jax.routing.product_keys import usage
 from moe_jax.routing.statistics import Histogram
+from moe_jax.train.workdir import is_local
 
 FILE_NAME = "metrics.jsonl"
 # An object store cannot append: there the whole file is written again, at most this often.
@@ -44,8 +46,8 @@ class MetricsWriter:
         self._file = self._tensorboard = None
         if not self._enabled:
             return
-        self._local = "://" not in str(workdir)
-        workdir = epath.Path(workdir)
+        self._local = is_local(workdir)
+        workdir = run_folder(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         self._path = workdir / FILE_NAME
         rows = read_metrics(workdir) if resume_step else []
@@ -141,7 +143,7 @@ class MetricsWriter:
 
 def write_whole(path: epath.Path, text: str) -> None:
     """Writes a file, whole or not at all, whenever the process is killed."""
-    if "://" in str(path):
+    if not is_local(path):
         path.write_text(text)
         return
     unfinished = f"{path}.tmp"
@@ -158,7 +160,7 @@ def read_metrics(workdir) -> list[dict[str, Any]]:
     Raises:
       ConfigError: another line is not JSON; with its number.
     """
-    path = epath.Path(workdir) / FILE_NAME
+    path = run_folder(workdir) / FILE_NAME
     if not path.exists():
         return []
     # errors=: a kill can cut a character in half. split: splitlines would cut at characters JSON allows.

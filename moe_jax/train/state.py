@@ -3,12 +3,14 @@
 Keys: params, router_state, opt_state {dense, rows}, step, skipped, skipped_in_row, and ema if the config keeps one.
 """
 
+import math
 from typing import Any
 
 import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from moe_jax.config import Config
@@ -36,23 +38,23 @@ def table_paths(config: Config) -> frozenset[str]:
     return frozenset(sink_tables(config.model).values())
 
 
-def split_tables(params: Any, paths: frozenset[str]) -> tuple[Any, dict[str, jax.Array]]:
-    """(params without the tables, {path: table})."""
-    flat = flax.traverse_util.flatten_dict(params, sep="/")
-    tables = {path: flat.pop(path) for path in sorted(paths)}
-    return flax.traverse_util.unflatten_dict(flat, sep="/"), tables
+def split_params(config: Config, params: Any) -> tuple[Any, dict[str, Any]]:
+    """The parameters by the form of their gradients: (a tree of those with dense ones, {path: table} of those with row-wise ones)."""
+    dense, rows = flax.traverse_util.flatten_dict(params, sep="/"), table_paths(config)
+    tables = {path: dense.pop(path) for path in sorted(rows)}
+    return flax.traverse_util.unflatten_dict(dense, sep="/"), tables
 
 
-def join_tables(dense: Any, tables: dict[str, jax.Array]) -> Any:
-    """Undoes `split_tables`."""
-    flat = flax.traverse_util.flatten_dict(dense, sep="/") | tables
-    return flax.traverse_util.unflatten_dict(flat, sep="/")
+def overlay(tree: Any, *parts: Any) -> Any:
+    """Nested dicts with the leaves of `parts`, of the same structure but for what they lack, in place of those of `tree`."""
+    flat = [flax.traverse_util.flatten_dict(part, sep="/") for part in (tree, *parts)]
+    return flax.traverse_util.unflatten_dict({path: leaf for part in flat for path, leaf in part.items()}, sep="/")
 
 
 def init_state(model: nn.Module, config: Config, key: jax.Array) -> State:
     """A state before its first step."""
     variables = nn.unbox(init_variables(model, key))
-    dense, tables = split_tables(variables["params"], table_paths(config))
+    dense, tables = split_params(config, variables["params"])
     state = {
         "params": variables["params"],
         "router_state": variables["router_state"],
@@ -74,7 +76,7 @@ def state_shardings(model: nn.Module, config: Config, mesh) -> State:
     whole = replicated(mesh)
     variables = shardings_of(abstract_variables(model), mesh)
     shapes = jax.eval_shape(lambda: init_state(model, config, jax.random.key(0)))
-    dense, tables = split_tables(variables["params"], table_paths(config))
+    dense, tables = split_params(config, variables["params"])
     shardings = {
         "params": variables["params"],
         "router_state": variables["router_state"],
@@ -119,3 +121,8 @@ def abstract_placed_variables(model: nn.Module, mesh) -> dict[str, Any]:
 
 def _placed(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings)
+
+
+def total_bytes(tree: Any) -> int:
+    """Bytes of all leaves (arrays or ShapeDtypeStructs), over all devices, each counted once."""
+    return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))

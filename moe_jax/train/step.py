@@ -1,6 +1,6 @@
 """One optimizer step: gradients over microbatches, clipping, the update, and the routers' own learning."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.traverse_util
@@ -13,17 +13,19 @@ from moe_jax.config.blocks import RETRIEVING, distinct_layers
 from moe_jax.models.decoder import row_sinks, sink_tables
 from moe_jax.models.losses import cross_entropy
 from moe_jax.models.places import pool_path, stacked_places
-from moe_jax.ops.row_gradient import sort_rows, squared_norm
+from moe_jax.ops.row_gradient import SortedRows, sort_rows, squared_norm
 from moe_jax.parallel.rules import batch_sharding, replicated
 from moe_jax.routing import ROUTERS
 from moe_jax.train.optimizer import learning_rate, make_optimizer
 from moe_jax.train.router_state import update_router_state
 from moe_jax.train.row_update import row_count, row_gradient, update_rows
-from moe_jax.train.state import State, join_tables, split_tables, state_shardings, table_paths
+from moe_jax.train.state import State, overlay, split_params, state_shardings
 
 Batch = dict[str, jax.Array]
 # Keeps a step's noise apart from the initialisation, which uses the seed's key itself.
 NOISE_STREAM = 1
+# Parts of the state that a step moves on even where it changes nothing else.
+COUNTERS = ("step", "skipped", "skipped_in_row")
 
 
 def _split_microbatches(batch: Batch, parts: int) -> Batch:
@@ -31,27 +33,41 @@ def _split_microbatches(batch: Batch, parts: int) -> Batch:
     return jax.tree.map(lambda a: jnp.swapaxes(a.reshape(a.shape[0] // parts, parts, *a.shape[1:]), 0, 1), batch)
 
 
-def make_loss(model: nn.Module, config: Config):
-    """(dense params, row sinks, tables, router_state, microbatch, tokens, key, step) -> (loss, (nats, losses, stats, ids)).
+class Gradients(NamedTuple):
+    """Of a whole batch. dense: a tree, of the parameters with dense gradients. rows: {path: SortedRows} of the tables."""
 
-    `loss` is this microbatch's share of the step's: its nats over the step's `tokens`, plus the weighted router losses over
-    the number of microbatches.
+    dense: Any
+    rows: dict[str, SortedRows]
+
+
+class Totals(NamedTuple):
+    """What a batch amounts to. total_loss: what is differentiated. loss: nats per token. losses: the routers', unweighted, by
+    feed-forward layer, as means over the microbatches. stats: the routers', summed over them."""
+
+    total_loss: jax.Array
+    loss: jax.Array
+    losses: dict[str, dict[str, jax.Array]]
+    stats: Any
+
+
+def make_loss(model: nn.Module, config: Config):
+    """(learned, state, microbatch, tokens, key) -> (loss, (nats, losses, stats, row ids)).
+
+    learned: {"params", "row_sinks"}, what is differentiated, in place of what `state` and zeros have there.
+    loss: this microbatch's share of the step's: its nats over the step's `tokens`, plus the weighted router losses over the
+    number of microbatches.
     """
     weights = {
         ffn.name: ROUTERS[ffn.moe.router].loss_weights(ffn.moe.options) for ffn in distinct_layers(config.model, "routed")
     }
 
-    def loss(dense, sinks, tables, router_state, micro, tokens, key, step):
-        params = join_tables(dense, tables)
-        variables = {"params": params, "router_state": router_state} | ({"row_sinks": sinks} if sinks else {})
-        out = model.apply(
-            variables,
-            micro["tokens"],
-            micro["positions"],
-            micro["segment_ids"],
-            key=key,
-            train=True,
-        )
+    def loss(learned, state, micro, tokens, key):
+        variables = {
+            "params": overlay(state["params"], learned["params"]),
+            "router_state": state["router_state"],
+            "row_sinks": overlay(row_sinks(config.model, micro["tokens"].size), learned["row_sinks"]),
+        }
+        out = model.apply(variables, micro["tokens"], micro["positions"], micro["segment_ids"], key=key, train=True)
         nats, _ = cross_entropy(
             out.x,
             out.table,
@@ -70,60 +86,83 @@ def make_loss(model: nn.Module, config: Config):
     return loss
 
 
-def accumulate(model: nn.Module, config: Config, state: State, batch: Batch):
-    """Gradients of the whole batch.
-
-    Returns:
-      (gradients of the dense parameters, {path: SortedRows} of the tables, loss, nats, losses, stats): losses are means
-      and stats are sums over the microbatches.
-    """
+def accumulate(model: nn.Module, config: Config, state: State, batch: Batch) -> tuple[Gradients, Totals]:
+    """Gradients of the whole batch, added up over its microbatches."""
     parts = config.train.microbatches
     tokens = jnp.maximum(jnp.sum(batch["loss_weights"]), 1.0)
-    dense, tables = split_tables(state["params"], table_paths(config))
     noise_seed = config.seed if config.noise_seed < 0 else config.noise_seed
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(noise_seed), NOISE_STREAM), state["step"])
-    gradient = jax.value_and_grad(make_loss(model, config), argnums=(0, 1), has_aux=True)
+    dense, tables = split_params(config, state["params"])
+    gradient = jax.value_and_grad(make_loss(model, config), has_aux=True)
 
-    def one(micro, part):
-        sinks = row_sinks(config.model, micro["tokens"].size)
-        (loss, (nats, losses, stats, ids)), (d_dense, d_sinks) = gradient(
-            dense,
-            sinks,
-            tables,
-            state["router_state"],
-            micro,
-            tokens,
-            jax.random.fold_in(key, part),
-            state["step"],
-        )
-        return (d_dense, loss, nats, losses, stats), (ids, d_sinks)
+    def add_up(micro, part):
+        """(what is summed over the microbatches, what is kept of each)."""
+        learned = {"params": dense, "row_sinks": row_sinks(config.model, micro["tokens"].size)}
+        (loss, (nats, *aux, ids)), d = gradient(learned, state, micro, tokens, jax.random.fold_in(key, part))
+        return (d["params"], loss, nats, *aux), (ids, d["row_sinks"])
 
     micro = _split_microbatches(batch, parts)
     if parts == 1:
-        sums, rows = one(jax.tree.map(lambda a: a[0], micro), 0)
+        sums, rows = add_up(jax.tree.map(lambda a: a[0], micro), 0)
         rows = jax.tree.map(lambda a: a[None], rows)
     else:
-        first = jax.eval_shape(one, jax.tree.map(lambda a: a[0], micro), 0)[0]
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), first)
+        shapes = jax.eval_shape(add_up, jax.tree.map(lambda a: a[0], micro), 0)[0]
 
         def body(sums, inputs):
-            more, rows = one(*inputs)
+            more, rows = add_up(*inputs)
             return jax.tree.map(jnp.add, sums, more), rows
 
-        sums, rows = jax.lax.scan(body, zeros, (micro, jnp.arange(parts)))
-    d_dense, loss, nats, losses, stats = sums
-    ids, d_sinks = (flax.traverse_util.flatten_dict(tree, sep="/") for tree in rows)
-    table_of, parts_of = sink_tables(config.model), {}
+        sums, rows = jax.lax.scan(body, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), (micro, jnp.arange(parts)))
+    d_dense, total_loss, nats, losses, stats = sums
+    totals = Totals(total_loss, nats / tokens, jax.tree.map(lambda a: a / parts, losses), stats)
+    return Gradients(d_dense, _row_gradients(config, tables, *rows)), totals
+
+
+def _row_gradients(config: Config, tables: dict[str, jax.Array], ids: Any, d_sinks: Any) -> dict[str, SortedRows]:
+    """{path of a table: its gradient}, from the row ids and gradients of all sinks, with an axis of microbatches."""
+    ids, d_sinks = (flax.traverse_util.flatten_dict(tree, sep="/") for tree in (ids, d_sinks))
+    table_of, of_table = sink_tables(config.model), {}
     split = {pool_path(place): place.ffn.peer.split for place in stacked_places(config.model, *RETRIEVING)}
-    for path, d in d_sinks.items():
-        by_width = "expert" if split.get(table_of[path], config.model.peer.split) == "width" else ""
-        one = row_gradient(tables[table_of[path]], ids[path], d, by_width)
-        parts_of.setdefault(table_of[path], []).append(one)
-    d_rows = {
-        path: sort_rows(jax.tree.map(lambda *a: jnp.concatenate(a), *several), row_count(tables[path]))
-        for path, several in parts_of.items()
-    }
-    return d_dense, d_rows, loss, nats / tokens, jax.tree.map(lambda a: a / parts, losses), stats
+    for sink, d_sink in d_sinks.items():
+        table = table_of[sink]
+        by_width = "expert" if split.get(table, config.model.peer.split) == "width" else ""
+        of_table.setdefault(table, []).append(row_gradient(tables[table], ids[sink], d_sink, by_width))
+    joined = {path: jax.tree.map(lambda *a: jnp.concatenate(a), *several) for path, several in of_table.items()}
+    return {path: sort_rows(rows, row_count(tables[path])) for path, rows in joined.items()}
+
+
+def gradient_norm(gradients: Gradients, tables: dict[str, jax.Array]) -> jax.Array:
+    """The global norm over all parameters, scalar."""
+    squares = sum(squared_norm(rows, row_count(tables[path])) for path, rows in gradients.rows.items())
+    return jnp.sqrt(optax.tree.norm(gradients.dense, squared=True) + squares)
+
+
+def make_update(config: Config):
+    """(old, gradients, factor, stats, rate, applied) -> new: all of the state but its counters, before and after one update.
+
+    factor: of the clipping. stats: of the routers, summed over the batch. rate: the learning rate. applied: how many updates there
+    were, this one included.
+    """
+    optimizer, options = make_optimizer(config.optimizer), config.optimizer
+
+    def update(old: State, gradients: Gradients, factor, stats, rate, applied) -> State:
+        dense, tables = split_params(config, old["params"])
+        clipped = jax.tree.map(lambda g: factor * g, gradients.dense)
+        updates, opt_dense = optimizer.update(clipped, old["opt_state"]["dense"], dense)
+        dense, opt_rows = jax.tree.map(lambda p, u: p - rate * u, dense, updates), {}
+        for path, rows in gradients.rows.items():
+            moments = old["opt_state"]["rows"][path]
+            tables[path], opt_rows[path] = update_rows(options, path, tables[path], moments, rows, rate, factor)
+        new = {
+            "params": overlay(old["params"], dense, tables),
+            "opt_state": {"dense": opt_dense, "rows": opt_rows},
+        }
+        new["router_state"] = update_router_state(old["router_state"], stats, new["params"], applied, config.model)
+        if "ema" in old:
+            new["ema"] = optax.incremental_update(new["params"], old["ema"], 1 - options.ema_decay)
+        return new
+
+    return update
 
 
 def losses_by_name(losses: dict[str, dict[str, jax.Array]]) -> dict[str, jax.Array]:
@@ -140,57 +179,30 @@ def make_train_step(model: nn.Module, config: Config):
 
     metrics: loss (nats per token), total_loss, gradient_norm, learning_rate, skipped, skipped_in_row, losses, stats.
     """
-    optimizer, options = make_optimizer(config.optimizer), config.optimizer
+    update, clip_norm = make_update(config), config.optimizer.clip_norm
 
     def train_step(state: State, batch: Batch):
-        d_dense, d_rows, total, loss, losses, stats = accumulate(model, config, state, batch)
-        tables = split_tables(state["params"], table_paths(config))[1]
-        squares = sum(squared_norm(rows, row_count(tables[path])) for path, rows in d_rows.items())
-        norm = jnp.sqrt(optax.tree.norm(d_dense, squared=True) + squares)
-        finite = jnp.isfinite(total) & jnp.isfinite(norm)
-        factor = jnp.minimum(1.0, options.clip_norm / jnp.maximum(norm, 1e-30)) if options.clip_norm else 1.0
-        rate = learning_rate(options, config.train, state["step"])
+        gradients, totals = accumulate(model, config, state, batch)
+        norm = gradient_norm(gradients, split_params(config, state["params"])[1])
+        factor = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-30)) if clip_norm else 1.0
+        rate = learning_rate(config.optimizer, config.train, state["step"])
+        applied = state["step"] - state["skipped"] + 1
 
         def apply(old):
             with jax.named_scope("update"):
-                dense, tables = split_tables(old["params"], table_paths(config))
-                updates, opt_dense = optimizer.update(
-                    jax.tree.map(lambda g: factor * g, d_dense), old["opt_state"]["dense"], dense
-                )
-                dense = jax.tree.map(lambda p, u: p - rate * u, dense, updates)
-                opt_rows = {}
-                for path, rows in d_rows.items():
-                    tables[path], opt_rows[path] = update_rows(
-                        options, path, tables[path], old["opt_state"]["rows"][path], rows, rate, factor
-                    )
-                new = {
-                    "params": join_tables(dense, tables),
-                    "opt_state": {"dense": opt_dense, "rows": opt_rows},
-                }
-                applied = state["step"] - state["skipped"] + 1
-                new["router_state"] = update_router_state(old["router_state"], stats, new["params"], applied, config.model)
-                if "ema" in old:
-                    new["ema"] = optax.incremental_update(new["params"], old["ema"], 1 - options.ema_decay)
-                return new
+                return update(old, gradients, factor, totals.stats, rate, applied)
 
-        counters = ("step", "skipped", "skipped_in_row")
-        old = {name: tree for name, tree in state.items() if name not in counters}
-        new = jax.lax.cond(finite, apply, lambda old: old, old)
+        finite = jnp.isfinite(totals.total_loss) & jnp.isfinite(norm)
+        learning = {name: tree for name, tree in state.items() if name not in COUNTERS}
+        learning = jax.lax.cond(finite, apply, lambda old: old, learning)
         skipped = 1 - finite.astype(jnp.int32)
-        new["step"] = state["step"] + 1
-        new["skipped"] = state["skipped"] + skipped
-        new["skipped_in_row"] = (state["skipped_in_row"] + 1) * skipped
-        metrics = {
-            "loss": loss,
-            "total_loss": total,
-            "gradient_norm": norm,
-            "learning_rate": rate,
-            "losses": losses_by_name(losses),
-            "stats": stats,
-            "skipped": new["skipped"],
-            "skipped_in_row": new["skipped_in_row"],
+        counters = {
+            "step": state["step"] + 1,
+            "skipped": state["skipped"] + skipped,
+            "skipped_in_row": (state["skipped_in_row"] + 1) * skipped,
         }
-        return new, metrics
+        metrics = totals._asdict() | {"losses": losses_by_name(totals.losses), "gradient_norm": norm, "learning_rate": rate}
+        return learning | counters, metrics | {name: counters[name] for name in ("skipped", "skipped_in_row")}
 
     return train_step
 

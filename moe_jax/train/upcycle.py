@@ -75,7 +75,7 @@ def check_dense_run(config: Config) -> Config:
       ConfigError: it has no checkpoint, has routed blocks, or its parameters do not fit the model of `config`.
     """
     workdir, new = config.init.upcycle_from, config.model
-    old = from_dict(load_meta(workdir)["config"])
+    old = from_dict(load_meta(workdir, field="init.upcycle_from")["config"])
     if block_layers(old.model, "routed", *RETRIEVING):
         limit = f"its model.pattern={old.model.pattern} and inserts={old.model.inserts!r} have blocks with experts"
         raise ConfigError("init.upcycle_from", workdir, limit, "name a dense run, or use init.checkpoint")
@@ -231,7 +231,8 @@ def upcycle(config: Config, params: Any, vocab_size: int, mesh) -> tuple[Any, Up
     builder = MODELS[new.name](
         dataclasses.replace(new, pattern=old.model.pattern, inserts=old.model.inserts, ffns=old.model.ffns), vocab_size
     )
-    restored = load_params(config.init.upcycle_from, {"params": abstract_placed_variables(builder, mesh)["params"]})
+    target = {"params": abstract_placed_variables(builder, mesh)["params"]}
+    restored = load_params(config.init.upcycle_from, target, field="init.upcycle_from")
     dense = flax.traverse_util.flatten_dict(restored.state["params"], sep="/")
     flat = flax.traverse_util.flatten_dict(params, sep="/")
     plan = origins(flat, dense, old.model, new)

@@ -1,8 +1,9 @@
-"""One run at a time in a folder."""
+"""The folder of a run: one run at a time in it, and room for its checkpoints."""
 
 import contextlib
 import errno
 import fcntl
+import shutil
 from collections.abc import Iterator
 
 import jax
@@ -10,10 +11,23 @@ from absl import logging
 from etils import epath
 
 from moe_jax.config import ConfigError
+from moe_jax.config.load import run_folder
 from moe_jax.train.interrupt import largest
 
 # What file systems without locks answer.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+def is_local(workdir) -> bool:
+    """Whether a folder is on a disk, not in an object store."""
+    return "://" not in str(workdir)
+
+
+def checkpoint_directory(workdir) -> epath.Path:
+    """Where the checkpoints of a run are."""
+    folder = run_folder(workdir)
+    # Orbax refuses relative paths.
+    return (folder.resolve() if is_local(folder) else folder) / "checkpoints"
 
 
 @contextlib.contextmanager
@@ -26,18 +40,18 @@ def own_workdir(workdir) -> Iterator[None]:
       ConfigError: in every process: another run is there, or the folder cannot be written.
     """
     with contextlib.ExitStack() as stack:
-        problem = take(workdir, stack) if jax.process_index() == 0 else None
+        problem = lock_workdir(workdir, stack) if jax.process_index() == 0 else None
         if largest(problem is not None):
             raise problem or ConfigError("--workdir", str(workdir), "process 0 cannot write there", "see its message")
         yield
 
 
-def take(workdir, stack: contextlib.ExitStack) -> ConfigError | None:
+def lock_workdir(workdir, stack: contextlib.ExitStack) -> ConfigError | None:
     """One process's part of `own_workdir`, until `stack` closes; the problem, or None. Asks JAX nothing."""
-    path = epath.Path(workdir)
+    path = run_folder(workdir)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if "://" not in str(workdir):
+        if is_local(path):
             file = stack.enter_context(open(path / ".lock", "a"))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -48,3 +62,27 @@ def take(workdir, stack: contextlib.ExitStack) -> ConfigError | None:
             return ConfigError("--workdir", str(workdir), str(error), "name a folder that can be written")
         logging.warning("%s cannot be locked: do not start a second run there", workdir)
     return None
+
+
+def check_free_space(workdir, bytes_per_checkpoint: int, max_to_keep: int) -> None:
+    """Refuses to start when the disk cannot hold max_to_keep checkpoints and the one being written.
+
+    Checkpoints that are there already count as written. gs:// paths are not checked.
+
+    Raises:
+      ConfigError: with the free and the needed space.
+    """
+    if not is_local(workdir):
+        return
+    directory = checkpoint_directory(workdir)
+    saved = [d for d in directory.iterdir() if d.name.isdigit()] if directory.exists() else []
+    needed = max(1, max_to_keep + 1 - len(saved)) * bytes_per_checkpoint
+    existing = next(p for p in (directory, *directory.parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise ConfigError(
+            "--workdir",
+            str(workdir),
+            f"{free / 1e9:.2f} GB are free, its checkpoints need {needed / 1e9:.2f} GB",
+            "free some space, name another --workdir or lower config.train.max_to_keep",
+        )

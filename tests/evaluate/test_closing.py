@@ -39,27 +39,27 @@ def save(workdir, step, value):
 
 def test_results_follow_the_checkpoint_and_the_question(tmp_path, scored, capsys):
     config, path = Config(), tmp_path / "results.json"
-    assert closing.close(config, tmp_path) == 0 and not path.exists()
+    assert closing.closing_results(config, tmp_path) == 0 and not path.exists()
     config.sample.compare_compressors = True
     save(tmp_path, 1, 0.5)
     for _ in range(2):
-        assert closing.close(config, tmp_path) == 0
+        assert closing.closing_results(config, tmp_path) == 0
     out = capsys.readouterr().out
     assert scored == ["score"] and out.count("words: 1.250 bits per byte on 3 held-out documents") == 2
     config.sample.prompt = "a"
-    closing.close(config, tmp_path)
+    closing.closing_results(config, tmp_path)
     config.sample.prompt = "b"
-    closing.close(config, tmp_path)
+    closing.closing_results(config, tmp_path)
     assert scored == ["score", *["score", "sample"] * 2]
     # What is not a number is null, and prints so from the file as well.
-    closing.close(config, tmp_path)
+    closing.closing_results(config, tmp_path)
     assert "NaN" not in path.read_text() and json.loads(path.read_text())["sample"] == "b"
     assert capsys.readouterr().out.count("words: not finite bits per byte") == 3 and len(scored) == 5
     # The same step trained again, and a file that was cut off.
     (tmp_path / "checkpoints" / "1").rename(tmp_path / "old")
     save(tmp_path, 1, 0.75)
-    closing.close(config, tmp_path)
+    closing.closing_results(config, tmp_path)
     assert len(scored) == 7
     path.write_text(path.read_text()[:50])
-    closing.close(config, tmp_path)
+    closing.closing_results(config, tmp_path)
     assert len(scored) == 9 and json.loads(path.read_text())["step"] == 1

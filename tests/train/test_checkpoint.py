@@ -7,43 +7,23 @@ import shutil
 import signal
 import subprocess
 import sys
-import types
 from collections import namedtuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from moe_jax.compat import make_mesh
-from moe_jax.config import Config, ConfigError, SourceConfig
+from moe_jax.config import ConfigError
 from moe_jax.train import checkpoint
-from moe_jax.train.checkpoint import (
-    Checkpoints,
-    check_free_space,
-    check_resume,
-    fill_from,
-    load_meta,
-    load_params,
-)
+from moe_jax.train.checkpoint import Checkpoints, load_meta, load_params
+from tests.train.states import META, abstract, assert_bit_equal, make_state, put, save
 
 # After a read that failed, TensorStore calls back into an event loop that Orbax has closed.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning"),
 ]
-
-META = {"config": {"seed": 3}, "data_position": 7, "none": None, "tokenizer": '{"é": "\\u0120"}'}
-AXES = ("data", "fsdp", "expert")
-SPECS = {
-    "params/layers/moe/experts": P("expert", "fsdp", None),
-    "params/layers/dense": P("fsdp", None),
-    "params/embed": P(None, "fsdp"),
-}
-MESHES = {1: (1, 1, 1), 4: (1, 2, 2), 8: (2, 2, 2)}
 
 
 @pytest.fixture
@@ -52,57 +32,6 @@ def collect_failed_reads():
     yield
     for _ in range(3):
         gc.collect()
-
-
-def initial_params(seed=0):
-    rng = np.random.default_rng(seed)
-    return {
-        "layers": {
-            "moe": {"experts": rng.normal(size=(8, 16, 64)).astype(np.float32)},
-            "dense": rng.normal(size=(16, 3)).astype(np.float32),
-        },
-        "embed": rng.normal(size=(10, 16)).astype(jnp.bfloat16),
-        "norm": np.array([np.nan, -0.0, np.inf, 1e-45], np.float32),
-    }
-
-
-def put(tree, devices=8):
-    """`tree` on a mesh: parameters, and what is shaped like them, sharded; the rest replicated."""
-    mesh = make_mesh(jax.devices()[:devices], AXES, MESHES[devices])
-
-    def leaf(path, x):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        spec = next((spec for key, spec in SPECS.items() if name.endswith(key.removeprefix("params/"))), P())
-        return jax.device_put(x, NamedSharding(mesh, spec))
-
-    return jax.tree.map_with_path(leaf, tree)
-
-
-def make_state(seed=0, devices=8, router_state=None):
-    params = initial_params(seed)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.constant_schedule(1e-3)))
-    opt_state = jax.tree.map(lambda x: x + np.ones((), x.dtype), optimizer.init(params))
-    if router_state is None:
-        router_state = {"layers": {"moe": {"bias": np.arange(8, dtype=np.float32)}}}
-    state = {"params": params, "router_state": router_state, "opt_state": opt_state, "step": np.int32(seed)}
-    return put({**state, "flags": {"frozen": np.array([True, False]), "nothing": ()}}, devices)
-
-
-def abstract(tree):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
-
-
-def assert_bit_equal(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert x.dtype == y.dtype and x.shape == y.shape
-        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
-
-
-def save(workdir, steps=(1,), max_to_keep=5, **options):
-    with Checkpoints(workdir, max_to_keep=max_to_keep, **options) as checkpoints:
-        for step in steps:
-            assert checkpoints.save(step, make_state(step), {**META, "data_position": step})
 
 
 def data_file(workdir, step):
@@ -373,130 +302,8 @@ def test_load_params_reads_neither_optimizer_nor_the_rest(saved, monkeypatch):
     assert load_meta(saved)["data_position"] == 2
 
 
-def fresh(seed=9):
-    state = make_state(seed)
-    return {"params": state["params"], "router_state": state["router_state"]}
-
-
-def test_fill_everything(saved):
-    filled, report = fill_from(saved, fresh())
-    want = make_state(2)
-    assert_bit_equal(filled, {"params": want["params"], "router_state": want["router_state"]})
-    assert (report.step, report.unfilled, report.unused) == (2, {}, ())
-    assert f"filled 5 of 5 leaves from {saved} step 2" == str(report)
-
-
-def test_fill_by_prefix_lists_what_was_not_filled(saved):
-    target = fresh()
-    target["params"]["layers"]["moe_2"] = target["params"]["norm"]
-    target["params"]["layers"]["dense"] = put({"x": np.zeros((16, 4), np.float32)})["x"]
-    filled, report = fill_from(saved, target, ("layers",))
-    want = make_state(2)
-    assert report.filled == ("params/layers/moe/experts", "router_state/layers/moe/bias")
-    assert_bit_equal(filled["params"]["layers"]["moe"], want["params"]["layers"]["moe"])
-    assert_bit_equal(filled["router_state"], want["router_state"])
-    assert filled["params"]["embed"] is target["params"]["embed"]
-    assert report.unfilled == {
-        "params/embed": "is not in init.include",
-        "params/layers/dense": "is float32 [16, 3], needs float32 [16, 4]",
-        "params/layers/moe_2": "is not in the checkpoint",
-        "params/norm": "is not in init.include",
-    }
-    assert set(report.unused) == {"params/embed", "params/layers/dense", "params/norm"}
-    _, report = fill_from(saved, target, ("layers/moe",))
-    assert "params/layers/moe_2" in report.unfilled
-
-
-@pytest.mark.parametrize("prefix", ["layer", "layers/dense", "moe", "params/embed"])
-def test_a_prefix_that_fills_nothing_is_refused(saved, prefix):
-    target = fresh()
-    target["params"]["layers"]["dense"] = put({"x": np.zeros((16, 4), np.float32)})["x"]
-    with pytest.raises(ConfigError, match=f"config.init.include={prefix}: fills nothing.*embed, layers"):
-        fill_from(saved, target, ("embed", prefix))
-
-
-def change(path, value):
-    config = Config()
-    *sections, name = path.split(".")
-    section = config
-    for part in sections:
-        section = getattr(section, part)
-    setattr(section, name, value)
-    return config
-
-
-FREE = {
-    **{"train.log_every": 7, "train.eval_every": 7, "train.eval_batches": 7, "train.checkpoint_every": 7},
-    **{
-        "train.max_to_keep": 7,
-        "train.async_checkpoint": False,
-        "train.max_skipped": 7,
-        "train.profile_steps": "1:2",
-    },
-    **{"train.peak_tflops": 7.0, "train.tensorboard": False, "model.scan": False, "model.remat": True},
-    **{"data.cache_dir": "x", "sample.prompt": "x", "init.checkpoint": "x", "init.include": "x"},
-    "init.upcycle_from": "x",
-}
-WARNED = {
-    **{
-        "train.steps": 7,
-        "mesh.data": 7,
-        "mesh.expert": 7,
-        "model.attention": "xla",
-        "model.moe.backend": "loop",
-    },
-    **{"model.moe.exchange": "x", "model.moe.exchange_buffer": 7.0, "model.loss_chunk": 7},
-}
-REFUSED = {
-    **{
-        "seed": 7,
-        "data.batch_size": 7,
-        "data.tokenizer": "bytes",
-        "data.sources": (SourceConfig(weight=2.0),),
-    },
-    **{"train.microbatches": 7, "optimizer.learning_rate": 7.0, "model.width": 7, "model.dtype": "bfloat16"},
-    **{"model.moe.top_k": 7, "model.moe.routers.top_k.z_loss": 7.0, "model.moe.execution": "capacity"},
-}
-
-
-@pytest.mark.parametrize("path", [*FREE, *WARNED, *REFUSED])
-def test_resume_rule(path):
-    if path in REFUSED:
-        with pytest.raises(ConfigError, match=r"may not change on resume.*--workdir") as error:
-            check_resume(Config(), change(path, REFUSED[path]))
-        assert f"config.{path}" in str(error.value) and "\n" not in str(error.value)
-    else:
-        warnings = check_resume(Config(), change(path, {**FREE, **WARNED}[path]))
-        assert len(warnings) == (path in WARNED)
-        assert all(path in warning for warning in warnings)
-        assert path != "train.steps" or "1000 -> 7: the schedule stretches" in warnings[0]
-
-
-def test_resume_names_four_fields_and_counts_the_rest():
-    new = Config(seed=7)
-    for name in ("layers", "width", "heads", "ffn_width", "norm"):
-        setattr(new.model, name, "rows\nof text" if name == "norm" else 7)
-    with pytest.raises(ConfigError, match=r"seed 0 -> 7, model.layers 4 -> 7, .* and 2 more"):
-        check_resume(Config(), new)
-    assert check_resume(Config(), Config()) == []
-
-
-def test_free_space(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=3000))
-    check_free_space(tmp_path / "not/yet/there", 1000, 2)
-    with pytest.raises(ConfigError, match="GB are free, its checkpoints need"):
-        check_free_space(tmp_path, 1001, 2)
-    # Two checkpoints are there already: only the one being written is missing.
-    for step in (1, 2):
-        (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
-    check_free_space(tmp_path, 3000, 2)
-    check_free_space("gs://bucket/run", 10**30, 2)
-    assert checkpoint.state_bytes(make_state(0)["params"]) == (8 * 16 * 64 + 16 * 3 + 4) * 4 + 10 * 16 * 2
-    assert checkpoint.state_bytes(abstract(make_state(0)["params"])) == checkpoint.state_bytes(make_state(0, 1)["params"])
-
-
 def test_fingerprints_do_not_depend_on_the_mesh_and_see_swaps():
-    leaves = [jax.device_get(checkpoint._fingerprints(checkpoint._flatten(make_state(1, d)))) for d in (1, 4, 8)]
+    leaves = [jax.device_get(checkpoint._fingerprints(checkpoint.leaves_by_path(make_state(1, d)))) for d in (1, 4, 8)]
     assert leaves[0] == leaves[1] == leaves[2]
     x = np.arange(64, dtype=np.int32).reshape(4, 16)
     assert int(checkpoint._fingerprint(x)) != int(checkpoint._fingerprint(x[[1, 0, 2, 3]]))

@@ -1,23 +1,22 @@
-"""The loop and what is around it, without a model: signals, limits, profiles, damage, the lock."""
+"""The loop and what is around it, without a model: signals, limits, profiles, damage."""
 
 import contextlib
-import errno
 import signal
 import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
-from moe_jax.config import ConfigError, to_dict
-from moe_jax.data import BPETokenizer, ByteTokenizer
+from moe_jax.config import ConfigError
 from moe_jax.train import loop
-from moe_jax.train.checkpoint import Checkpoints, DamagedCheckpointError
+from moe_jax.train.checkpoint import DamagedCheckpointError
 from moe_jax.train.interrupt import Interrupts
 from moe_jax.train.reporter import Profile, Reporter
 from moe_jax.train.workdir import own_workdir
 from tests.train.small import make_config
+from tests.train.states import save_run
 
 TERM = int(signal.SIGTERM)
 
@@ -32,7 +31,7 @@ class Loop(loop.Trainer):
     """A trainer whose step gives the metrics it is told; `events` is what happened, in order."""
 
     def __init__(self, config, workdir, skipped=lambda step: 0, signals=(), saved=(1,)):
-        self.config, self.workdir, self.mesh, self.step, self.state = config, str(workdir), None, 0, None
+        self.config, self.folder, self.mesh, self.step, self.state = config, epath.Path(workdir), None, 0, None
         self.events, self.lines, self.skipped, self.signals = [], [], skipped, signals
         self.checkpoints = types.SimpleNamespace(wait=lambda: self.note("wait"), steps=lambda: saved)
 
@@ -63,7 +62,7 @@ class Loop(loop.Trainer):
             outside=contextlib.nullcontext,
             bar=types.SimpleNamespace(write=self.lines.append, update=lambda step: None),
         )
-        with Interrupts() as interrupts, Profile(self.config.train.profile_steps, self.workdir) as profile:
+        with Interrupts() as interrupts, Profile(self.config.train.profile_steps, self.folder) as profile:
             return self._loop(compiled, iter(lambda: {}, 0), interrupts, reporter, profile)
 
 
@@ -121,59 +120,66 @@ def test_a_trace_is_stopped_where_one_was_started(monkeypatch, tmp_path, start, 
 
 
 def test_time_inside_and_outside_the_step(monkeypatch):
-    clock, rows = iter(range(100)), []
-    monkeypatch.setattr("time.perf_counter", lambda: float(next(clock)))
-    config = small(peak_tflops=1.0)
+    """In ten seconds two steps take four, an evaluation three, and what is between them the rest."""
+    now, rows = [100.0], []
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    def wait(seconds):
+        now[0] += seconds
+
     writer = types.SimpleNamespace(write=lambda step, row: rows.append(row))
     bar = types.SimpleNamespace(update=lambda *args: None)
-    reporter = Reporter(config, 96, 0, writer, bar)
+    reporter = Reporter(small(peak_tflops=1.0), 96, 0, writer, bar)
+    wait(50.0)  # such as for the compilation
     reporter.start()
-    with reporter.inside_step():
-        pass
+    for _ in range(2):
+        wait(1.5)
+        with reporter.inside_step():
+            wait(2.0)
     with pytest.raises(KeyError), reporter.outside():
+        wait(3.0)
         raise KeyError
     metrics = dict.fromkeys(("loss", "gradient_norm", "learning_rate", "skipped"), 0.0)
     reporter.log(2, metrics | {"losses": {}, "stats": {"groups": {}}})
-    # Six readings of the clock: five seconds, of which one is outside.
-    assert rows[0]["tokens_per_second"] == 2 * reporter.tokens_per_step / 4 and rows[0]["step_share"] == 1 / 4
+    assert rows[0]["tokens_per_second"] == pytest.approx(2 * reporter.tokens_per_step / 7)
+    assert rows[0]["step_share"] == pytest.approx(4 / 7)
 
 
-def fit(monkeypatch, workdir, run, steps=2):
-    """`loop.fit` with a trainer that only calls `run(saved)`, whose result it returns."""
-
-    class Trainer:
-        def __init__(self, config, workdir, mesh, checkpoints, saved):
-            self.saved = saved
-
-        def run(self, interrupts):
-            return run(self.saved)
-
-    monkeypatch.setattr(loop, "Trainer", Trainer)
-    return loop.fit(small(steps=steps), str(workdir))
+class Begun(Exception):
+    """The run got as far as reading its text."""
 
 
-def save(workdir, steps, config=None, tokenizer=None):
-    meta = {"config": to_dict(config or small()), "tokenizer": (tokenizer or ByteTokenizer()).to_json()}
-    with Checkpoints(workdir, max_to_keep=5, asynchronous=False) as checkpoints:
-        for step in steps:
-            checkpoints.save(step, {"step": jnp.int32(step)}, meta | {"step": step})
+def fit(monkeypatch, workdir, train=None, steps=2):
+    """`loop.fit`, whose run is `train()`; None: it ends with `Begun` where it would read the text."""
+
+    def read(*args, **options):
+        raise Begun
+
+    monkeypatch.setattr(loop, "open_data", read)
+    with monkeypatch.context() as patch:
+        if train:
+            patch.setattr(loop, "train", lambda *args: train())
+        return loop.fit(small(steps=steps), str(workdir))
 
 
 def test_a_signal_after_the_last_step_is_not_lost(monkeypatch, tmp_path, capsys):
-    def interrupted(saved):
+    def interrupted():
         signal.raise_signal(signal.SIGTERM)
         return 0
 
     assert fit(monkeypatch, tmp_path, interrupted) == 128 + TERM
     assert "all steps are done and saved" in capsys.readouterr().err
-    assert fit(monkeypatch, tmp_path, lambda saved: 0) == 0
+    assert fit(monkeypatch, tmp_path, lambda: 0) == 0
 
 
-def test_damage_is_one_line(monkeypatch, tmp_path):
-    def damaged(saved):
-        raise DamagedCheckpointError("runs/a: none of steps [3] can be read")
+@pytest.mark.parametrize("field", ["--workdir", "init.checkpoint"])
+def test_damage_is_one_line(monkeypatch, tmp_path, field):
+    def damaged():
+        raise DamagedCheckpointError("none of steps [3] can be read", field, "runs/a")
 
-    with pytest.raises(ConfigError, match=r"^checkpoint files: runs/a: none of steps \[3\] can be read; "):
+    name = field if field.startswith("-") else f"config.{field}"
+    line = rf"^{name}=runs/a: none of steps \[3\] can be read; .* another {field.removeprefix('--')}$"
+    with pytest.raises(ConfigError, match=line):
         fit(monkeypatch, tmp_path, damaged)
 
 
@@ -181,68 +187,30 @@ def test_damage_is_one_line(monkeypatch, tmp_path):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 def test_complete_only_if_the_last_description_can_be_read(monkeypatch, tmp_path, damaged, capsys):
-    save(tmp_path, (1, 2))
+    save_run(tmp_path, small(steps=2), (1, 2))
     if damaged:
         next((tmp_path / "checkpoints" / "2" / "meta").rglob("metadata")).write_text("{}")
-    seen = []
-    assert fit(monkeypatch, tmp_path, lambda saved: seen.append(saved["step"]) or 0) == 0
-    assert ("complete" in capsys.readouterr().err, seen) == ((False, [1]) if damaged else (True, []))
+        with pytest.raises(Begun):
+            fit(monkeypatch, tmp_path)
+    else:
+        assert fit(monkeypatch, tmp_path) == 0
+    assert ("complete" in capsys.readouterr().err) != damaged
 
 
 def test_one_run_at_a_time(monkeypatch, tmp_path):
     with own_workdir(tmp_path / "run"):
         with pytest.raises(ConfigError, match="--workdir=.*run: another run is writing there; "):
-            fit(monkeypatch, tmp_path / "run", lambda saved: 0)
+            fit(monkeypatch, tmp_path / "run", lambda: 0)
         with own_workdir(tmp_path / "other"):
             pass
-    assert fit(monkeypatch, tmp_path / "run", lambda saved: 7) == 7
+    assert fit(monkeypatch, tmp_path / "run", lambda: 7) == 7
 
 
 def test_a_workdir_that_cannot_be_written(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     for workdir in ("/proc/x/run", tmp_path / "file" / "run"):
         with pytest.raises(ConfigError, match="--workdir=.*name a folder that can be written"):
-            fit(monkeypatch, workdir, lambda saved: 0)
-
-
-def test_a_file_system_without_locks_is_used_without(monkeypatch, tmp_path):
-    def no_lock(file, kind):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr("fcntl.flock", no_lock)
-    with own_workdir(tmp_path):
-        pass
-
-
-def test_other_processes_learn_that_the_folder_is_busy(monkeypatch, tmp_path):
-    monkeypatch.setattr(jax, "process_index", lambda: 1)
-    monkeypatch.setattr("moe_jax.train.workdir.largest", lambda value: 1)
-    with pytest.raises(ConfigError, match="process 0 cannot write there"), own_workdir(tmp_path / "run"):
-        pass
-    assert not (tmp_path / "run").exists()
-
-
-def test_fine_tuning_keeps_the_vocabulary(tmp_path):
-    tokenizer = BPETokenizer.train(["one two three two one " * 20] * 3, 300)
-    first = small()
-    first.data.vocab_size = 300
-    save(tmp_path, (1,), first, tokenizer)
-    config = small()
-    config.init.checkpoint, config.data.vocab_size = str(tmp_path), 300
-    assert loop.start_tokenizer(config, None).fingerprint == tokenizer.fingerprint
-    for include, taken in (("embed,stack", True), ("output/kernel", True), ("stack", False)):
-        config.init.include = include
-        assert (loop.start_tokenizer(config, None) is not None) == taken
-    config.init.include = ""
-    config.data.vocab_size = 400
-    with pytest.raises(ConfigError, match="data.vocab_size=400: init.checkpoint=.* has 300; "):
-        loop.start_tokenizer(config, None)
-    config.data.tokenizer = "bytes"
-    with pytest.raises(ConfigError, match="data.tokenizer=bytes: .* has bpe; "):
-        loop.start_tokenizer(config, None)
-    assert loop.start_tokenizer(config, {"tokenizer": ByteTokenizer().to_json()}).vocab_size == 257
-    config.init.checkpoint = ""
-    assert loop.start_tokenizer(config, None) is None
+            fit(monkeypatch, workdir, lambda: 0)
 
 
 @pytest.mark.parametrize("asked", [1, 2])

@@ -219,9 +219,9 @@ def test_noise_has_a_seed_of_its_own(monkeypatch):
     """The routers' key follows `noise_seed`, and `seed` where that is -1; steps and microbatches have their own."""
 
     def make_loss(model, config):
-        def loss(dense, sinks, tables, router_state, micro, tokens, key, step):
+        def loss(learned, state, micro, tokens, key):
             noise = jax.random.uniform(key)
-            return 0 * dense["w"] + noise, (noise * tokens, {}, {}, {})
+            return 0 * learned["params"]["w"] + noise, (noise * tokens, {}, {}, {})
 
         return loss
 
@@ -229,7 +229,7 @@ def test_noise_has_a_seed_of_its_own(monkeypatch):
 
     def noise(step=0, **settings):
         state = {"params": {"w": jnp.float32(0)}, "router_state": {}, "step": jnp.int32(step)}
-        return float(train_step.accumulate(None, make_config(**settings), state, make_batch(0))[3])
+        return float(train_step.accumulate(None, make_config(**settings), state, make_batch(0))[1].loss)
 
     assert noise(seed=3) == noise(seed=3, noise_seed=3) == noise(seed=5, noise_seed=3)
     values = [noise(seed=3), noise(seed=5), noise(seed=3, noise_seed=4), noise(step=1, seed=3)]

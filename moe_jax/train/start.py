@@ -1,0 +1,211 @@
+"""How a run begins: a table of the ways to begin a new one, and going on from a run's own newest checkpoint.
+
+A new run's state is initialised from the seed; the way that a field of `config.init` asks for then fills it. `WAYS` is the table:
+another way, such as from converted or imported weights, is one more row.
+"""
+
+import platform
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moe_jax.config import Config, ConfigError, differences, from_dict, one_line, role, shorten_list, to_dict
+from moe_jax.config.blocks import options_path
+from moe_jax.data import TextData, Tokenizer
+from moe_jax.models.places import places
+from moe_jax.routing import ROUTERS
+from moe_jax.train.checkpoint import Checkpoints, load_meta
+from moe_jax.train.fill import fill_from
+from moe_jax.train.router_state import start_router_state
+from moe_jax.train.state import State, abstract_state, place_state
+from moe_jax.train.upcycle import check_dense_run, upcycle
+
+
+class Way(NamedTuple):
+    """A way to begin a new run.
+
+    field: of `config.init`; not empty, it asks for this way. "": asked for by nothing else being asked for.
+    check(config): refuses what cannot work, before the text is read.
+    tokenizer(config): the one that the parameters taken over were trained with; None: the data's own is right.
+    fill(config, model, state, mesh): (the initialised state with what is taken over, lines that report it).
+    """
+
+    field: str
+    check: Callable[[Config], Any]
+    tokenizer: Callable[[Config], Tokenizer | None]
+    fill: Callable[[Config, nn.Module, State, Any], tuple[State, list[str]]]
+
+
+def way_of(config: Config) -> Way:
+    """The row of `WAYS` that the config asks for."""
+    return next(way for way in WAYS if not way.field or getattr(config.init, way.field))
+
+
+def inherited_tokenizer(config: Config) -> Tokenizer | None:
+    """The tokenizer that a new run's first parameters were trained with; None: they are new, and the data's own is right.
+
+    Raises:
+      ConfigError: there is no such run, or the config asks for another tokenizer than that whose vocabulary it takes.
+    """
+    return way_of(config).tokenizer(config)
+
+
+def begin(config: Config, model: nn.Module, data: TextData, mesh) -> tuple[State, list[str]]:
+    """The state of a new run before its first step, on `mesh`, and lines that report where it comes from.
+
+    Raises:
+      ConfigError: what `config.init` names does not fit the model.
+      DamagedCheckpointError: it has no checkpoint that can be read.
+    """
+    state = place_state(model, config, mesh)
+    state["router_state"] = start_router_state(
+        state["router_state"], data.token_shares, config.model, data.tokenizer.vocab_size
+    )
+    way = way_of(config)
+    state, lines = way.fill(config, model, state, mesh)
+    if "ema" in state and way is not FRESH:
+        state["ema"] = jax.jit(lambda params: jax.tree.map(jnp.copy, params))(state["params"])
+    return state, lines
+
+
+# From a checkpoint, by prefixes.
+
+
+def _check_checkpoint(config: Config) -> None:
+    _other_run(config)
+    _checkpoint_tokenizer(config)
+
+
+def _other_run(config: Config) -> dict[str, Any]:
+    """`meta` of the run that `config.init` names."""
+    field = way_of(config).field
+    return load_meta(getattr(config.init, field), field=f"init.{field}")
+
+
+def _included(config: Config) -> tuple[str, ...]:
+    return tuple(prefix.strip().strip("/") for prefix in config.init.include.split(",") if prefix)
+
+
+def _checkpoint_tokenizer(config: Config) -> Tokenizer | None:
+    by_token = ("embed", "output")  # parameters with a row per token
+    if (prefixes := _included(config)) and not any(prefix.split("/")[0] in by_token for prefix in prefixes):
+        return None
+    return _same_tokenizer(config, "set it to that, or list in init.include what to take without embed and output")
+
+
+def _same_tokenizer(config: Config, fix: str) -> Tokenizer:
+    """The tokenizer of the run that `config.init` names; refuses a config that asks for another."""
+    meta, field = _other_run(config), way_of(config).field
+    theirs = from_dict(meta["config"]).data
+    for name in ("tokenizer", "vocab_size") if config.data.tokenizer == "bpe" else ("tokenizer",):
+        ours, its = getattr(config.data, name), getattr(theirs, name)
+        if ours != its:
+            raise ConfigError(f"data.{name}", ours, f"init.{field}={getattr(config.init, field)} has {its}", fix)
+    return Tokenizer.from_json(meta["tokenizer"])
+
+
+def _fill_from_checkpoint(config: Config, model: nn.Module, state: State, mesh) -> tuple[State, list[str]]:
+    lines, part = [], {name: state[name] for name in ("params", "router_state")}
+    if reason := _other_routers(config):
+        lines.append(f"the routers' state starts fresh: {reason}")
+        del part["router_state"]
+    filled, report = fill_from(config.init.checkpoint, part, _included(config))
+    return state | filled, [*lines, str(report)]
+
+
+def _other_routers(config: Config) -> str:
+    """Why the routers' state of `init.checkpoint` is not for this model: ids in a table mean other tokens or experts."""
+    theirs = {place.name: place.ffn.moe for place in places(from_dict(_other_run(config)["config"]).model, "routed")}
+    new_tokens = _checkpoint_tokenizer(config) is None
+    for place in places(config.model, "routed"):
+        ours, path = place.ffn.moe, options_path(config.model, place.ffn)
+        if new_tokens and ROUTERS[ours.router].start:
+            return "its tokens are those of another tokenizer"
+        for name in ("router", "experts", "virtual_experts") if place.name in theirs else ():
+            if (old := getattr(theirs[place.name], name)) != getattr(ours, name):
+                return f"{path}moe.{name} is {getattr(ours, name)}, and {old} in init.checkpoint"
+    return ""
+
+
+# Upcycled from a dense run.
+
+
+def _fill_upcycled(config: Config, model: nn.Module, state: State, mesh) -> tuple[State, list[str]]:
+    params, report = upcycle(config, state["params"], model.vocab_size, mesh)
+    warnings = [f"warning: at step 0 the model is not the dense one: {warning}" for warning in report.warnings]
+    return state | {"params": params}, [str(report), *warnings]
+
+
+def _check_upcycled(config: Config) -> None:
+    check_dense_run(config)
+    _same_tokenizer(config, "set it to that")
+
+
+FRESH = Way(
+    field="",
+    check=lambda config: None,
+    tokenizer=lambda config: None,
+    fill=lambda config, model, state, mesh: (state, []),
+)
+WAYS = (
+    Way("checkpoint", _check_checkpoint, _checkpoint_tokenizer, _fill_from_checkpoint),
+    Way("upcycle_from", _check_upcycled, lambda config: _same_tokenizer(config, "set it to that"), _fill_upcycled),
+    FRESH,
+)
+
+
+# From the run's own newest checkpoint.
+
+
+def run_meta(config: Config, tokenizer: Tokenizer, data_fingerprint: str, step: int) -> dict[str, Any]:
+    """The `meta` of a checkpoint: what resuming, evaluation and generation need to know of a run beside its arrays."""
+    return {
+        "config": to_dict(config),
+        "tokenizer": tokenizer.to_json(),
+        "data_fingerprint": data_fingerprint,
+        "step": step,
+        "versions": {"python": platform.python_version(), "jax": jax.__version__},
+    }
+
+
+def check_resume(saved: Config, new: Config) -> list[str]:
+    """Compares a run's saved config with the one it is resumed with.
+
+    Returns:
+      Warnings: one if the schedule stretches, one if the numbers will differ in rounding.
+
+    Raises:
+      ConfigError: naming the first fields that may not differ.
+    """
+    changed = differences(saved, new)
+    refused = {f: values for f, values in changed.items() if role(f) not in ("runtime", "rounding")}
+    if refused:
+        changes = [f"{f} {one_line(old, 40)} -> {one_line(now, 40)}" for f, (old, now) in refused.items()]
+        field, (_, value) = next(iter(refused.items()))
+        limit = f"may not change on resume; differing: {shorten_list(changes)}"
+        raise ConfigError(field, value, limit, "set these fields back, or start in another --workdir")
+    warnings = []
+    if "train.steps" in changed:
+        old, now = changed["train.steps"]
+        warnings.append(f"config.train.steps {old} -> {now}: the schedule stretches to the new length")
+    rounding = [f"config.{f}" for f in changed if role(f) == "rounding"]
+    if rounding:
+        warnings.append(f"{', '.join(rounding)} changed: equal to the uninterrupted run except for rounding")
+    return warnings
+
+
+def check_same_text(saved: dict[str, Any], data: TextData) -> None:
+    """Refuses to go on with other text than the checkpoint's, whose `meta` is `saved`."""
+    if saved["data_fingerprint"] != data.fingerprint:
+        limit = f"the checkpoint was trained on {saved['data_fingerprint']}"
+        fix = "put the text back as it was, or use another --workdir"
+        raise ConfigError("data.sources", data.fingerprint, limit, fix)
+
+
+def resume(config: Config, model: nn.Module, mesh, checkpoints: Checkpoints) -> tuple[State, list[str]]:
+    """The state of the newest checkpoint that can be read, on `mesh`, and lines that report it."""
+    restored = checkpoints.restore(abstract_state(model, config, mesh))
+    return restored.state, [f"resumed at step {restored.step}"]
