@@ -27,7 +27,9 @@ class ParameterGroup:
     """Other optimizer settings for the parameters whose path matches."""
 
     path: str = field("", "Regular expression, searched in the 'a/b/c' path of a parameter; the first match counts.")
-    learning_rate_scale: float = field(1.0, "Multiplies the learning rate; 0: frozen.", low=0)
+    learning_rate_scale: float = field(
+        1.0, "Multiplies the learning rate; 0: frozen, without a gradient, moments, decay or an average.", low=0
+    )
     weight_decay: float = field(-1.0, "Weight decay; -1: the optimizer's.", low=-1)
 
 
@@ -36,7 +38,7 @@ class OptimizerConfig:
     """AdamW and its schedule."""
 
     learning_rate: float = field(3e-3, "Peak learning rate.", low=0)
-    warmup_steps: int = field(100, "Steps of linear warm-up.", low=0)
+    warmup_steps: int = field(100, "Steps of linear warm-up; of a run with fewer steps, all.", low=0)
     schedule: str = field("cosine", "Decay after the warm-up.", choices=("cosine", "linear", "constant"))
     final_fraction: float = field(0.1, "Learning rate at the end, as a fraction of the peak.", low=0, high=1)
     b1: float = field(0.9, "Decay of the first moment.", low=0, high=0.999999)
@@ -51,7 +53,7 @@ class OptimizerConfig:
     clip_norm: float = field(1.0, "Limit of the gradient's global norm; 0: none.", low=0)
     ema_decay: float = field(0.0, "Decay of an average of the parameters that evaluation uses; 0: none.", low=0, high=0.999999)
     groups: tuple[ParameterGroup, ...] = dataclasses.field(
-        default=(), metadata={"doc": "Other settings for parameters by path."}
+        default=(), metadata={"doc": "Other settings for parameters by path; on resume they may change only to freeze."}
     )
 
 

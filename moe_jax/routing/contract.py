@@ -46,7 +46,8 @@ class Router(NamedTuple):
     loss_weights(options): the weight of each loss that the module returns.
     update(state, step, sizes, options): the `router_state` of a block after one optimizer step that was applied, a `Step`.
     frozen(state): {name of a parameter of the router: bool scalar} from the `router_state` of a block: which of its parameters
-      do not learn any more. They get no gradient, no share of its norm, no decay, no moments and no average.
+      do not learn from that step on, as long as it says so: no share of the norm, no update, no decay; their moments rest, and their
+      average is the parameter itself.
     start(state, token_shares, sizes, options): the `router_state` of a layer before the first step; token_shares: float64
       [V], the share of each id in the training text.
     """

@@ -23,11 +23,11 @@ from moe_jax.train.checkpoint import Checkpoints, DamagedCheckpointError
 from moe_jax.train.evaluation import evaluate, make_evaluation_step
 from moe_jax.train.interrupt import Interrupts, exit_code
 from moe_jax.train.metrics import MetricsWriter, write_whole
-from moe_jax.train.optimizer import check_groups
+from moe_jax.train.optimizer import check_groups, warmup_steps
 from moe_jax.train.progress import ProgressBar
 from moe_jax.train.reporter import Profile, Reporter
 from moe_jax.train.start import begin, check_resume, check_same_text, resume, run_meta, way_of
-from moe_jax.train.state import State, abstract_state, total_bytes
+from moe_jax.train.state import State, abstract_state, overlay, total_bytes
 from moe_jax.train.step import compile_train_step
 from moe_jax.train.workdir import check_free_space, own_workdir
 
@@ -67,7 +67,8 @@ def train(config: Config, folder: epath.Path, mesh, checkpoints: Checkpoints, in
     # How it begins: from its own newest checkpoint, or as config.init says. What cannot work is refused before the text is read.
     saved = checkpoints.restore_meta() if checkpoints.steps() else None
     if saved:
-        for warning in check_resume(from_dict(saved["config"]), config):
+        parameters = [path.removeprefix("params/") for path in checkpoints.restore_paths() if path.startswith("params/")]
+        for warning in check_resume(from_dict(saved["config"]), config, parameters):
             say(f"warning: {warning}")
         # The description is an older step's where the newest one's cannot be read.
         if saved["step"] == checkpoints.latest_step() >= config.train.steps:
@@ -78,6 +79,8 @@ def train(config: Config, folder: epath.Path, mesh, checkpoints: Checkpoints, in
     else:
         way_of(config).check(config)
         tokenizer = way_of(config).tokenizer(config)
+    if (warmup := warmup_steps(config.optimizer, config.train)) < (asked := config.optimizer.warmup_steps):
+        say(f"warning: config.optimizer.warmup_steps={asked} is more than the steps there are: the warm-up takes all {warmup}")
 
     # The text.
     data = open_data(config.data, tokenizer=tokenizer, show_progress=jax.process_index() == 0)
@@ -230,7 +233,7 @@ class Trainer:
     def variables(self) -> dict[str, Any]:
         """What evaluation uses: the averaged parameters where the config keeps them, and the routers' state."""
         return {
-            "params": self.state.get("ema", self.state["params"]),
+            "params": overlay(self.state["params"], self.state.get("ema", {})),
             "router_state": self.state["router_state"],
         }
 

@@ -3,19 +3,37 @@
 The schedule follows the run's step, not a counter of applied updates: a skipped step still moves it on.
 """
 
+import difflib
+import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from moe_jax.config import ConfigError, OptimizerConfig, TrainConfig
 
+# The root of the smallest normal float32. A smaller second moment counts as 0, and a smaller epsilon does not keep its root from 0:
+# the direction would be 0 / 0 where there is no gradient.
+SMALLEST_EPSILON = math.sqrt(float(np.finfo(np.float32).tiny))
+
+
+def warmup_steps(config: OptimizerConfig, train: TrainConfig) -> int:
+    """Steps of the warm-up: those that the config asks for, or as many as there are."""
+    return min(config.warmup_steps, train.steps)
+
+
+def epsilon(config: OptimizerConfig) -> float:
+    """What is added to the root of the second moment: the config's, or the smallest that float32 tells from 0 there."""
+    return max(config.epsilon, SMALLEST_EPSILON)
+
 
 def learning_rate(config: OptimizerConfig, train: TrainConfig, step: jax.Array) -> jax.Array:
     """The learning rate of optimizer step `step`, counted from 0: linear warm-up, then the schedule to the last step."""
-    warmup, end = config.warmup_steps, config.learning_rate * config.final_fraction
+    warmup, end = warmup_steps(config, train), config.learning_rate * config.final_fraction
     rest = max(train.steps - warmup, 1)
     decay = {
         "cosine": optax.cosine_decay_schedule(config.learning_rate, rest, alpha=config.final_fraction),
@@ -35,6 +53,12 @@ def parameter_group(config: OptimizerConfig, path: str):
     return next((group for group in config.groups if re.search(group.path, path)), None)
 
 
+def group_settings(config: OptimizerConfig, path: str) -> tuple[float, float]:
+    """(learning-rate scale, weight decay or -1 for the optimizer's) of the parameter at a path."""
+    group = parameter_group(config, path)
+    return (group.learning_rate_scale, group.weight_decay) if group else (1.0, -1.0)
+
+
 def group_factors(config: OptimizerConfig, params: Any) -> tuple[Any, Any]:
     """Learning-rate scale and weight decay of every parameter, as Python floats in the structure of `params`.
 
@@ -44,13 +68,12 @@ def group_factors(config: OptimizerConfig, params: Any) -> tuple[Any, Any]:
     """
 
     def scale(path):
-        group = parameter_group(config, path)
-        return 1.0 if group is None else group.learning_rate_scale
+        return group_settings(config, path)[0]
 
     def decay(path):
-        group, name = parameter_group(config, path), path.rsplit("/", 1)[-1]
-        if group is not None and group.weight_decay >= 0:
-            return group.weight_decay
+        of_group, name = group_settings(config, path)[1], path.rsplit("/", 1)[-1]
+        if of_group >= 0:
+            return of_group
         pool = re.search(r"(^|/)(peer|pool)/experts$", path)
         return 0.0 if pool or name in ("scale", "bias") or name.startswith("b_") else config.weight_decay
 
@@ -67,14 +90,23 @@ def check_groups(config: OptimizerConfig, params: Any) -> None:
     paths = jax.tree.leaves(leaf_paths(params))
     used = [parameter_group(config, path) for path in paths]
     for i, group in enumerate(config.groups):
-        if not any(group is one for one in used):
-            limit, fix = (
-                "matches no parameter",
-                f"their paths are such as {', '.join(paths[:: len(paths) // 4 + 1])}",
-            )
-            if any(re.search(group.path, path) for path in paths):
-                limit, fix = "all that it matches is in a group before it", "move it up"
-            raise ConfigError(f"optimizer.groups[{i}].path", group.path, limit, fix)
+        if any(group is other for other in used):
+            continue
+        limit, fix = "matches no parameter", f"did you mean {_nearest_path(group.path, paths)}?"
+        if any(re.search(group.path, path) for path in paths):
+            limit, fix = "all that it matches is in a group before it", "move it up"
+        raise ConfigError(f"optimizer.groups[{i}].path", group.path, limit, fix)
+
+
+def _nearest_path(pattern: str, paths: Iterable[str]) -> str:
+    """The path of which some parts in a row are most like a pattern."""
+
+    def likeness(path):
+        parts = path.split("/")
+        runs = ["/".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)]
+        return max(difflib.SequenceMatcher(None, pattern, run).ratio() for run in runs)
+
+    return max(paths, key=likeness)
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -85,6 +117,6 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
         return jax.tree.map(lambda u, p, s, d: s * (u + d * p), updates, params, scales, decays)
 
     return optax.chain(
-        optax.scale_by_adam(config.b1, config.b2, config.epsilon),
+        optax.scale_by_adam(config.b1, config.b2, epsilon(config)),
         optax.stateless(decay_and_scale),
     )

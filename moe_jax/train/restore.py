@@ -3,13 +3,15 @@
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import flax.traverse_util
 import jax
 
-from moe_jax.config import Config, ConfigError
+from moe_jax.config import Config, ConfigError, from_dict
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.models import MODELS
 from moe_jax.parallel.mesh import mesh_from_config, start_devices
-from moe_jax.train.checkpoint import DamagedCheckpointError, load_meta, load_params
+from moe_jax.train.checkpoint import Checkpoints, DamagedCheckpointError, load_meta
+from moe_jax.train.frozen import frozen_paths
 from moe_jax.train.state import abstract_placed_variables
 
 
@@ -48,12 +50,30 @@ def load_run(workdir, config: Config, step: int | None = None) -> LoadedRun:
         meta = load_meta(workdir, step)
         tokenizer = Tokenizer.from_json(meta["tokenizer"])
         model = MODELS[config.model.name](config.model, tokenizer.vocab_size)
-        saved_ema = meta["config"]["optimizer"].get("ema_decay", 0.0) > 0
-        name = "ema" if saved_ema and config.optimizer.ema_decay > 0 else "params"
-        target = abstract_placed_variables(model, mesh)
-        with jax.set_mesh(mesh):
-            restored = load_params(workdir, {name: target["params"], "router_state": target["router_state"]}, step)
+        averaged = from_dict(meta["config"]).optimizer.ema_decay > 0 and config.optimizer.ema_decay > 0
+        with jax.set_mesh(mesh), Checkpoints(workdir, read_only=True) as checkpoints:
+            target = abstract_placed_variables(model, mesh)
+            variables, step = _restore_variables(checkpoints, step, target, from_dict(meta["config"]), averaged)
     except DamagedCheckpointError as error:
         raise ConfigError("--workdir", str(workdir), str(error), "name another --step or --workdir") from error
-    variables = {"params": restored.state[name], "router_state": restored.state["router_state"]}
-    return LoadedRun(config, mesh, tokenizer, model, variables, restored.step, meta)
+    return LoadedRun(config, mesh, tokenizer, model, variables, step, meta)
+
+
+def _restore_variables(
+    checkpoints: Checkpoints, step: int | None, target: dict[str, Any], saved: Config, averaged: bool
+) -> tuple[dict[str, Any], int]:
+    """The arrays of `target` {"params", "router_state"}, with `averaged` those of the average that there are, and their step."""
+    params = flax.traverse_util.flatten_dict(target["params"], sep="/")
+    frozen = frozen_paths(saved.optimizer, params)  # which the average leaves out
+    place = {path: f"ema/{path}" if averaged and path not in frozen else f"params/{path}" for path in params}
+    wanted = flax.traverse_util.unflatten_dict({place[path]: leaf for path, leaf in params.items()}, sep="/")
+    kept = {"router_state", "params", "ema"} if averaged else {"router_state", "params"}
+
+    def ignore(path):
+        key, _, rest = path.partition("/")
+        return key not in kept or (key != "router_state" and rest in params)  # the other form of a parameter that is read
+
+    restored = checkpoints.restore(wanted | {"router_state": target["router_state"]}, step, ignore=ignore)
+    arrays = flax.traverse_util.flatten_dict(restored.state, sep="/")
+    tree = flax.traverse_util.unflatten_dict({path: arrays[place[path]] for path in params}, sep="/")
+    return {"params": tree, "router_state": restored.state["router_state"]}, restored.step

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from moe_jax import compat
 from moe_jax.config import OptimizerConfig
 from moe_jax.ops.row_gradient import RowGradient, RowSink, SortedRows, fold_rows
-from moe_jax.train.optimizer import parameter_group
+from moe_jax.train.optimizer import epsilon, group_settings
 
 
 class RowAdamState(NamedTuple):
@@ -106,10 +106,8 @@ def update_rows(
     Returns:
       (table, state).
     """
-    group = parameter_group(config, path)
-    # A table's rows are looked up, not multiplied: they have no weight decay unless their group asks for it.
-    decay = max(group.weight_decay, 0.0) if group else 0.0
-    scale = group.learning_rate_scale if group else 1.0
+    scale, decay = group_settings(config, path)
+    decay = max(decay, 0.0)  # a table's rows are looked up, not multiplied: they have none unless their group asks for it
     direction = _adagrad if config.row_optimizer == "adagrad" else _adam
 
     def step(carry, ids, sums):
@@ -130,13 +128,13 @@ def _adam(config, state, g, at, put):
     mu = config.b1 * at(state.mu) + (1 - config.b1) * g
     nu = config.b2 * at(state.nu) + (1 - config.b2) * g * g
     correction = lambda decay: (1 - decay**n)[:, None, None]
-    update = (mu / correction(config.b1)) / (jnp.sqrt(nu / correction(config.b2)) + config.epsilon)
+    update = (mu / correction(config.b1)) / (jnp.sqrt(nu / correction(config.b2)) + epsilon(config))
     return update, RowAdamState(put(state.mu, mu), put(state.nu, nu), put(state.count, n))
 
 
 def _adagrad(config, state, g, at, put):
     total = at(state.accumulator) + jnp.mean(jnp.square(g), axis=(1, 2))
-    return g / (jnp.sqrt(total)[:, None, None] + config.epsilon), RowAdagradState(put(state.accumulator, total))
+    return g / (jnp.sqrt(total)[:, None, None] + epsilon(config)), RowAdagradState(put(state.accumulator, total))
 
 
 def _rows_shape(table):

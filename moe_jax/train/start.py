@@ -4,23 +4,37 @@ A new run's state is initialised from the seed; the way that a field of `config.
 another way, such as from converted or imported weights, is one more row.
 """
 
+import dataclasses
+import math
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moe_jax.config import Config, ConfigError, differences, from_dict, one_line, role, shorten_list, to_dict
+from moe_jax.config import (
+    Config,
+    ConfigError,
+    OptimizerConfig,
+    differences,
+    from_dict,
+    one_line,
+    role,
+    shorten_list,
+    to_dict,
+)
 from moe_jax.config.blocks import options_path
 from moe_jax.data import TextData, Tokenizer
 from moe_jax.models.places import places
 from moe_jax.routing import ROUTERS
-from moe_jax.train.checkpoint import Checkpoints, load_meta
+from moe_jax.train.checkpoint import Checkpoints, leaves_by_path, load_meta
 from moe_jax.train.fill import fill_from
+from moe_jax.train.frozen import frozen_paths
+from moe_jax.train.optimizer import group_settings
 from moe_jax.train.router_state import start_router_state
-from moe_jax.train.state import State, abstract_state, place_state
+from moe_jax.train.state import State, abstract_state, init_state, learned_params, place_state
 from moe_jax.train.upcycle import check_dense_run, upcycle
 
 
@@ -67,7 +81,7 @@ def begin(config: Config, model: nn.Module, data: TextData, mesh) -> tuple[State
     way = way_of(config)
     state, lines = way.fill(config, model, state, mesh)
     if "ema" in state and way is not FRESH:
-        state["ema"] = jax.jit(lambda params: jax.tree.map(jnp.copy, params))(state["params"])
+        state["ema"] = jax.jit(lambda params: jax.tree.map(jnp.copy, params))(learned_params(config, state["params"]))
     return state, lines
 
 
@@ -171,8 +185,12 @@ def run_meta(config: Config, tokenizer: Tokenizer, data_fingerprint: str, step: 
     }
 
 
-def check_resume(saved: Config, new: Config) -> list[str]:
-    """Compares a run's saved config with the one it is resumed with.
+def check_resume(saved: Config, new: Config, parameters: Iterable[str]) -> list[str]:
+    """Compares a run's saved config with the one it is resumed with. Parameter groups may change to freeze, and in no other way.
+
+    Args:
+      saved, new: the configs.
+      parameters: paths of the model's parameters, which groups name.
 
     Returns:
       Warnings: one if the schedule stretches, one if the numbers will differ in rounding.
@@ -181,7 +199,9 @@ def check_resume(saved: Config, new: Config) -> list[str]:
       ConfigError: naming the first fields that may not differ.
     """
     changed = differences(saved, new)
-    refused = {f: values for f, values in changed.items() if role(f) not in ("runtime", "rounding")}
+    _check_groups_freeze(saved.optimizer, new.optimizer, parameters)
+    free = lambda field: role(field) in ("runtime", "rounding") or field.startswith("optimizer.groups")
+    refused = {f: values for f, values in changed.items() if not free(f)}
     if refused:
         changes = [f"{f} {one_line(old, 40)} -> {one_line(now, 40)}" for f, (old, now) in refused.items()]
         field, (_, value) = next(iter(refused.items()))
@@ -197,6 +217,22 @@ def check_resume(saved: Config, new: Config) -> list[str]:
     return warnings
 
 
+def _check_groups_freeze(saved: OptimizerConfig, new: OptimizerConfig, parameters: Iterable[str]) -> None:
+    """Refuses groups that change the scale or decay of a parameter which they do not freeze.
+
+    To unfreeze is refused too: the moments that a parameter had are gone, and Adam would take fresh ones for old.
+    """
+    changes = []
+    for path in parameters:
+        before, after = group_settings(saved, path), group_settings(new, path)
+        if before != after and after[0]:
+            names = ("learning_rate_scale", "weight_decay")
+            changes += [f"{name} of {path} {a:g} -> {b:g}" for name, a, b in zip(names, before, after) if a != b]
+    if changes:
+        limit = f"may change on resume only to freeze; differing: {shorten_list(changes, 2)}"
+        raise ConfigError("optimizer.groups", None, limit, "set the groups back, or start in another --workdir")
+
+
 def check_same_text(saved: dict[str, Any], data: TextData) -> None:
     """Refuses to go on with other text than the checkpoint's, whose `meta` is `saved`."""
     if saved["data_fingerprint"] != data.fingerprint:
@@ -206,6 +242,28 @@ def check_same_text(saved: dict[str, Any], data: TextData) -> None:
 
 
 def resume(config: Config, model: nn.Module, mesh, checkpoints: Checkpoints) -> tuple[State, list[str]]:
-    """The state of the newest checkpoint that can be read, on `mesh`, and lines that report it."""
-    restored = checkpoints.restore(abstract_state(model, config, mesh))
-    return restored.state, [f"resumed at step {restored.step}"]
+    """The state of the newest checkpoint that can be read, on `mesh`, and lines that report it.
+
+    The moments and averages of parameters that are frozen now are dropped.
+    """
+    target = abstract_state(model, config, mesh)
+    frozen = frozen_paths(config.optimizer, leaves_by_path(target["params"]))
+    of_frozen = _leaves_of_frozen(config, model) if frozen else frozenset()
+    restored = checkpoints.restore(target, ignore=lambda path: path in of_frozen)
+    lines = [f"resumed at step {restored.step}"]
+    if restored.ignored:
+        dropped = [path for path in frozen if any(f"/{path}/" in f"{leaf}/" for leaf in restored.ignored)]
+        arrays = leaves_by_path(target["params"])
+        lines.append(
+            f"optimizer.groups freezes {sum(arrays[path].size for path in dropped):,} parameters in {len(dropped)} arrays: "
+            f"{sum(math.prod(shape) for shape in restored.ignored.values()):,} numbers of their moments and averages are dropped"
+        )
+    return restored.state, lines
+
+
+def _leaves_of_frozen(config: Config, model: nn.Module) -> frozenset[str]:
+    """Paths of what the state would hold beside `abstract_state` if nothing were frozen."""
+    thawed = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, groups=()))
+    key = jax.random.key(0)
+    everything, held = (leaves_by_path(jax.eval_shape(lambda c=c: init_state(model, c, key))) for c in (thawed, config))
+    return frozenset(everything) - frozenset(held)

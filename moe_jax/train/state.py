@@ -1,6 +1,7 @@
 """The training state: one dict of arrays, placed on the mesh, with everything a restart needs.
 
-Keys: params, router_state, opt_state {dense, rows}, step, skipped, skipped_in_row, and ema if the config keeps one.
+Keys: params, router_state, opt_state {dense, rows}, step, skipped, skipped_in_row, and ema if the config keeps one. Parameters that
+the config freezes have no leaf in opt_state and ema.
 """
 
 import math
@@ -16,6 +17,7 @@ import optax
 from moe_jax.config import Config
 from moe_jax.models.decoder import sink_tables
 from moe_jax.parallel.rules import replicated, shardings_of
+from moe_jax.train.frozen import frozen_paths
 from moe_jax.train.optimizer import make_optimizer
 from moe_jax.train.row_update import init_rows, state_like
 
@@ -39,10 +41,21 @@ def table_paths(config: Config) -> frozenset[str]:
 
 
 def split_params(config: Config, params: Any) -> tuple[Any, dict[str, Any]]:
-    """The parameters by the form of their gradients: (a tree of those with dense ones, {path: table} of those with row-wise ones)."""
-    dense, rows = flax.traverse_util.flatten_dict(params, sep="/"), table_paths(config)
-    tables = {path: dense.pop(path) for path in sorted(rows)}
+    """The parameters that learn, by the form of their gradients; those that `config.optimizer` freezes are in neither.
+
+    Returns:
+      (a tree of those with dense gradients, {path: table} of those with row-wise ones).
+    """
+    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    frozen = frozen_paths(config.optimizer, flat)
+    dense = {path: leaf for path, leaf in flat.items() if path not in frozen}
+    tables = {path: dense.pop(path) for path in sorted(table_paths(config) - frozen)}
     return flax.traverse_util.unflatten_dict(dense, sep="/"), tables
+
+
+def learned_params(config: Config, params: Any) -> Any:
+    """The tree of the parameters that learn, without those that `config.optimizer` freezes."""
+    return overlay(*split_params(config, params))
 
 
 def overlay(tree: Any, *parts: Any) -> Any:
@@ -67,7 +80,7 @@ def init_state(model: nn.Module, config: Config, key: jax.Array) -> State:
         "skipped_in_row": jnp.zeros((), jnp.int32),
     }
     if config.optimizer.ema_decay:
-        state["ema"] = jax.tree.map(jnp.copy, variables["params"])
+        state["ema"] = jax.tree.map(jnp.copy, learned_params(config, variables["params"]))
     return state
 
 
@@ -94,7 +107,7 @@ def state_shardings(model: nn.Module, config: Config, mesh) -> State:
         "skipped": whole,
         "skipped_in_row": whole,
     }
-    return shardings | ({"ema": variables["params"]} if config.optimizer.ema_decay else {})
+    return shardings | ({"ema": learned_params(config, variables["params"])} if config.optimizer.ema_decay else {})
 
 
 def place_state(model: nn.Module, config: Config, mesh) -> State:

@@ -16,10 +16,11 @@ from moe_jax.models.places import pool_path, stacked_places
 from moe_jax.ops.row_gradient import SortedRows, sort_rows, squared_norm
 from moe_jax.parallel.rules import batch_sharding, replicated
 from moe_jax.routing import ROUTERS
+from moe_jax.train.frozen import frozen_by_routers, keep_frozen, keep_frozen_moments
 from moe_jax.train.optimizer import learning_rate, make_optimizer
 from moe_jax.train.router_state import update_router_state
 from moe_jax.train.row_update import row_count, row_gradient, update_rows
-from moe_jax.train.state import State, overlay, split_params, state_shardings
+from moe_jax.train.state import State, learned_params, overlay, split_params, state_shardings
 
 Batch = dict[str, jax.Array]
 # Keeps a step's noise apart from the initialisation, which uses the seed's key itself.
@@ -97,7 +98,7 @@ def accumulate(model: nn.Module, config: Config, state: State, batch: Batch) -> 
 
     def add_up(micro, part):
         """(what is summed over the microbatches, what is kept of each)."""
-        learned = {"params": dense, "row_sinks": row_sinks(config.model, micro["tokens"].size)}
+        learned = {"params": dense, "row_sinks": _learned_sinks(config, tables, micro["tokens"].size)}
         (loss, (nats, *aux, ids)), d = gradient(learned, state, micro, tokens, jax.random.fold_in(key, part))
         return (d["params"], loss, nats, *aux), (ids, d["row_sinks"])
 
@@ -116,6 +117,12 @@ def accumulate(model: nn.Module, config: Config, state: State, batch: Batch) -> 
     d_dense, total_loss, nats, losses, stats = sums
     totals = Totals(total_loss, nats / tokens, jax.tree.map(lambda a: a / parts, losses), stats)
     return Gradients(d_dense, _row_gradients(config, tables, *rows)), totals
+
+
+def _learned_sinks(config: Config, tables: dict[str, jax.Array], tokens: int) -> dict[str, Any]:
+    """The row sinks of the tables that learn."""
+    sinks, table_of = flax.traverse_util.flatten_dict(row_sinks(config.model, tokens), sep="/"), sink_tables(config.model)
+    return flax.traverse_util.unflatten_dict({p: s for p, s in sinks.items() if table_of[p] in tables}, sep="/")
 
 
 def _row_gradients(config: Config, tables: dict[str, jax.Array], ids: Any, d_sinks: Any) -> dict[str, SortedRows]:
@@ -138,18 +145,20 @@ def gradient_norm(gradients: Gradients, tables: dict[str, jax.Array]) -> jax.Arr
 
 
 def make_update(config: Config):
-    """(old, gradients, factor, stats, rate, applied) -> new: all of the state but its counters, before and after one update.
+    """(old, gradients, frozen, factor, stats, rate, applied) -> new: all of the state but its counters, before and after one update.
 
-    factor: of the clipping. stats: of the routers, summed over the batch. rate: the learning rate. applied: how many updates there
-    were, this one included.
+    frozen: of `frozen_by_routers`. factor: of the clipping. stats: of the routers, summed over the batch. rate: the learning rate.
+    applied: how many updates there were, this one included.
     """
     optimizer, options = make_optimizer(config.optimizer), config.optimizer
 
-    def update(old: State, gradients: Gradients, factor, stats, rate, applied) -> State:
-        dense, tables = split_params(config, old["params"])
+    def update(old: State, gradients: Gradients, frozen, factor, stats, rate, applied) -> State:
+        before, tables = split_params(config, old["params"])
         clipped = jax.tree.map(lambda g: factor * g, gradients.dense)
-        updates, opt_dense = optimizer.update(clipped, old["opt_state"]["dense"], dense)
-        dense, opt_rows = jax.tree.map(lambda p, u: p - rate * u, dense, updates), {}
+        updates, opt_dense = optimizer.update(clipped, old["opt_state"]["dense"], before)
+        opt_dense = keep_frozen_moments(frozen, old["opt_state"]["dense"], opt_dense)
+        dense = keep_frozen(frozen, before, jax.tree.map(lambda p, u: p - rate * u, before, updates))
+        opt_rows = {}
         for path, rows in gradients.rows.items():
             moments = old["opt_state"]["rows"][path]
             tables[path], opt_rows[path] = update_rows(options, path, tables[path], moments, rows, rate, factor)
@@ -159,7 +168,9 @@ def make_update(config: Config):
         }
         new["router_state"] = update_router_state(old["router_state"], stats, new["params"], applied, config.model)
         if "ema" in old:
-            new["ema"] = optax.incremental_update(new["params"], old["ema"], 1 - options.ema_decay)
+            learned = learned_params(config, new["params"])
+            averaged = optax.incremental_update(learned, old["ema"], 1 - options.ema_decay)
+            new["ema"] = keep_frozen(frozen, learned, averaged)  # evaluation uses a frozen leaf as it is
         return new
 
     return update
@@ -174,7 +185,7 @@ def losses_by_name(losses: dict[str, dict[str, jax.Array]]) -> dict[str, jax.Arr
 def make_train_step(model: nn.Module, config: Config):
     """(state, batch) -> (state, metrics); jit it with the state donated.
 
-    A step whose loss or gradient is not finite leaves params, opt_state, router_state and ema as they were; step and data
+    Frozen parameters (`train.frozen`) keep their bits. A step whose loss or gradient is not finite leaves params, opt_state, router_state and ema as they were; step and data
     move on, and it is counted.
 
     metrics: loss (nats per token), total_loss, gradient_norm, learning_rate, skipped, skipped_in_row, losses, stats.
@@ -183,6 +194,9 @@ def make_train_step(model: nn.Module, config: Config):
 
     def train_step(state: State, batch: Batch):
         gradients, totals = accumulate(model, config, state, batch)
+        frozen = frozen_by_routers(config.model, state["router_state"], state["params"])
+        zeros = jax.tree.map(jnp.zeros_like, gradients.dense)
+        gradients = gradients._replace(dense=keep_frozen(frozen, zeros, gradients.dense))
         norm = gradient_norm(gradients, split_params(config, state["params"])[1])
         factor = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-30)) if clip_norm else 1.0
         rate = learning_rate(config.optimizer, config.train, state["step"])
@@ -190,7 +204,7 @@ def make_train_step(model: nn.Module, config: Config):
 
         def apply(old):
             with jax.named_scope("update"):
-                return update(old, gradients, factor, totals.stats, rate, applied)
+                return update(old, gradients, frozen, factor, totals.stats, rate, applied)
 
         finite = jnp.isfinite(totals.total_loss) & jnp.isfinite(norm)
         learning = {name: tree for name, tree in state.items() if name not in COUNTERS}

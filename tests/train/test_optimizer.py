@@ -1,3 +1,5 @@
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -6,7 +8,9 @@ import optax
 import pytest
 
 from moe_jax.config import ConfigError, ParameterGroup
+from moe_jax.ops.row_gradient import sort_rows
 from moe_jax.train.optimizer import check_groups, group_factors, learning_rate, make_optimizer
+from moe_jax.train.row_update import init_rows, row_gradient, update_rows
 from tests.train.small import Runner, make_batch, make_config
 
 
@@ -26,6 +30,47 @@ def test_schedule(schedule, middle):
     np.testing.assert_allclose(rate[-1], last, atol=0.02)
 
 
+def test_a_short_run_warms_up_as_long_as_it_lasts():
+    """And with more steps, as after a resume, as long as the config says."""
+    config = make_config(optimizer__warmup_steps=40, optimizer__learning_rate=1.0)
+    rates = {}
+    for steps in (30, 1000):
+        config.train.steps = steps
+        rates[steps] = [float(learning_rate(config.optimizer, config.train, jnp.asarray(step))) for step in range(60)]
+    np.testing.assert_allclose(rates[30][:30], np.arange(1, 31) / 30, rtol=1e-6)
+    np.testing.assert_allclose(rates[1000][:40], np.arange(1, 41) / 40, rtol=1e-6)
+    assert rates[1000][40] == 1.0 and rates[1000][59] < 1.0
+
+
+TINY = ("clip_norm", "epsilon", "learning_rate", "weight_decay", "ema_decay", "final_fraction")
+
+
+@pytest.mark.parametrize("name, row_optimizer", [(None, "adam"), (None, "adagrad"), *((name, "adam") for name in TINY)])
+def test_no_setting_is_too_small(name, row_optimizer):
+    """Below the smallest float32, or 0 where that is allowed: a parameter without a gradient stays, the others are finite."""
+    value = {} if name is None else {f"optimizer__{name}": 1e-40}
+    config = make_config(**{"optimizer__epsilon": 0.0} | value).optimizer
+    config.row_optimizer = row_optimizer
+    table, params = jnp.ones((3, 2)), {"used": jnp.ones(3), "unused": jnp.ones(3)}
+    optimizer, rate = make_optimizer(config), learning_rate(config, make_config().train, jnp.asarray(3))
+    state, rows = optimizer.init(params), init_rows(config, table)
+    for size in (1.0, 1e-25, 1e-40):
+        gradient = {"used": jnp.full(3, size), "unused": jnp.zeros(3)}
+        updates, state = optimizer.update(gradient, state, params)
+        params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
+        by_row = row_gradient(table, jnp.asarray([0, 1]), jnp.asarray([[size, size], [0.0, 0.0]]))
+        table, rows = update_rows(config, "embed", table, rows, sort_rows(by_row, 3), rate)
+        chex.assert_tree_all_finite((params, table, state, rows))
+    np.testing.assert_array_equal(table[1:], 1.0)
+
+
+def test_a_tiny_clip_norm_takes_tiny_steps():
+    runner = Runner(make_config(optimizer__clip_norm=1e-40, optimizer__epsilon=1e-40, optimizer__weight_decay=0.0))
+    losses = runner.losses(3)
+    assert np.isfinite(losses).all() and runner.state["skipped"] == 0
+    chex.assert_tree_all_finite(jax.device_get(runner.state))
+
+
 def test_equals_optax_adamw():
     config = make_config().optimizer
     params = {"ffn": {"w_in": jnp.ones((3, 2)), "b_in": jnp.ones(2)}, "norm": {"scale": jnp.ones(2)}}
@@ -42,20 +87,12 @@ def test_equals_optax_adamw():
     chex.assert_trees_all_close(mine[0], theirs[0], rtol=1e-6)
 
 
-def test_groups_first_match_counts_and_zero_freezes():
-    groups = (ParameterGroup("experts", 0.0), ParameterGroup("stack", 0.5, 0.3))
-    config = make_config(optimizer__groups=groups)
-    runner = Runner(config)
-    scales, decays = group_factors(config.optimizer, runner.state["params"])
-    block = "stack", "groups", "block_0"
-    at = lambda tree, *path: tree if not path else at(tree[path[0]], *path[1:])  # noqa: E731
-    assert at(scales, *block, "moe", "experts", "w_in") == 0 and at(scales, *block, "moe", "router", "kernel") == 0.5
-    assert at(decays, *block, "moe", "router", "kernel") == 0.3 and decays["embed"]["embedding"] == 0.1
-    before = jax.device_get(runner.state["params"])
-    runner.step(make_batch(0))
-    after = jax.device_get(runner.state["params"])
-    chex.assert_trees_all_equal(at(after, *block, "moe", "experts"), at(before, *block, "moe", "experts"))
-    assert (at(after, *block, "moe", "router", "kernel") != at(before, *block, "moe", "router", "kernel")).any()
+def test_groups_first_match_counts():
+    groups = (ParameterGroup("experts", 0.25), ParameterGroup("stack", 0.5, 0.3))
+    params = {"embed": {"embedding": 1.0}, "stack": {"experts": {"w_in": 1.0}, "router": {"kernel": 1.0}}}
+    scales, decays = group_factors(make_config(optimizer__groups=groups).optimizer, params)
+    assert scales == {"embed": {"embedding": 1.0}, "stack": {"experts": {"w_in": 0.25}, "router": {"kernel": 0.5}}}
+    assert decays == {"embed": {"embedding": 0.1}, "stack": {"experts": {"w_in": 0.1}, "router": {"kernel": 0.3}}}
 
 
 def test_a_group_without_effect_is_refused():
@@ -67,8 +104,12 @@ def test_a_group_without_effect_is_refused():
 
     check()
     check("router", "stack", "embed")
-    with pytest.raises(ConfigError, match=r"groups\[1\].path=embedd_typo: matches no .* such as embed/embedding"):
-        check("embed", "embedd_typo")
+    near = {"embedd_typo": "embed/embedding", "stak/w_inn": "stack/w_in", "ruoter": "stack/router", "^w_in$": "stack/w_in"}
+    for path, nearest in near.items():
+        with pytest.raises(
+            ConfigError, match=rf"groups\[1\].path={re.escape(path)}: matches no parameter; did you mean {nearest}\?$"
+        ):
+            check("embed", path)
     with pytest.raises(ConfigError, match=r"groups\[1\].path=router: all that it matches is in a group before"):
         check("stack", "router")
 

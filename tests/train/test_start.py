@@ -57,6 +57,23 @@ def test_a_run_to_start_from_that_cannot_be_used_is_named_by_its_field(tmp_path,
         loop.fit(make_config(**{f"init__{field}": str(source)}), tmp_path / "run")
 
 
+@pytest.mark.parametrize("steps, said", [(1, True), (2, False)])
+def test_a_run_shorter_than_its_warm_up_says_so(tmp_path, monkeypatch, capsys, steps, said):
+    class Begun(Exception):
+        pass
+
+    def open_data(*args, **options):
+        raise Begun
+
+    monkeypatch.setattr(loop, "show_log", lambda: None)
+    monkeypatch.setattr(loop, "start_devices", lambda mesh: None)
+    monkeypatch.setattr(loop, "open_data", open_data)
+    with pytest.raises(Begun):
+        loop.fit(make_config(train__steps=steps, optimizer__warmup_steps=2), tmp_path)
+    line = "warning: config.optimizer.warmup_steps=2 is more than the steps there are: the warm-up takes all 1\n"
+    assert (capsys.readouterr().err == line) == said
+
+
 def test_the_table_of_ways():
     """A way for every field that names a run, and one without a field, last."""
     assert [way.field for way in WAYS] == ["checkpoint", "upcycle_from", ""]
@@ -112,10 +129,10 @@ REFUSED = {
 def test_resume_rule(path):
     if path in REFUSED:
         with pytest.raises(ConfigError, match=r"may not change on resume.*--workdir") as error:
-            check_resume(Config(), change(path, REFUSED[path]))
+            check_resume(Config(), change(path, REFUSED[path]), ())
         assert f"config.{path}" in str(error.value) and "\n" not in str(error.value)
     else:
-        warnings = check_resume(Config(), change(path, {**FREE, **WARNED}[path]))
+        warnings = check_resume(Config(), change(path, {**FREE, **WARNED}[path]), ())
         assert len(warnings) == (path in WARNED)
         assert all(path in warning for warning in warnings)
         assert path != "train.steps" or "1000 -> 7: the schedule stretches" in warnings[0]
@@ -126,5 +143,5 @@ def test_resume_names_four_fields_and_counts_the_rest():
     for name in ("layers", "width", "heads", "ffn_width", "norm"):
         setattr(new.model, name, "rows\nof text" if name == "norm" else 7)
     with pytest.raises(ConfigError, match=r"seed 0 -> 7, model.layers 4 -> 7, .* and 2 more"):
-        check_resume(Config(), new)
-    assert check_resume(Config(), Config()) == []
+        check_resume(Config(), new, ())
+    assert check_resume(Config(), Config(), ()) == []
