@@ -354,9 +354,9 @@ BAD_OVERRIDES = [
     ),
     # Combinations: the run.
     (
-        ["--config.optimizer.warmup_steps=2000"],
-        "config.optimizer.warmup_steps=2000: more than train.steps=1000",
-        "lower",
+        ["--config.optimizer.learning_rate=1e39"],
+        "config.optimizer.learning_rate=1e+39: at most 3.4e+38, the largest",
+        "lower it",
     ),
     (["--config.train.profile_steps=13:10"], "config.train.profile_steps=13:10", "write one such as 10:13"),
     (["--config.train.profile_steps=0:2"], "config.train.profile_steps=0:2", "write one such as 10:13"),

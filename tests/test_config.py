@@ -184,7 +184,7 @@ def test_pattern_and_inserts():
         {"model.moe.execution": "capacity", "model.moe.capacity_priority": "gate"},
         {"mesh.fsdp": 2, "mesh.expert": 2, "mesh.tensor": 2, "mesh.cpu_devices": 8},
         {"model.moe.exchange": "ragged", "model.moe.exchange_buffer": 0, "mesh.expert": 2},
-        {"optimizer.warmup_steps": 1000},
+        {"optimizer.warmup_steps": 2000},
         {"train.profile_steps": "1:1001"},
         {"init.checkpoint": "gs://bucket/run", "init.include": "blocks,embed"},
     ],

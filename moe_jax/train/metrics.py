@@ -158,13 +158,18 @@ def read_metrics(workdir) -> list[dict[str, Any]]:
     """The rows of a run's metrics.jsonl, in order; [] without a file. A half-written last line is left out.
 
     Raises:
-      ConfigError: another line is not JSON; with its number.
+      ConfigError: it cannot be read, or another line is not JSON; with its number.
     """
     path = run_folder(workdir) / FILE_NAME
     if not path.exists():
         return []
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        limit = f"{FILE_NAME} in it cannot be read: {error.strerror or error}"
+        raise ConfigError("--workdir", str(workdir), limit, "move it away, or name another --workdir") from error
     # errors=: a kill can cut a character in half. split: splitlines would cut at characters JSON allows.
-    lines = path.read_bytes().decode(errors="replace").split("\n")
+    lines = content.decode(errors="replace").split("\n")
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():

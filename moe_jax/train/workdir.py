@@ -14,6 +14,9 @@ from moe_jax.config import ConfigError
 from moe_jax.config.load import run_folder
 from moe_jax.train.interrupt import largest
 
+# What a run writes.
+FILES = ("config.json", "metrics.jsonl", "results.json", ".lock")
+FOLDERS = ("checkpoints", "tensorboard", "profile")
 # What file systems without locks answer.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -37,7 +40,8 @@ def own_workdir(workdir) -> Iterator[None]:
     Process 0 holds a lock on workdir/.lock for all processes. The system releases it however the process ends.
 
     Raises:
-      ConfigError: in every process: another run is there, or the folder cannot be written.
+      ConfigError: in every process: another run is there, the folder cannot be written, or a folder is in the place of one of its
+        files.
     """
     with contextlib.ExitStack() as stack:
         problem = lock_workdir(workdir, stack) if jax.process_index() == 0 else None
@@ -51,6 +55,8 @@ def lock_workdir(workdir, stack: contextlib.ExitStack) -> ConfigError | None:
     path = run_folder(workdir)
     try:
         path.mkdir(parents=True, exist_ok=True)
+        if problem := _misplaced(path):
+            return problem
         if is_local(path):
             file = stack.enter_context(open(path / ".lock", "a"))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -61,6 +67,17 @@ def lock_workdir(workdir, stack: contextlib.ExitStack) -> ConfigError | None:
         if error.errno not in _NO_LOCKS:
             return ConfigError("--workdir", str(workdir), str(error), "name a folder that can be written")
         logging.warning("%s cannot be locked: do not start a second run there", workdir)
+    return None
+
+
+def _misplaced(path: epath.Path) -> ConfigError | None:
+    """The first of the run's files that is a folder, or of its folders that is a file."""
+    for names, folders in ((FILES, False), (FOLDERS, True)):
+        for name in names:
+            entry = path / name
+            if entry.exists() and entry.is_dir() != folders:
+                limit = f"{name} in it is {'a file, not a folder' if folders else 'a folder, not a file'}"
+                return ConfigError("--workdir", str(path), limit, "move it away, or name another --workdir")
     return None
 
 

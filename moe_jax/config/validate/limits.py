@@ -8,6 +8,9 @@ from moe_jax.config.leaf import ConfigError
 from moe_jax.config.reflect import item_type, unknown_field
 from moe_jax.config.run import Config
 
+# Steps compute in float32: a larger number would be infinite there.
+FLOAT32_MAX = (2 - 2.0**-23) * 2.0**127
+
 
 def validate_types(config: Any) -> None:
     """Checks that every field exists and has its type; an int in a float field becomes a float, a list a tuple.
@@ -70,6 +73,8 @@ def example(leaf: dataclasses.Field) -> str:
 def check_limits(path: str, value: Any, limits: Any) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(path, value, "not a finite number", "write a finite number")
+    if isinstance(value, float) and abs(value) > FLOAT32_MAX:
+        raise ConfigError(path, value, f"at most {FLOAT32_MAX:.2g}, the largest float32", "lower it")
     low, high, choices = limits["low"], limits["high"], limits["choices"]
     if choices and value not in choices:
         raise ConfigError(path, value, "not a choice", f"choose {' or '.join(map(str, choices))}")

@@ -36,9 +36,6 @@ def check_mesh(config: Config, device_count: int | None) -> None:
 
 def check_optimizer(config: Config) -> None:
     optimizer = config.optimizer
-    if optimizer.warmup_steps > config.train.steps:
-        limit = f"more than train.steps={config.train.steps}"
-        raise ConfigError("optimizer.warmup_steps", optimizer.warmup_steps, limit, "lower it, or train longer")
     for i, group in enumerate(optimizer.groups):
         path = f"optimizer.groups[{i}]."
         if not group.path:
