@@ -55,7 +55,7 @@ def lock_workdir(workdir, stack: contextlib.ExitStack) -> ConfigError | None:
     path = run_folder(workdir)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if problem := _misplaced(path):
+        if is_local(path) and (problem := _misplaced(path)):
             return problem
         if is_local(path):
             file = stack.enter_context(open(path / ".lock", "a"))
