@@ -14,6 +14,7 @@ from moe_jax.dispatch.permute import Order, combine_rows, gather_rows
 from moe_jax.ops.activations import activate, is_gated
 from moe_jax.ops.counting import count_experts
 from moe_jax.ops.norms import layer_norm, rms_norm
+from moe_jax.ops.precision import accumulator
 from moe_jax.types import TokenChoice
 
 # Who gets a slot first. With the other two a later token can take the slot of an earlier one.
@@ -122,7 +123,7 @@ def slots_ffn(rows: jax.Array, weights: Mapping[str, jax.Array], *, activation: 
         if "b_" + name not in weights:
             return y
         # The bias's gradient is a sum over slots: in bfloat16 it would stop growing at 256 of them.
-        bias = weights["b_" + name].astype(jnp.promote_types(y.dtype, jnp.float32))[:, None]
+        bias = weights["b_" + name].astype(accumulator(y.dtype))[:, None]
         return y + jnp.broadcast_to(bias, y.shape).astype(y.dtype)
 
     gate = project(rows, "gate") if is_gated(activation) else None

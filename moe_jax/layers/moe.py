@@ -12,6 +12,7 @@ from moe_jax.layers.experts import Experts
 from moe_jax.layers.ffn import FeedForward
 from moe_jax.layers.virtual_experts import VirtualExperts
 from moe_jax.ops.counting import slots_per_expert
+from moe_jax.ops.precision import accumulator
 from moe_jax.routing.statistics import matrix
 from moe_jax.routing.top_k import TopK
 from moe_jax.types import Aux, RouterInputs, TokenChoice
@@ -125,6 +126,6 @@ class MoE(nn.Module):
             return y
         init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", None))
         kernel = self.param("shared_gate", init, (x.shape[-1], 1), jnp.float32)
-        wide = jnp.promote_types(x.dtype, jnp.float32)
+        wide = accumulator(x.dtype)
         gate = jax.nn.sigmoid(jnp.dot(x.astype(wide), kernel.astype(wide), precision=jax.lax.Precision.HIGHEST))
         return (y * gate).astype(y.dtype)

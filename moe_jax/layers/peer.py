@@ -11,8 +11,10 @@ from moe_jax import compat
 from moe_jax.dispatch.retrieval import AXIS, sharded_passes
 from moe_jax.layers.ffn import FeedForward
 from moe_jax.ops.activations import SECOND_MOMENT
+from moe_jax.ops.precision import common_dtype
 from moe_jax.ops.retrieval import BACKENDS, resolve_backend, retrieve, rows_of_expert
 from moe_jax.routing.product_keys import ProductKeys
+from moe_jax.sharding import mesh_spec
 from moe_jax.types import Aux, RouterInputs
 
 # Logical axes of the pool [N, M, D] by the dimension that is split.
@@ -89,7 +91,7 @@ class PEER(nn.Module):
                     pool,
                     sink,
                     activation=self.activation,
-                    passes=self._passes(width, jnp.result_type(tokens, pool)),
+                    passes=self._passes(width, common_dtype(tokens, pool)),
                 )
         if self.shared_width:
             y = y + FeedForward(self.shared_width, self.replaces, False, tokens.dtype, name="shared")(tokens)
@@ -115,4 +117,4 @@ class PEER(nn.Module):
         if total % shards:
             raise ValueError(f"PEER with split={self.split!r}: {shards} shards do not divide {total}; use other sizes")
         local_width = width // shards if self.split == "width" else width
-        return sharded_passes(mesh, self.split, resolve_backend(self.backend, local_width, dtype))
+        return sharded_passes(mesh, mesh_spec(mesh, POOL_AXES[self.split]), resolve_backend(self.backend, local_width, dtype))

@@ -20,6 +20,7 @@ from moe_jax.ops.activations import activate, is_gated
 from moe_jax.ops.counting import real_rows
 from moe_jax.ops.grouped_matmul import BACKENDS, blocks, resolve_backend
 from moe_jax.ops.norms import layer_norm, rms_norm
+from moe_jax.ops.precision import accumulator
 
 Weights = Mapping[str, jax.Array]
 
@@ -66,7 +67,7 @@ def expert_ffn(
     static = _Static(activation, norm_epsilon, resolve_backend(backend))
     dtype = x.dtype
     weights = {name: weight.astype(dtype) for name, weight in weights.items()}
-    gates = None if gates is None else gates.astype(_wide(dtype))[:, None]
+    gates = None if gates is None else gates.astype(accumulator(dtype))[:, None]
     axes = compat.varying_axes(x, group_sizes, *weights.values(), *([] if gates is None else [gates]))
     args = jax.tree.map(lambda a: compat.vary(a, axes), (x, weights, gates, group_sizes, order, inverse))
     if static.backend == "loop":
@@ -127,7 +128,7 @@ _expert_ffn.defvjp(_vjp_forward, _vjp_backward)
 
 def _sum_of_tokens(rows, inverse, tokens):
     """[T*K, D] -> [T, D] in float32 at least: a gather by the inverse, never a scatter-add."""
-    return rows[inverse].reshape(tokens, -1, rows.shape[1]).sum(1, dtype=_wide(rows.dtype))
+    return rows[inverse].reshape(tokens, -1, rows.shape[1]).sum(1, dtype=accumulator(rows.dtype))
 
 
 # One network on the rows at hand. `w` is the product with the rows' own experts: of a block of one group, or of all rows.
@@ -189,10 +190,6 @@ def _plus(y, vectors):
     return functools.reduce(jnp.add, vectors.values(), y)
 
 
-def _wide(dtype):
-    return jnp.promote_types(dtype, jnp.float32)
-
-
 class _OfBlock:
     """The weights of a block's expert; gradients are added to `grads` {name: [E, ...]}."""
 
@@ -208,7 +205,9 @@ class _OfBlock:
     def vectors(self, prefix):
         """{name: [m, X]} of those that there are, the same in each row, in float32 at least."""
         found = {name: self.block.of_group(v) for name, v in self.weights.items() if name.startswith(prefix)}
-        return {name: jnp.broadcast_to(v, (self.block.size, v.shape[0])).astype(_wide(v.dtype)) for name, v in found.items()}
+        return {
+            name: jnp.broadcast_to(v, (self.block.size, v.shape[0])).astype(accumulator(v.dtype)) for name, v in found.items()
+        }
 
     def add(self, name, a, b):
         self.grads[name] = self.block.add_to_group(self.grads[name], blocks.dot(a, b, (0, 0)))
@@ -230,16 +229,16 @@ class _OfAll:
 
     def product(self, rows, name):
         # Where nothing is added to it before it is rounded, the kernel rounds it and writes half the bytes.
-        out = _wide(rows.dtype) if "b_" + name[2:] in self.weights else rows.dtype
+        out = accumulator(rows.dtype) if "b_" + name[2:] in self.weights else rows.dtype
         return self.backend.rows_times_groups(rows, self.weights[name], self.group_sizes, out)
 
     def product_transposed(self, rows, name):
-        out = _wide(rows.dtype) if "w_gate" in self.weights else rows.dtype
+        out = accumulator(rows.dtype) if "w_gate" in self.weights else rows.dtype
         return self.backend.rows_times_groups(rows, self.weights[name], self.group_sizes, out, transposed=True)
 
     def vectors(self, prefix):
         found = {name: v for name, v in self.weights.items() if name.startswith(prefix)}
-        return {name: jnp.where(self.real, v.astype(_wide(v.dtype))[self.group], 0) for name, v in found.items()}
+        return {name: jnp.where(self.real, v.astype(accumulator(v.dtype))[self.group], 0) for name, v in found.items()}
 
     def add(self, name, a, b):
         self.grads[name] = self.backend.group_products(a, b, self.group_sizes, self.weights[name].dtype)
@@ -302,7 +301,7 @@ def _backward_blocks(x, weights, gates, group_sizes, order, hidden, d_y, static)
     d_rows = compat.zeros((rows, x.shape[1]), x.dtype, like=like)
     d_gates = None if gates is None else compat.zeros(gates.shape, gates.dtype, like=like)
     new = compat.empty if rows else compat.zeros
-    grads = {name: new(w.shape, _wide(w.dtype), like=like) for name, w in weights.items()}
+    grads = {name: new(w.shape, accumulator(w.dtype), like=like) for name, w in weights.items()}
 
     def body(carry, block):
         d_rows, d_gates, grads = carry

@@ -12,7 +12,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from moe_jax.dispatch.exchange.common import AXIS, Group, RunRows, Sent, accumulator, run_group
+from moe_jax.dispatch.exchange.common import AXIS, Group, RunRows, Sent, run_group
+from moe_jax.ops.precision import accumulator
 from moe_jax.types import TokenChoice
 
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from moe_jax import compat
 from moe_jax.ops.activations import is_gated
+from moe_jax.ops.precision import accumulator, common_dtype
 from moe_jax.ops.retrieval import blocks, mosaic, triton
 from moe_jax.ops.row_gradient import RowGradient, RowSink, dense_rows
 
@@ -99,13 +100,13 @@ def retrieve(
     here = ids < table.shape[0]
     # A token without an expert has gates of 0 alone, and 0 * NaN would be NaN.
     x = jnp.where(jnp.any(here, axis=-1, keepdims=True), x, 0)
-    gates = jnp.where(here, gates, 0).astype(jnp.promote_types(x.dtype, jnp.float32))
+    gates = jnp.where(here, gates, 0).astype(accumulator(x.dtype))
     axes = compat.varying_axes(x, ids, gates, table)
     args = jax.tree.map(lambda a: compat.vary(a, axes), (x, ids, gates, table))
     if passes is None:
         mesh = compat.current_mesh()
         plain = axes or mesh is not None and mesh.size > 1  # a checked shard_map refuses kernels too
-        passes = BACKENDS["blocks" if plain else resolve_backend(None, x.shape[-1], jnp.result_type(x, table))]
+        passes = BACKENDS["blocks" if plain else resolve_backend(None, x.shape[-1], common_dtype(x, table))]
     return _retrieve(*args, sink, activation, passes)
 
 
