@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from moe_jax import compat
 from moe_jax.ops.counting import count_experts
-from moe_jax.ops.precision import accumulator
+from moe_jax.ops.precision import accumulator, standard_promotion
 
 
 class Order(NamedTuple):
@@ -54,6 +54,7 @@ def _gather_rows_forward(x, order, inverse):
     return _gather_rows(x, order, inverse), (inverse, jnp.zeros((x.shape[0], 0), x.dtype))
 
 
+@standard_promotion()
 def _gather_rows_backward(residuals, d_rows):
     inverse, like = residuals
     tokens = like.shape[0]
@@ -78,6 +79,7 @@ def _ungather_forward(rows, order, inverse):
     return _take(rows, inverse), order
 
 
+@standard_promotion()
 def _ungather_backward(order, d_out):
     return _take(d_out, order), None, None
 

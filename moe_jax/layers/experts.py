@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import compat
+from moe_jax.config.validate.common import must_divide
 from moe_jax.dispatch.capacity import Slots, run_slots
 from moe_jax.dispatch.exchange import run_local, run_sharded
 from moe_jax.dispatch.filled_slots import run_chosen, run_mixed
 from moe_jax.ops.activations import is_gated
 from moe_jax.ops.expert_ffn import expert_ffn
 from moe_jax.ops.grouped_matmul import BACKENDS, resolve_backend
-from moe_jax.sharding import mesh_spec
+from moe_jax.sharding import mesh_axis, mesh_spec
 from moe_jax.types import Assignment, ExpertChoice, SlotMix
 
 # Logical axes of what an expert may have, its norm too; `moe_jax.sharding` says which mesh axes they are split over.
@@ -103,6 +104,12 @@ class Experts(nn.Module):
             if slots is not None:
                 return run_slots(x, choice.gates, slots, weights, activation=self.activation), {}
             return run_local(x, choice, weights, run_experts), {}
+        for argument, axis, size in (
+            ("experts", "experts", self.experts),
+            ("width", "mlp", self.width),
+            ("x.shape[-1]", "embed", x.shape[-1]),
+        ):
+            must_divide(f"mesh axis {mesh_axis(axis)}", compat.axis_size(mesh, mesh_axis(axis)), f"MoE {argument}", size)
         return run_sharded(
             mesh,
             x,

@@ -17,7 +17,7 @@ from moe_jax.layers.ffn import FeedForward
 from moe_jax.layers.tokens import flatten_tokens, needs_router_state, unflatten_tokens
 from moe_jax.layers.virtual_experts import VirtualExperts
 from moe_jax.ops.counting import slots_per_expert
-from moe_jax.ops.precision import accumulator
+from moe_jax.ops.precision import accumulator, standard_promotion
 from moe_jax.routing.statistics import matrix
 from moe_jax.routing.top_k import TopK
 from moe_jax.types import Aux, ExpertChoice, RouterInputs, SlotMix, TokenChoice
@@ -85,6 +85,7 @@ class MoE(nn.Module):
     dtype: Any = None
 
     @nn.compact
+    @standard_promotion()
     def __call__(self, x: jax.Array, inputs: RouterInputs | None = None, *, train: bool = False) -> tuple[jax.Array, Aux]:
         """x [..., S, D] -> (y [..., S, D], Aux). Padding and dropped tokens get nothing from the experts.
 

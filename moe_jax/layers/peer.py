@@ -15,7 +15,7 @@ from moe_jax.dispatch.retrieval import AXIS, sharded_passes
 from moe_jax.layers.ffn import FeedForward
 from moe_jax.layers.tokens import flatten_tokens, needs_router_state, unflatten_tokens
 from moe_jax.ops.activations import SECOND_MOMENT
-from moe_jax.ops.precision import common_dtype
+from moe_jax.ops.precision import standard_promotion
 from moe_jax.ops.retrieval import BACKENDS, resolve_backend, retrieve, rows_of_expert
 from moe_jax.routing.product_keys import ProductKeys
 from moe_jax.sharding import mesh_spec
@@ -72,6 +72,7 @@ class PEER(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
+    @standard_promotion()
     def __call__(self, x: jax.Array, inputs: RouterInputs | None = None, *, train: bool = False) -> tuple[jax.Array, Aux]:
         """x [..., S, D] -> (y [..., S, D], Aux). Padding gets nothing from the experts.
 
@@ -109,7 +110,7 @@ class PEER(nn.Module):
                     pool,
                     sink,
                     activation=self.activation,
-                    passes=self._passes(width, common_dtype(tokens, pool)),
+                    passes=self._passes(width, jnp.result_type(tokens, pool)),
                 )
         if self.shared_width:
             y = y + FeedForward(self.shared_width, self.replaces, False, tokens.dtype, name="shared")(tokens)

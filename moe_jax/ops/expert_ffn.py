@@ -20,7 +20,7 @@ from moe_jax.ops.activations import activate, is_gated
 from moe_jax.ops.counting import real_rows
 from moe_jax.ops.grouped_matmul import BACKENDS, blocks, group_products, resolve_backend, rows_times_groups
 from moe_jax.ops.norms import layer_norm, rms_norm
-from moe_jax.ops.precision import accumulator
+from moe_jax.ops.precision import accumulator, standard_promotion
 
 Weights = Mapping[str, jax.Array]
 
@@ -114,6 +114,7 @@ def _vjp_forward(x, weights, gates, group_sizes, order, inverse, static, keep=Tr
     return y, (x, weights, gates, group_sizes, order, inverse, hidden)
 
 
+@standard_promotion()
 def _vjp_backward(static, residuals, d_y):
     x, weights, gates, group_sizes, order, inverse, hidden = residuals
     args = x, weights, gates, group_sizes, order, hidden, jnp.asarray(d_y, x.dtype)
@@ -135,6 +136,7 @@ def _run_by_block(by_block, whole, static, *args):
     return by_block(*args, static)
 
 
+@standard_promotion()
 def _by_block_backward(by_block, whole, static, args, cotangents):
     # JAX cannot differentiate the loop over blocks, whose length is not known when it is traced: the gradient of a gradient runs
     # all rows at once.

@@ -1,4 +1,7 @@
-"""In which dtype sums are taken. Under any `jax_numpy_dtype_promotion`, "strict" too."""
+"""In which dtype sums are taken, and by which rules dtypes and shapes are promoted."""
+
+import contextlib
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -6,15 +9,18 @@ import jax.numpy as jnp
 from moe_jax import compat
 
 
-def common_dtype(*arrays) -> jnp.dtype:
-    """The dtype that arrays, or dtypes, are promoted to by JAX's standard rules."""
-    with jax.numpy_dtype_promotion("standard"):
-        return jnp.result_type(*arrays)
+@contextlib.contextmanager
+def standard_promotion() -> Iterator[None]:
+    """JAX's standard promotion inside a public call, whatever `jax_numpy_dtype_promotion` and `jax_numpy_rank_promotion` the
+    caller has set for code of their own. As a decorator also of custom_vjp's backward functions: JAX runs them after the call.
+    """
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
 
 
 def accumulator(dtype) -> jnp.dtype:
     """The dtype of sums over values of `dtype`: float32 at least."""
-    return common_dtype(dtype, jnp.float32)
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def batched_product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import compat
-from moe_jax.ops.precision import accumulator, common_dtype
+from moe_jax.ops.precision import accumulator
 
 # Bytes of summed rows in memory at once, by platform.
 BLOCK_BYTES = {"cpu": 2**21, "other": 2**27}
@@ -84,7 +84,7 @@ def fold_rows(step: Callable[[Any, jax.Array, jax.Array], Any], carry: Any, rows
     """
     size, m = rows.slots.shape[1], rows.weights.shape[1]
     retrieved = rows.weights.shape[0] // max(rows.vectors.shape[0], 1)
-    dtype = common_dtype(rows.weights, rows.vectors)
+    dtype = jnp.result_type(rows.weights, rows.vectors)
 
     def one(carried, block):
         carry, open_row = carried
@@ -101,7 +101,7 @@ def fold_rows(step: Callable[[Any, jax.Array, jax.Array], Any], carry: Any, rows
 
 def squared_norm(rows: SortedRows, table_rows: int) -> jax.Array:
     """The sum of squares of the gradient of a table of N = `table_rows` rows; float32 scalar at least."""
-    wide = accumulator(common_dtype(rows.weights, rows.vectors))
+    wide = accumulator(jnp.result_type(rows.weights, rows.vectors))
 
     def add(total, ids, sums):
         squares = jnp.sum(jnp.square(sums.astype(wide)), axis=(1, 2))
@@ -112,7 +112,7 @@ def squared_norm(rows: SortedRows, table_rows: int) -> jax.Array:
 
 def dense_rows(gradient: RowGradient, table_rows: int) -> jax.Array:
     """The gradient as an array [N, M, D]."""
-    dtype = common_dtype(gradient.weights, gradient.vectors)
+    dtype = jnp.result_type(gradient.weights, gradient.vectors)
     zeros = jnp.zeros((table_rows, *gradient.vectors.shape[1:]), dtype)
     put = lambda table, ids, rows: table.at[ids].set(rows, mode="drop", unique_indices=True)
     return fold_rows(put, zeros, sort_rows(gradient, table_rows))

@@ -123,6 +123,16 @@ def test_gather(name, tokens):
     assert bool(sent) == (name == "few axes")
 
 
+@pytest.mark.parametrize("exchange", ["gather", "all_to_all"])
+def test_norm_of_an_expert(exchange):
+    """Its vectors are the same on the shards of `tensor`, of which each has a part of their gradient."""
+    x, choice, weights, d_y = make(T)
+    rng = np.random.default_rng(1)
+    weights |= {name: jnp.asarray(rng.normal(size=(E, D)), jnp.float32) for name in ("norm_scale", "norm_bias")}
+    result, _ = on_mesh("all", exchange=exchange, buffer_factor=0.0)(x, choice, weights, d_y)
+    assert_close(result, _local(x, choice, weights, d_y)[0])
+
+
 def count_sent(choice, tokens, name):
     """Per shard of different tokens: assignments to each shard of its group, int [shards, n]."""
     sizes = dict(zip(*MESHES[name]))

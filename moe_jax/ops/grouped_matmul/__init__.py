@@ -10,7 +10,7 @@ import numpy as np
 
 from moe_jax import compat
 from moe_jax.ops.grouped_matmul import blocks, loop, megablox, ragged_dot, tokamax
-from moe_jax.ops.precision import common_dtype
+from moe_jax.ops.precision import standard_promotion
 
 
 class Backend(NamedTuple):
@@ -69,6 +69,7 @@ def _rows_forward(lhs, rhs, group_sizes, out_dtype, transposed, backend):
     return rows_times_groups(lhs, rhs, group_sizes, out_dtype, transposed, backend), (lhs, rhs, group_sizes)
 
 
+@standard_promotion()
 def _rows_backward(out_dtype, transposed, backend, residuals, d_out):
     lhs, rhs, group_sizes = residuals
     d_out = d_out.astype(lhs.dtype)
@@ -90,6 +91,7 @@ def _products_forward(lhs, d_out, group_sizes, out_dtype, backend):
     return group_products(lhs, d_out, group_sizes, out_dtype, backend), (lhs, d_out, group_sizes)
 
 
+@standard_promotion()
 def _products_backward(out_dtype, backend, residuals, d_products):
     lhs, d_out, group_sizes = residuals
     d_products = d_products.astype(lhs.dtype)
@@ -100,6 +102,7 @@ def _products_backward(out_dtype, backend, residuals, d_products):
 group_products.defvjp(_products_forward, _products_backward)
 
 
+@standard_promotion()
 def grouped_matmul(
     lhs: jax.Array,
     rhs: jax.Array,
@@ -126,7 +129,7 @@ def grouped_matmul(
         sizes below 0 or with a sum above M, where their values are known: inside jit they are not.
     """
     lhs, rhs, group_sizes = jnp.asarray(lhs), jnp.asarray(rhs), jnp.asarray(group_sizes)
-    dtype = common_dtype(lhs, rhs)
+    dtype = jnp.result_type(lhs, rhs)
     out_dtype = jnp.dtype(preferred_element_type or dtype)
     _check_operands(lhs, rhs, group_sizes, out_dtype)
     lhs, rhs, group_sizes = compat.vary_alike(lhs.astype(dtype), rhs.astype(dtype), group_sizes)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from moe_jax import compat
 from moe_jax.ops.activations import is_gated
-from moe_jax.ops.precision import accumulator, common_dtype
+from moe_jax.ops.precision import accumulator, standard_promotion
 from moe_jax.ops.retrieval import blocks, mosaic, triton
 from moe_jax.ops.row_gradient import RowGradient, RowSink, dense_rows
 
@@ -106,7 +106,7 @@ def retrieve(
     if passes is None:
         mesh = compat.current_mesh()
         plain = axes or mesh is not None and mesh.size > 1  # a checked shard_map refuses kernels too
-        passes = BACKENDS["blocks" if plain else resolve_backend(None, x.shape[-1], common_dtype(x, table))]
+        passes = BACKENDS["blocks" if plain else resolve_backend(None, x.shape[-1], jnp.result_type(x, table))]
     return _retrieve(*args, sink, activation, passes)
 
 
@@ -126,6 +126,7 @@ def _vjp_forward(x, ids, gates, table, sink, activation, passes):
     return y.astype(x.dtype), (x, ids, gates, table, hidden, of_sink)
 
 
+@standard_promotion()
 def _vjp_backward(activation, passes, residuals, d_y):
     x, ids, gates, table, hidden, sink = residuals
     d_x, d_gates, weights = passes.backward(d_y, x, ids, gates, hidden, table, activation)
