@@ -125,9 +125,7 @@ def test_float64(activation, use_bias, top_k):
         assert_errors(result, reference, FLOAT64)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"backend": "ragged_dot"}, {"capacity_factor": 8.0}], ids=["blocks", "ragged_dot", "slots"]
-)
+@pytest.mark.parametrize("options", [{}, {"capacity_factor": 8.0}], ids=["blocks", "slots"])
 def test_gradient_of_a_gradient(options):
     """Under jit, in float64: of the parameters and x, of the squared norm of all gradients."""
     params, x, d_y = make_params("swiglu", True)
