@@ -285,6 +285,11 @@ BAD_OVERRIDES = [
     (["--config.model.row_gradients"], "config.model.row_gradients=True", "set model.tied_embeddings=false"),
     # Combinations: the mesh.
     (
+        ["--config.model.moe.renormalise_kept=true"],
+        "config.model.moe.renormalise_kept=True: nothing is dropped with model.moe.execution=dropless and",
+        "use false, or model.moe.execution=capacity",
+    ),
+    (
         ["--config.model.moe.capacity_priority=gate", "--config.model.moe.eval_capacity=2"],
         "config.model.moe.capacity_priority=gate: not causal, in evaluation with model.moe.eval_capacity=2.0",
         "use token, or model.moe.eval_capacity=0",

@@ -181,7 +181,7 @@ def test_pattern_and_inserts():
         {"model.tied_embeddings": False, "model.row_gradients": True},
         {"model.rope_scaling": "llama3"},
         {"model.moe.execution": "dropless", "model.moe.eval_capacity": 2.0},
-        {"model.moe.execution": "capacity", "model.moe.capacity_priority": "gate"},
+        {"model.moe.execution": "capacity", "model.moe.capacity_priority": "gate", "model.moe.renormalise_kept": True},
         {"mesh.fsdp": 2, "mesh.expert": 2, "mesh.tensor": 2, "mesh.cpu_devices": 8},
         {"model.moe.exchange": "ragged", "model.moe.exchange_buffer": 0, "mesh.expert": 2},
         {"optimizer.warmup_steps": 2000},

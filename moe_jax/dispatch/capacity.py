@@ -14,11 +14,11 @@ from moe_jax.dispatch.permute import Order, combine_rows, gather_rows
 from moe_jax.ops.activations import activate, is_gated
 from moe_jax.ops.counting import count_experts
 from moe_jax.ops.norms import layer_norm, rms_norm
+from moe_jax.ops.precision import accumulator
 from moe_jax.types import TokenChoice
 
-# Who gets a slot first. With the other two a later token can take the slot of an earlier one.
-PRIORITIES = ("token", "choice", "gate")
-CAUSAL_PRIORITIES = ("token",)
+# Who gets a slot first. With all but the first a later token can take the slot of an earlier one.
+PRIORITIES = ("token", "choice", "gate", "probs")
 
 
 class Slots(NamedTuple):
@@ -33,17 +33,23 @@ class Slots(NamedTuple):
 
 
 def limit_assignments(
-    choice: TokenChoice, experts: int, capacity: int, priority: str = "token"
+    choice: TokenChoice, experts: int, capacity: int, priority: str = "token", renormalise: bool = False
 ) -> tuple[TokenChoice, Slots, jax.Array]:
     """Keeps C assignments of every expert.
 
     Args:
-      choice: ids and gates [T, K]; gates of what stays are unchanged.
+      choice: ids and gates [T, K].
       experts: E.
       capacity: C.
-      priority: who stays. "token": earlier tokens first (Switch, arXiv:2101.03961); the only causal one.
+      priority: who stays; ties are in token order.
+        "token": earlier tokens first (Switch, arXiv:2101.03961). It is the only causal one.
         "choice": all first choices before any second choice, each in token order (GShard, arXiv:2006.16668).
-        "gate": the highest gates first (batch priority, arXiv:2106.05974), equal ones in token order.
+        "gate": all first choices before any second choice, each in the order of the tokens' highest gates (batch-prioritised
+          routing of V-MoE, arXiv:2106.05974, section 4.1, and google-research/vmoe).
+        "probs": the highest gates, whichever choice they are (the drop policy of this name in Megatron-LM and DeepSpeed).
+      renormalise: multiplies the gates that a token keeps by one factor, so that they sum to what all its gates summed to. Where
+        that was 1, this is what fairseq and DeepSpeed do after dropping; of one gate a token it changes nothing, and no gate
+        loses its gradient. Else gates of what stays are unchanged.
 
     Returns:
       The choice, with "no expert" and a gate of 0 for the rest; the slots of what stays, in the order of
@@ -57,10 +63,12 @@ def limit_assignments(
     ids, (tokens, k) = choice.expert_ids, choice.expert_ids.shape
     real = ((ids >= 0) & (ids < experts)).reshape(-1)
     flat = jnp.where(real, ids.reshape(-1), experts)
+    column, gates = jnp.tile(jnp.arange(k, dtype=jnp.int32), tokens), jax.lax.stop_gradient(choice.gates)
     keys = {
         "token": (),
-        "choice": (jnp.tile(jnp.arange(k, dtype=jnp.int32), tokens),),
-        "gate": (-jax.lax.stop_gradient(choice.gates).reshape(-1),),
+        "choice": (column,),
+        "gate": (column, -jnp.repeat(jnp.max(gates, axis=1), k)),
+        "probs": (-gates.reshape(-1),),
     }[priority]
     order = _argsort(flat, *keys)
     inverse = compat.argsort(order)
@@ -76,6 +84,10 @@ def limit_assignments(
 
     kept_ids = jnp.where(kept | ~real, ids.reshape(-1), experts).reshape(ids.shape)
     gates = jnp.where(kept_ids == experts, 0, choice.gates)
+    if renormalise:
+        before, after = (jnp.sum(a, axis=1, keepdims=True) for a in (jnp.where(ids == experts, 0, choice.gates), gates))
+        # The gradient divides by the square, which must not underflow.
+        gates = gates * (before / jnp.maximum(after, jnp.finfo(gates.dtype).tiny ** 0.5))
     dropped = jnp.sum(real & ~kept, dtype=jnp.int32)
     return TokenChoice(kept_ids, gates), Slots(assignment, slot.reshape(ids.shape)), dropped
 
@@ -122,7 +134,7 @@ def slots_ffn(rows: jax.Array, weights: Mapping[str, jax.Array], *, activation: 
         if "b_" + name not in weights:
             return y
         # The bias's gradient is a sum over slots: in bfloat16 it would stop growing at 256 of them.
-        bias = weights["b_" + name].astype(jnp.promote_types(y.dtype, jnp.float32))[:, None]
+        bias = weights["b_" + name].astype(accumulator(y.dtype))[:, None]
         return y + jnp.broadcast_to(bias, y.shape).astype(y.dtype)
 
     gate = project(rows, "gate") if is_gated(activation) else None

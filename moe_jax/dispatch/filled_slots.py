@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from moe_jax import compat
 from moe_jax.dispatch.capacity import slots_ffn
+from moe_jax.ops.precision import accumulator, batched_product
 from moe_jax.types import ExpertChoice, SlotMix
 
 
@@ -25,7 +26,7 @@ def run_chosen(x: jax.Array, choice: ExpertChoice, weights: Mapping[str, jax.Arr
     with jax.named_scope("experts"):
         rows = slots_ffn(rows, weights, activation=activation)
     with jax.named_scope("combine"):
-        wide = jnp.promote_types(x.dtype, jnp.float32)
+        wide = accumulator(x.dtype)
         rows = rows.astype(wide) * choice.gates.astype(wide)[..., None]
         y = jnp.zeros(x.shape, wide).at[choice.token_ids].add(rows, mode="drop")
         return compat.constrain(y.astype(x.dtype), compat.BATCH_AXES, ())
@@ -35,18 +36,15 @@ def run_mixed(x: jax.Array, mix: SlotMix, weights: Mapping[str, jax.Array], sequ
     """Each expert over its mixtures of every sequence: x [T, D], T = B*S with B = `sequences` -> [T, D] in the dtype of x."""
     (experts, slots), width = mix.dispatch.shape[1:], x.shape[1]
     by_sequence = lambda a: a.reshape(sequences, -1, *a.shape[1:])
-    wide = jnp.promote_types(x.dtype, jnp.float32)
     # Padding may hold anything, and 0 * NaN would not be 0.
     used = jnp.any(mix.dispatch != 0, axis=(1, 2))
     x = jnp.where(used[:, None], x, 0)
     with jax.named_scope("sort"):
-        rows = jnp.einsum(
-            "BSEC,BSD->EBCD", by_sequence(mix.dispatch).astype(x.dtype), by_sequence(x), preferred_element_type=wide
-        ).astype(x.dtype)
-        rows = rows.reshape(experts, sequences * slots, width)
+        rows = batched_product("BSEC,BSD->EBCD", by_sequence(mix.dispatch).astype(x.dtype), by_sequence(x))
+        rows = rows.astype(x.dtype).reshape(experts, sequences * slots, width)
         rows = compat.constrain(rows, ("expert",), ("data", "fsdp"), ())
     with jax.named_scope("experts"):
         rows = slots_ffn(rows, weights, activation=activation).reshape(experts, sequences, slots, width)
     with jax.named_scope("combine"):
-        y = jnp.einsum("BSEC,EBCD->BSD", by_sequence(mix.combine).astype(x.dtype), rows, preferred_element_type=wide)
+        y = batched_product("BSEC,EBCD->BSD", by_sequence(mix.combine).astype(x.dtype), rows)
         return compat.constrain(y.reshape(x.shape).astype(x.dtype), compat.BATCH_AXES, ())

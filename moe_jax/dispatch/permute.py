@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from moe_jax import compat
 from moe_jax.ops.counting import count_experts
+from moe_jax.ops.precision import accumulator, standard_promotion
 
 
 class Order(NamedTuple):
@@ -53,11 +54,11 @@ def _gather_rows_forward(x, order, inverse):
     return _gather_rows(x, order, inverse), (inverse, jnp.zeros((x.shape[0], 0), x.dtype))
 
 
+@standard_promotion()
 def _gather_rows_backward(residuals, d_rows):
     inverse, like = residuals
     tokens = like.shape[0]
-    accumulator = jnp.promote_types(like.dtype, jnp.float32)
-    d_x = _take(d_rows, inverse).reshape(tokens, -1, d_rows.shape[-1]).sum(axis=1, dtype=accumulator)
+    d_x = _take(d_rows, inverse).reshape(tokens, -1, d_rows.shape[-1]).sum(axis=1, dtype=accumulator(like.dtype))
     return d_x.astype(like.dtype), None, None
 
 
@@ -78,6 +79,7 @@ def _ungather_forward(rows, order, inverse):
     return _take(rows, inverse), order
 
 
+@standard_promotion()
 def _ungather_backward(order, d_out):
     return _take(d_out, order), None, None
 
@@ -96,8 +98,8 @@ def combine_rows(rows: jax.Array, gates: jax.Array, order: Order, dtype=None) ->
     The sum is accumulated in float32 at least; the result has the dtype of `rows` unless `dtype` is given.
     """
     tokens, k = gates.shape
-    accumulator = jnp.promote_types(rows.dtype, jnp.float32)
+    wide = accumulator(rows.dtype)
     out = ungather_rows(rows, order).reshape(tokens, k, -1)
     # Not a product of matrices: its default precision is bfloat16 on a TPU, TF32 on a GPU.
-    y = jnp.sum(out.astype(accumulator) * gates.astype(accumulator)[..., None], axis=1)
+    y = jnp.sum(out.astype(wide) * gates.astype(wide)[..., None], axis=1)
     return y.astype(dtype or rows.dtype)

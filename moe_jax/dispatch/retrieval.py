@@ -21,24 +21,23 @@ from moe_jax.compat import BATCH_AXES, PartitionSpec
 from moe_jax.ops.retrieval import BACKENDS, Passes
 
 AXIS = "expert"
-SPLITS = {"width": PartitionSpec(None, None, AXIS), "experts": PartitionSpec(AXIS, None, None)}
 
 
 @functools.cache
-def sharded_passes(mesh, split: str, backend: str = "blocks") -> Passes:
+def sharded_passes(mesh, table_spec: PartitionSpec, backend: str = "blocks") -> Passes:
     """The passes of `ops.retrieval.retrieve` over `mesh`: tokens split over (data, fsdp, expert), the table over `expert`.
 
     Where the shards do not divide T, tokens without an expert are added.
 
     Args:
       mesh: that of `compat.current_mesh`.
-      split: "width" or "experts", the dimension of the table that the shards must divide.
+      table_spec: how the table [N, M, D] is split; over `expert` either N or D, which the shards must divide.
       backend: what each shard runs, see `ops.retrieval.resolve_backend`. With "width" a kernel runs each pass in two parts, the
         second of which fetches again: between them is the all-reduce.
     """
     local = BACKENDS[backend]
     if compat.axis_size(mesh, AXIS) > 1:
-        inside, table_spec = {"width": _by_width, "experts": _by_experts}[split](local), SPLITS[split]
+        inside = (_by_experts if table_spec[0] == AXIS else _by_width)(local)
     else:
         inside, table_spec = local, PartitionSpec()
     names = tuple(name for name in BATCH_AXES if name in mesh.shape)

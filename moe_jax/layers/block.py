@@ -136,6 +136,7 @@ class Block(nn.Module):
             capacity_factor=m.capacity_factor if m.execution == "capacity" else 0.0,
             eval_capacity=m.eval_capacity,
             capacity_priority=m.capacity_priority,
+            renormalise_kept=m.renormalise_kept,
             backend=m.backend,
             exchange=m.exchange,
             exchange_buffer=m.exchange_buffer,

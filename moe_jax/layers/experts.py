@@ -7,13 +7,27 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import compat
+from moe_jax.config.validate.common import must_divide
 from moe_jax.dispatch.capacity import Slots, run_slots
 from moe_jax.dispatch.exchange import run_local, run_sharded
 from moe_jax.dispatch.filled_slots import run_chosen, run_mixed
 from moe_jax.ops.activations import is_gated
 from moe_jax.ops.expert_ffn import expert_ffn
 from moe_jax.ops.grouped_matmul import BACKENDS, resolve_backend
+from moe_jax.sharding import mesh_axis, mesh_spec
 from moe_jax.types import Assignment, ExpertChoice, SlotMix
+
+# Logical axes of what an expert may have, its norm too; `moe_jax.sharding` says which mesh axes they are split over.
+WEIGHT_AXES = {
+    "w_in": ("experts", "embed", "mlp"),
+    "w_gate": ("experts", "embed", "mlp"),
+    "w_out": ("experts", "mlp", "embed"),
+    "b_in": ("experts", "mlp"),
+    "b_gate": ("experts", "mlp"),
+    "b_out": ("experts", None),
+    "norm_scale": ("experts", None),
+    "norm_bias": ("experts", None),
+}
 
 # Fan-in of one expert, not of all E together.
 EXPERT_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=-2, out_axis=-1, batch_axis=(0,))
@@ -36,10 +50,20 @@ class Experts(nn.Module):
     exchange: str | None = None
     exchange_buffer: float = 2.0
 
-    def _weight(self, name: str, *axes: tuple[str | None, int]) -> jax.Array:
-        init = EXPERT_INIT if len(axes) == 3 else nn.initializers.zeros_init()
-        names, shape = zip(*axes)
-        return self.param(name, nn.with_logical_partitioning(init, names), shape, self.param_dtype)
+    def _weights(self, width: int) -> dict[str, jax.Array]:
+        """By name, for tokens of D = `width`."""
+        branches = ("in", "out", "gate") if is_gated(self.activation) else ("in", "out")
+        # The order is that of the initial keys.
+        names = [f"{kind}_{branch}" for kind in ("wb" if self.use_bias else "w") for branch in branches]
+        sizes = {"experts": self.experts, "embed": width, "mlp": self.width, None: width}
+
+        def weight(name):
+            axes = WEIGHT_AXES[name]
+            init = EXPERT_INIT if len(axes) == 3 else nn.initializers.zeros_init()
+            shape = tuple(sizes[axis] for axis in axes)
+            return self.param(name, nn.with_logical_partitioning(init, axes), shape, self.param_dtype)
+
+        return {name: weight(name) for name in names}
 
     @nn.compact
     def __call__(
@@ -53,16 +77,7 @@ class Experts(nn.Module):
         device `slots`, of a choice limited to them, makes the experts run as equal groups of C rows. The
         statistics are those of the exchange, if the axis expert has more than one shard; else none.
         """
-        e, d, f = ("experts", self.experts), ("embed", x.shape[-1]), ("mlp", self.width)
-        weights = {"w_in": self._weight("w_in", e, d, f), "w_out": self._weight("w_out", e, f, d)}
-        gated = is_gated(self.activation)
-        if gated:
-            weights["w_gate"] = self._weight("w_gate", e, d, f)
-        if self.use_bias:
-            weights["b_in"] = self._weight("b_in", e, f)
-            weights["b_out"] = self._weight("b_out", e, (None, x.shape[-1]))
-            if gated:
-                weights["b_gate"] = self._weight("b_gate", e, f)
+        weights = self._weights(x.shape[-1])
         if self.is_initializing():
             return jnp.zeros_like(x), {}
         weights = {name: weight.astype(x.dtype) for name, weight in weights.items()}
@@ -89,11 +104,18 @@ class Experts(nn.Module):
             if slots is not None:
                 return run_slots(x, choice.gates, slots, weights, activation=self.activation), {}
             return run_local(x, choice, weights, run_experts), {}
+        for argument, axis, size in (
+            ("experts", "experts", self.experts),
+            ("width", "mlp", self.width),
+            ("x.shape[-1]", "embed", x.shape[-1]),
+        ):
+            must_divide(f"mesh axis {mesh_axis(axis)}", compat.axis_size(mesh, mesh_axis(axis)), f"MoE {argument}", size)
         return run_sharded(
             mesh,
             x,
             choice,
             weights,
+            {name: mesh_spec(mesh, WEIGHT_AXES[name]) for name in weights},
             run_experts,
             exchange=self.exchange,
             buffer_factor=self.exchange_buffer,

@@ -1,5 +1,6 @@
 """The routed layer: a router writes the nonzeros, the experts run them."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -7,25 +8,43 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import compat
+from moe_jax.config import ConfigError, ModelConfig, MoEConfig, PeerConfig
+from moe_jax.config.arguments import check_arguments, limited_fields
+from moe_jax.config.validate.common import check_exchange_buffer
 from moe_jax.dispatch.capacity import limit_assignments
 from moe_jax.layers.experts import Experts
 from moe_jax.layers.ffn import FeedForward
+from moe_jax.layers.tokens import flatten_tokens, needs_router_state, unflatten_tokens
 from moe_jax.layers.virtual_experts import VirtualExperts
 from moe_jax.ops.counting import slots_per_expert
+from moe_jax.ops.precision import accumulator, standard_promotion
 from moe_jax.routing.statistics import matrix
 from moe_jax.routing.top_k import TopK
-from moe_jax.types import Aux, RouterInputs, TokenChoice
+from moe_jax.types import Aux, ExpertChoice, RouterInputs, SlotMix, TokenChoice
+
+# Arguments with the type and limits of a field of the config.
+FIELDS = {
+    **limited_fields(MoEConfig, without=("router", "expert_width", "shared_experts", "allow_noncausal", "execution")),
+    "capacity_factor": (MoEConfig, "eval_capacity"),  # whose 0 is dropless too
+    "width": (ModelConfig, "ffn_width"),
+    "activation": (ModelConfig, "activation"),
+    "use_bias": (ModelConfig, "ffn_bias"),
+    "shared_width": (PeerConfig, "shared_width"),
+}
 
 
 class MoE(nn.Module):
     """A mixture-of-experts feed-forward layer for any Linen model.
 
+    It has reverse-mode gradients of any order: `jax.grad` of `jax.grad` too. Forward mode (`jax.jvp`, `jax.linearize`,
+    `jax.jacfwd`, `jax.hessian`) is refused by JAX with a TypeError about custom_vjp; use `jax.jacrev(jax.grad(f))` for a Hessian.
+
     Attributes:
       experts: E.
       width: hidden width F of an expert.
       top_k: experts K per token.
-      router: a module called with (x [T, D], RouterInputs) that returns (assignment, losses, stats); None:
-        softmax top-k.
+      router: a module called with (x [T, D], RouterInputs) that returns (assignment, losses, stats), built for as many experts
+        and virtual experts as the layer has; None: softmax top-k.
       activation: "gelu_tanh", "gelu", "relu" or "swiglu".
       use_bias: biases in the experts.
       zero_experts, copy_experts, constant_experts: virtual experts beside the E, see `VirtualExperts`; the router's
@@ -34,8 +53,9 @@ class MoE(nn.Module):
       shared_gate: multiplies its output by sigmoid(x . shared_gate).
       capacity_factor: at most C = ceil(factor * T * K / (E + V)) assignments per expert in training; 0: dropless.
       eval_capacity: the same in evaluation; 0: dropless.
-      capacity_priority: "token", "choice" or "gate", see `limit_assignments`; only "token" is causal. On one
+      capacity_priority: "token", "choice", "gate" or "probs", see `limit_assignments`; only "token" is causal. On one
         device the C slots of each expert run as equal groups.
+      renormalise_kept: whether the gates that a token keeps are scaled to the sum that all its gates had, see there.
       backend: of `grouped_matmul`; None: the platform's best.
       exchange: "auto", "gather", "all_to_all" or "ragged": how tokens reach the experts of other devices, see
         `moe_jax.dispatch.exchange`. More than one shard of experts adds its counts to the statistics.
@@ -58,35 +78,35 @@ class MoE(nn.Module):
     capacity_factor: float = 0.0
     eval_capacity: float = 0.0
     capacity_priority: str = "token"
+    renormalise_kept: bool = False
     backend: str | None = None
     exchange: str | None = None
     exchange_buffer: float = 2.0
     dtype: Any = None
 
     @nn.compact
+    @standard_promotion()
     def __call__(self, x: jax.Array, inputs: RouterInputs | None = None, *, train: bool = False) -> tuple[jax.Array, Aux]:
         """x [..., S, D] -> (y [..., S, D], Aux). Padding and dropped tokens get nothing from the experts.
 
-        `inputs` has an entry for each of the T leading positions of x, flattened; its `train` wins over the
-        argument.
+        `inputs` has an entry for each of the T leading positions of x, flattened; its `train` wins over the argument. The
+        sequences that it does not number are the rows of x; those of a SlotMix always are.
 
         Raises:
-          ValueError: top_k above the number of experts; a mesh of Explicit axes; virtual experts where the router's
-            assignment is no TokenChoice.
+          ValueError: in one line: an argument that the config's field refuses, or that does not fit the others, the router, its
+            assignment or the mesh; a mesh of Explicit axes; a router without its state.
         """
         virtual = self.zero_experts + self.copy_experts + self.constant_experts
-        if self.top_k > self.experts + virtual:
-            raise ValueError(f"top_k={self.top_k}: at most experts={self.experts + virtual}")
+        self._check_arguments(virtual)
         compat.refuse_explicit_axes("MoE")
-        inputs = RouterInputs(train=train) if inputs is None else inputs
-        tokens = x.reshape(-1, x.shape[-1])
+        tokens, inputs, sequences = flatten_tokens(x, inputs, train, "MoE")
         router = self.router
         if router is None:
             router = TopK(self.experts, self.top_k, virtual, name="router")
         with jax.named_scope("route"):
-            choice, losses, stats = router(tokens, inputs)
-            if virtual and not isinstance(choice, TokenChoice):
-                raise ValueError(f"{virtual} zero, copy and constant experts: only a TokenChoice can have them")
+            with needs_router_state("MoE"):
+                choice, losses, stats = router(tokens, inputs)
+            self._check_router(choice, stats, virtual)
             if inputs.record:
                 stats = {**stats, "matrix": matrix(choice, tokens.shape[0], self.experts, virtual)}
             choice, slots, dropped = self._limit(choice, tokens.shape[0], virtual, inputs.train)
@@ -102,14 +122,57 @@ class MoE(nn.Module):
             name="experts",
         )
         tokens = tokens.astype(self.dtype or x.dtype)
-        sequences = tokens.shape[0] // x.shape[-2] if x.ndim > 2 else 1
         y, sent = run(tokens, choice, slots, sequences)
         if virtual:
             others = VirtualExperts(self.experts, self.zero_experts, self.copy_experts, self.constant_experts, name="virtual")
             y = (y + others(tokens, choice)).astype(y.dtype)
         if self.shared_width:
             y = y + self._shared(tokens)
-        return y.reshape(x.shape), Aux(losses, {**stats, **sent})
+        return unflatten_tokens(y, x.shape), Aux(losses, {**stats, **sent})
+
+    def _check_arguments(self, virtual):
+        check_arguments("MoE", vars(self), FIELDS)
+        options = getattr(self.router, "options", None)
+        if dataclasses.is_dataclass(options):
+            check_arguments(f"{type(self.router).__name__}.options", vars(options), limited_fields(type(options)))
+        check_exchange_buffer("MoE exchange_buffer", self.exchange_buffer)
+        if self.top_k > self.experts + virtual:
+            limit = f"at most experts={self.experts + virtual}"
+            raise ConfigError("MoE top_k", self.top_k, limit, "lower top_k or raise experts")
+        if self.shared_gate and not self.shared_width:
+            raise ConfigError("MoE shared_gate", True, "shared_width=0", "raise it, or switch the gate off")
+        if self.renormalise_kept and not self.capacity_factor and not self.eval_capacity:
+            limit = "nothing is dropped with capacity_factor=0 and eval_capacity=0"
+            raise ConfigError("MoE renormalise_kept", True, limit, "use False, or a capacity")
+
+    def _check_router(self, choice, stats, virtual):
+        """Refuses an assignment that this layer would carry out otherwise than the router means it."""
+        found = {"experts": self.experts, "virtual experts": virtual}
+        if isinstance(choice, ExpertChoice):
+            found["experts"] = choice.token_ids.shape[0]
+        elif isinstance(choice, SlotMix):
+            found["experts"] = choice.dispatch.shape[1]
+        elif "counts" in stats:
+            found["experts"] = stats["counts"].shape[0]
+            found["virtual experts"] = stats["virtual_counts"].shape[0] if "virtual_counts" in stats else 0
+        for (name, built), own in zip(found.items(), (self.experts, virtual), strict=True):
+            if built != own:
+                limit = f"its router was built for {built} {name}"
+                argument = "experts" if name == "experts" else "zero_experts + copy_experts + constant_experts"
+                raise ConfigError(f"MoE {argument}", own, limit, "give both the same number")
+        if isinstance(choice, TokenChoice):
+            limited = self.capacity_factor or self.eval_capacity
+            if limited and choice.expert_ids.shape[1] < self.top_k:
+                limit = f"its router chooses {choice.expert_ids.shape[1]}, and the capacity follows top_k"
+                raise ConfigError("MoE top_k", self.top_k, limit, f"use {choice.expert_ids.shape[1]}")
+            return
+        kind = type(choice).__name__
+        off = {"capacity_factor": 0, "eval_capacity": 0, "zero_experts": 0, "copy_experts": 0, "constant_experts": 0}
+        off |= {"capacity_priority": "token", "exchange": "auto", "backend": "auto"}
+        for name, value in off.items():
+            if getattr(self, name) not in (value, None):
+                limit = f"without effect on a router that returns {kind}, which has its own slots"
+                raise ConfigError(f"MoE {name}", getattr(self, name), limit, f"use {value!r}")
 
     def _limit(self, choice, tokens, virtual, train):
         """(choice, slots or None, assignments dropped)."""
@@ -117,7 +180,7 @@ class MoE(nn.Module):
         if not factor or not isinstance(choice, TokenChoice):
             return choice, None, jnp.zeros((), jnp.float32)
         capacity = slots_per_expert(factor, tokens, self.top_k, self.experts + virtual)
-        return limit_assignments(choice, self.experts, capacity, self.capacity_priority)
+        return limit_assignments(choice, self.experts, capacity, self.capacity_priority, self.renormalise_kept)
 
     def _shared(self, x):
         y = FeedForward(self.shared_width, self.activation, self.use_bias, x.dtype, name="shared")(x)
@@ -125,6 +188,6 @@ class MoE(nn.Module):
             return y
         init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", None))
         kernel = self.param("shared_gate", init, (x.shape[-1], 1), jnp.float32)
-        wide = jnp.promote_types(x.dtype, jnp.float32)
+        wide = accumulator(x.dtype)
         gate = jax.nn.sigmoid(jnp.dot(x.astype(wide), kernel.astype(wide), precision=jax.lax.Precision.HIGHEST))
         return (y * gate).astype(y.dtype)

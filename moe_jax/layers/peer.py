@@ -8,19 +8,35 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import compat
+from moe_jax.config import ModelConfig, PeerConfig
+from moe_jax.config.arguments import check_arguments, limited_fields
+from moe_jax.config.validate.common import check_product_keys
 from moe_jax.dispatch.retrieval import AXIS, sharded_passes
 from moe_jax.layers.ffn import FeedForward
+from moe_jax.layers.tokens import flatten_tokens, needs_router_state, unflatten_tokens
 from moe_jax.ops.activations import SECOND_MOMENT
+from moe_jax.ops.precision import standard_promotion
 from moe_jax.ops.retrieval import BACKENDS, resolve_backend, retrieve, rows_of_expert
 from moe_jax.routing.product_keys import ProductKeys
+from moe_jax.sharding import mesh_spec
 from moe_jax.types import Aux, RouterInputs
 
 # Logical axes of the pool [N, M, D] by the dimension that is split.
 POOL_AXES = {"width": (None, None, "retrieved_width"), "experts": ("experts", None, None)}
 
 
+# Arguments with the type and limits of a field of the config; the activation may be None besides.
+FIELDS = {
+    **limited_fields(PeerConfig, without=("activation", "share_pool", "row_gradients")),
+    "replaces": (ModelConfig, "activation"),
+}
+
+
 class PEER(nn.Module):
     """Parameter-efficient expert retrieval (arXiv:2407.04153): H heads pick K of N experts each; the sum of all H*K.
+
+    It has reverse-mode gradients of any order: `jax.grad` of `jax.grad` too. Forward mode (`jax.jvp`, `jax.hessian`) is refused
+    by JAX with a TypeError about custom_vjp.
 
     Parameters: `experts` [N, M, D], every expert's rows side by side: the input row, with a gated activation the gate row,
     and the output row; those of `ProductKeys` under `router`, and of `FeedForward` under `shared`.
@@ -56,6 +72,7 @@ class PEER(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
+    @standard_promotion()
     def __call__(self, x: jax.Array, inputs: RouterInputs | None = None, *, train: bool = False) -> tuple[jax.Array, Aux]:
         """x [..., S, D] -> (y [..., S, D], Aux). Padding gets nothing from the experts.
 
@@ -64,15 +81,19 @@ class PEER(nn.Module):
         `router_state`, which `routing.product_keys.update` moves on.
 
         Raises:
-          ValueError: see `ProductKeys`, `retrieve` and `resolve_backend`; a mesh of Explicit axes, or whose shards do not divide what they split.
+          ValueError: in one line: an argument that the config's field refuses, or that does not fit the others; what the kernel of
+            a backend cannot do; a missing `router_state`; a mesh of Explicit axes, or whose shards do not divide what they split.
         """
+        activation = {} if self.activation is None else {"activation": (PeerConfig, "activation")}
+        check_arguments("PEER", vars(self), FIELDS | activation)
+        check_product_keys("PEER ", self.experts, self.top_k, self.key_width)
         compat.refuse_explicit_axes("PEER")
-        inputs = RouterInputs(train=train) if inputs is None else inputs
-        tokens, width = x.reshape(-1, x.shape[-1]), x.shape[-1]
+        tokens, inputs, _ = flatten_tokens(x, inputs, train, "PEER")
+        width = x.shape[-1]
         router = ProductKeys(
             self.experts, self.heads, self.top_k, self.key_width, self.share_keys, self.query_norm, name="router"
         )
-        with jax.named_scope("route"):
+        with jax.named_scope("route"), needs_router_state("PEER"):
             choice, losses, stats = router(tokens, inputs)
         rows = rows_of_expert(self.activation)
         init = nn.with_logical_partitioning(self._init, POOL_AXES[self.split])
@@ -93,7 +114,8 @@ class PEER(nn.Module):
                 )
         if self.shared_width:
             y = y + FeedForward(self.shared_width, self.replaces, False, tokens.dtype, name="shared")(tokens)
-        return y.reshape(x.shape), Aux(losses, stats, {} if sink is None else {"experts": choice.expert_ids})
+        row_ids = {} if sink is None else {"experts": choice.expert_ids[: math.prod(x.shape[:-1])]}
+        return unflatten_tokens(y, x.shape), Aux(losses, stats, row_ids)
 
     def _init(self, key, shape, dtype):
         """Pre-activations of variance 1 from inputs of mean square 1, and the output variance of what is replaced.
@@ -115,4 +137,4 @@ class PEER(nn.Module):
         if total % shards:
             raise ValueError(f"PEER with split={self.split!r}: {shards} shards do not divide {total}; use other sizes")
         local_width = width // shards if self.split == "width" else width
-        return sharded_passes(mesh, self.split, resolve_backend(self.backend, local_width, dtype))
+        return sharded_passes(mesh, mesh_spec(mesh, POOL_AXES[self.split]), resolve_backend(self.backend, local_width, dtype))

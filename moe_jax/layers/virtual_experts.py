@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from moe_jax.ops.precision import accumulator
 from moe_jax.types import TokenChoice
 
 
@@ -25,7 +26,7 @@ class VirtualExperts(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, choice: TokenChoice) -> jax.Array:
         """x [T, D] -> what these experts add, [T, D] in float32 at least."""
-        wide = jnp.promote_types(x.dtype, jnp.float32)
+        wide = accumulator(x.dtype)
         first = self.experts + 1 + self.zeros
 
         def gate(start, count):  # [T, count]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from moe_jax import compat
 from moe_jax.compat import BATCH_AXES, constrain
+from moe_jax.ops.precision import batched_product
 
 
 def _split(array: jax.Array, chunks: int, size: int) -> jax.Array:
@@ -74,7 +75,7 @@ def _summed_forward(x, table, targets, weights, chunk: int, dtype):
         # Each batch shard adds up its own share of the table's gradient, so that the devices exchange [V, D]
         # once after the scan and not in every chunk.
         d_logits, x = (a.reshape(shards, -1, *a.shape[2:]) for a in (d_logits, x))
-        d_table = jnp.einsum("RtV,RtD->RVD", d_logits, x, preferred_element_type=wide)
+        d_table = batched_product("RtV,RtD->RVD", d_logits, x)
         return constrain(total + d_table, BATCH_AXES, ("tensor",), ()), (nats, dx.astype(dtype))
 
     inputs = (

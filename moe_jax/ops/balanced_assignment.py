@@ -18,6 +18,7 @@ from jax import lax
 
 from moe_jax import compat
 from moe_jax.ops.counting import count_experts
+from moe_jax.ops.precision import accumulator
 
 # Relative to the spread, the mean |score| without the means of experts and of tokens.
 LAST_TEMPERATURE = 1e-5
@@ -58,7 +59,7 @@ def balanced_assignment(scores: jax.Array, valid: jax.Array | None = None) -> As
     experts = scores.shape[1]
     valid = jnp.ones(scores.shape[:1], bool) if valid is None else valid
     scores, valid = compat.vary_alike(lax.stop_gradient(scores), valid)
-    s, size = _normalise(scores.astype(jnp.promote_types(scores.dtype, jnp.float32)), valid)
+    s, size = _normalise(scores.astype(accumulator(scores.dtype)), valid)
     means, spread = _centre(s, valid)
     prices, steps = _price(s, valid, means, spread)
     ids, prices, extra, moves = _balance(s, valid, prices, ALIKE * spread)

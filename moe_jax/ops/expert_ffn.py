@@ -18,18 +18,20 @@ import jax.numpy as jnp
 from moe_jax import compat
 from moe_jax.ops.activations import activate, is_gated
 from moe_jax.ops.counting import real_rows
-from moe_jax.ops.grouped_matmul import BACKENDS, blocks, resolve_backend
+from moe_jax.ops.grouped_matmul import BACKENDS, blocks, group_products, resolve_backend, rows_times_groups
 from moe_jax.ops.norms import layer_norm, rms_norm
+from moe_jax.ops.precision import accumulator, standard_promotion
 
 Weights = Mapping[str, jax.Array]
 
 
 class _Static(NamedTuple):
-    """What the computation depends on beside arrays."""
+    """What the computation depends on beside arrays; keep: whether the forward pass returns the hidden rows."""
 
     activation: str
     norm_epsilon: float
     backend: str
+    keep: bool = True
 
 
 def expert_ffn(
@@ -66,7 +68,7 @@ def expert_ffn(
     static = _Static(activation, norm_epsilon, resolve_backend(backend))
     dtype = x.dtype
     weights = {name: weight.astype(dtype) for name, weight in weights.items()}
-    gates = None if gates is None else gates.astype(_wide(dtype))[:, None]
+    gates = None if gates is None else gates.astype(accumulator(dtype))[:, None]
     axes = compat.varying_axes(x, group_sizes, *weights.values(), *([] if gates is None else [gates]))
     args = jax.tree.map(lambda a: compat.vary(a, axes), (x, weights, gates, group_sizes, order, inverse))
     if static.backend == "loop":
@@ -106,18 +108,17 @@ def _expert_ffn(x, weights, gates, group_sizes, order, inverse, static):
 
 
 def _vjp_forward(x, weights, gates, group_sizes, order, inverse, static, keep=True):
-    forward = _forward_blocks if static.backend == "blocks" else _forward_whole
-    y, hidden = forward(x, weights, gates, group_sizes, order, static, keep)
+    y, hidden = _run(_forward_blocks, _forward_whole, static._replace(keep=keep), x, weights, gates, group_sizes, order)
     if order is not None:
         y = _sum_of_tokens(y, inverse, x.shape[0])
     return y, (x, weights, gates, group_sizes, order, inverse, hidden)
 
 
+@standard_promotion()
 def _vjp_backward(static, residuals, d_y):
     x, weights, gates, group_sizes, order, inverse, hidden = residuals
-    backward = _backward_blocks if static.backend == "blocks" else _backward_whole
-    d_y = jnp.asarray(d_y, x.dtype)
-    d_rows, d_gates, d_weights = backward(x, weights, gates, group_sizes, order, hidden, d_y, static)
+    args = x, weights, gates, group_sizes, order, hidden, jnp.asarray(d_y, x.dtype)
+    d_rows, d_gates, d_weights = _run(_backward_blocks, _backward_whole, static, *args)
     d_x = d_rows if order is None else _sum_of_tokens(d_rows, inverse, x.shape[0]).astype(x.dtype)
     return d_x, d_weights, d_gates, None, None, None
 
@@ -125,9 +126,29 @@ def _vjp_backward(static, residuals, d_y):
 _expert_ffn.defvjp(_vjp_forward, _vjp_backward)
 
 
+def _run(by_block, whole, static, *args):
+    """One pass, in one of its two forms, fit to be differentiated once more."""
+    return _run_by_block(by_block, whole, static, *args) if static.backend == "blocks" else whole(*args, static)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _run_by_block(by_block, whole, static, *args):
+    return by_block(*args, static)
+
+
+@standard_promotion()
+def _by_block_backward(by_block, whole, static, args, cotangents):
+    # JAX cannot differentiate the loop over blocks, whose length is not known when it is traced: the gradient of a gradient runs
+    # all rows at once.
+    return jax.vjp(lambda *args: whole(*args, static), *args)[1](cotangents)
+
+
+_run_by_block.defvjp(lambda by_block, whole, static, *args: (by_block(*args, static), args), _by_block_backward)
+
+
 def _sum_of_tokens(rows, inverse, tokens):
     """[T*K, D] -> [T, D] in float32 at least: a gather by the inverse, never a scatter-add."""
-    return rows[inverse].reshape(tokens, -1, rows.shape[1]).sum(1, dtype=_wide(rows.dtype))
+    return rows[inverse].reshape(tokens, -1, rows.shape[1]).sum(1, dtype=accumulator(rows.dtype))
 
 
 # One network on the rows at hand. `w` is the product with the rows' own experts: of a block of one group, or of all rows.
@@ -189,10 +210,6 @@ def _plus(y, vectors):
     return functools.reduce(jnp.add, vectors.values(), y)
 
 
-def _wide(dtype):
-    return jnp.promote_types(dtype, jnp.float32)
-
-
 class _OfBlock:
     """The weights of a block's expert; gradients are added to `grads` {name: [E, ...]}."""
 
@@ -208,7 +225,9 @@ class _OfBlock:
     def vectors(self, prefix):
         """{name: [m, X]} of those that there are, the same in each row, in float32 at least."""
         found = {name: self.block.of_group(v) for name, v in self.weights.items() if name.startswith(prefix)}
-        return {name: jnp.broadcast_to(v, (self.block.size, v.shape[0])).astype(_wide(v.dtype)) for name, v in found.items()}
+        return {
+            name: jnp.broadcast_to(v, (self.block.size, v.shape[0])).astype(accumulator(v.dtype)) for name, v in found.items()
+        }
 
     def add(self, name, a, b):
         self.grads[name] = self.block.add_to_group(self.grads[name], blocks.dot(a, b, (0, 0)))
@@ -223,50 +242,54 @@ class _OfAll:
 
     def __init__(self, weights, group_sizes, rows, backend):
         self.weights, self.group_sizes, self.grads = weights, group_sizes, {}
-        self.backend = BACKENDS[backend]
+        if backend == "loop":  # the reference: JAX differentiates it
+            self.rows_times_groups, self.group_products = BACKENDS[backend][:2]
+        else:
+            self.rows_times_groups = functools.partial(rows_times_groups, backend=backend)
+            self.group_products = functools.partial(group_products, backend=backend)
         groups = group_sizes.shape[0]
         self.group = jnp.repeat(jnp.arange(groups), group_sizes, total_repeat_length=rows)
         self.real = real_rows(rows, group_sizes)
 
     def product(self, rows, name):
         # Where nothing is added to it before it is rounded, the kernel rounds it and writes half the bytes.
-        out = _wide(rows.dtype) if "b_" + name[2:] in self.weights else rows.dtype
-        return self.backend.rows_times_groups(rows, self.weights[name], self.group_sizes, out)
+        out = accumulator(rows.dtype) if "b_" + name[2:] in self.weights else rows.dtype
+        return self.rows_times_groups(rows, self.weights[name], self.group_sizes, out, transposed=False)
 
     def product_transposed(self, rows, name):
-        out = _wide(rows.dtype) if "w_gate" in self.weights else rows.dtype
-        return self.backend.rows_times_groups(rows, self.weights[name], self.group_sizes, out, transposed=True)
+        out = accumulator(rows.dtype) if "w_gate" in self.weights else rows.dtype
+        return self.rows_times_groups(rows, self.weights[name], self.group_sizes, out, transposed=True)
 
     def vectors(self, prefix):
         found = {name: v for name, v in self.weights.items() if name.startswith(prefix)}
-        return {name: jnp.where(self.real, v.astype(_wide(v.dtype))[self.group], 0) for name, v in found.items()}
+        return {name: jnp.where(self.real, v.astype(accumulator(v.dtype))[self.group], 0) for name, v in found.items()}
 
     def add(self, name, a, b):
-        self.grads[name] = self.backend.group_products(a, b, self.group_sizes, self.weights[name].dtype)
+        self.grads[name] = self.group_products(a, b, self.group_sizes, self.weights[name].dtype)
 
     def add_rows(self, name, rows):
         # A sum of rows is a product with ones: the grouped kernels know how not to add row by row.
         ones = jnp.ones((rows.shape[0], 1), rows.dtype)
-        total = self.backend.group_products(ones, rows, self.group_sizes, self.weights[name].dtype)
+        total = self.group_products(ones, rows, self.group_sizes, self.weights[name].dtype)
         self.grads[name] = total[:, 0]
 
 
 # All rows at once.
 
 
-def _forward_whole(x, weights, gates, group_sizes, order, static, keep=True):
+def _forward_whole(x, weights, gates, group_sizes, order, static):
     rows = _rows(x, order)
     w = _OfAll(weights, group_sizes, rows.shape[0], static.backend)
     rows, gates = jax.tree.map(lambda a: jnp.where(w.real, a, 0), (rows, gates))
     _, hidden = _project_in(rows, w, static)
     y = _project_out(hidden, gates, w, static).astype(x.dtype)
-    return y, hidden
+    return y, hidden if static.keep else {}
 
 
 def _backward_whole(x, weights, gates, group_sizes, order, hidden, d_y, static):
     rows, d_y = _rows(x, order), _rows(d_y, order)
     w = _OfAll(weights, group_sizes, rows.shape[0], static.backend)
-    rows, gates, d_y = jax.tree.map(lambda a: jnp.where(w.real, a, 0), (rows, gates, d_y))
+    rows, gates, hidden, d_y = jax.tree.map(lambda a: jnp.where(w.real, a, 0), (rows, gates, hidden, d_y))
     return *_backward(rows, hidden, gates, d_y, w, static), w.grads
 
 
@@ -277,12 +300,12 @@ def _rows(x, order):
 # Block by block.
 
 
-def _forward_blocks(x, weights, gates, group_sizes, order, static, keep=True):
+def _forward_blocks(x, weights, gates, group_sizes, order, static):
     rows, like = _row_count(x, order), group_sizes
     names = ("in", "gate") if is_gated(static.activation) else ("in",)
     width = weights["w_in"].shape[2]
     y = compat.zeros((rows, x.shape[1]), x.dtype, like=like)
-    hidden = {name: compat.empty((rows, width), x.dtype, like=like) for name in names}
+    hidden = {name: compat.empty((rows, width), x.dtype, like=like) for name in names} if static.keep else {}
     if rows == 0:
         return y, hidden
 
@@ -294,7 +317,7 @@ def _forward_blocks(x, weights, gates, group_sizes, order, static, keep=True):
         kept = {name: block.write(kept[name], hidden[name]) for name in kept}
         return block.write(y, out), kept
 
-    return blocks.for_each_block(group_sizes, rows, body, (y, hidden if keep else {}))
+    return blocks.for_each_block(group_sizes, rows, body, (y, hidden))
 
 
 def _backward_blocks(x, weights, gates, group_sizes, order, hidden, d_y, static):
@@ -302,7 +325,7 @@ def _backward_blocks(x, weights, gates, group_sizes, order, hidden, d_y, static)
     d_rows = compat.zeros((rows, x.shape[1]), x.dtype, like=like)
     d_gates = None if gates is None else compat.zeros(gates.shape, gates.dtype, like=like)
     new = compat.empty if rows else compat.zeros
-    grads = {name: new(w.shape, _wide(w.dtype), like=like) for name, w in weights.items()}
+    grads = {name: new(w.shape, accumulator(w.dtype), like=like) for name, w in weights.items()}
 
     def body(carry, block):
         d_rows, d_gates, grads = carry

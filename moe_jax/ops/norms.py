@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from moe_jax.ops.precision import accumulator
+
 
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     """Divides by the root mean square: `scale * x / sqrt(mean(x^2) + epsilon)` (arXiv:1910.07467).
@@ -13,9 +15,9 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
       epsilon: added to the mean square.
 
     Returns:
-      [..., D] of `promote_types(x.dtype, float32)`.
+      [..., D] of `accumulator(x.dtype)`.
     """
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x.astype(accumulator(x.dtype))
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon) * scale.astype(x.dtype)
 
 
@@ -29,9 +31,9 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) 
       epsilon: added to the variance.
 
     Returns:
-      [..., D] of `promote_types(x.dtype, float32)`.
+      [..., D] of `accumulator(x.dtype)`.
     """
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x.astype(accumulator(x.dtype))
     # The variance of the centred values, not E[x^2] - E[x]^2: that loses all digits at a large mean.
     x = x - jnp.mean(x, axis=-1, keepdims=True)
     x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
@@ -43,7 +45,7 @@ def moments(x: jax.Array, counted: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     Under a mesh of Auto axes over the tokens of all devices. The variance is divided by the number of tokens.
     """
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x.astype(accumulator(x.dtype))
     weights = counted.astype(x.dtype)[:, None]
     count = jnp.sum(weights)
     mean = jnp.sum(weights * x, axis=0) / jnp.maximum(count, 1)
@@ -62,8 +64,8 @@ def batch_norm(
       epsilon: added to the variance.
 
     Returns:
-      [..., D] of `promote_types(x.dtype, float32)`.
+      [..., D] of `accumulator(x.dtype)`.
     """
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x.astype(accumulator(x.dtype))
     mean, factor = mean.astype(x.dtype), jax.lax.rsqrt(variance.astype(x.dtype) + epsilon)
     return (x - mean) * (factor * scale.astype(x.dtype)) + bias.astype(x.dtype)

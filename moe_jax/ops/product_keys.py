@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import compat
+from moe_jax.ops.precision import standard_promotion
 
 # Of both halves' scores that lie in memory at once.
 BLOCK_BYTES = {"cpu": 2**23, "other": 2**28}
@@ -50,6 +51,7 @@ def _search_forward(queries, keys, top_k, blocks):
     return best, (queries, keys, best[1])
 
 
+@standard_promotion()
 def _search_backward(top_k, blocks, residuals, cotangents):
     queries, keys, ids = residuals
     n = keys.shape[1]

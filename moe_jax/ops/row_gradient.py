@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import compat
+from moe_jax.ops.precision import accumulator
 
 # Bytes of summed rows in memory at once, by platform.
 BLOCK_BYTES = {"cpu": 2**21, "other": 2**27}
@@ -100,7 +101,7 @@ def fold_rows(step: Callable[[Any, jax.Array, jax.Array], Any], carry: Any, rows
 
 def squared_norm(rows: SortedRows, table_rows: int) -> jax.Array:
     """The sum of squares of the gradient of a table of N = `table_rows` rows; float32 scalar at least."""
-    wide = jnp.promote_types(jnp.result_type(rows.weights, rows.vectors), jnp.float32)
+    wide = accumulator(jnp.result_type(rows.weights, rows.vectors))
 
     def add(total, ids, sums):
         squares = jnp.sum(jnp.square(sums.astype(wide)), axis=(1, 2))

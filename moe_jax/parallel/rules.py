@@ -1,4 +1,4 @@
-"""Which mesh axis each logical axis is split over, and arrays placed accordingly."""
+"""Arrays placed on a mesh: parameters as `moe_jax.sharding.RULES` say, batches over the axes that split them."""
 
 import logging
 from typing import Any
@@ -10,17 +10,7 @@ from jax.sharding import NamedSharding
 
 from moe_jax import compat
 from moe_jax.compat import BATCH_AXES, PartitionSpec
-
-# Logical axis of a parameter -> mesh axis. What is not named here is not split.
-RULES = {
-    "embed": "fsdp",
-    "mlp": "tensor",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "vocab": "tensor",
-    "experts": "expert",
-    "retrieved_width": "expert",
-}
+from moe_jax.sharding import mesh_axis
 
 
 def partition_spec(path: str, shape: tuple[int, ...], names: tuple[str | None, ...], mesh) -> PartitionSpec:
@@ -31,7 +21,7 @@ def partition_spec(path: str, shape: tuple[int, ...], names: tuple[str | None, .
     Raises:
       ValueError: two dimensions ask for one mesh axis.
     """
-    axes = [RULES.get(name) if name else None for name in names]
+    axes = [mesh_axis(name) for name in names]
     used = [axis for axis in axes if axis]
     if len(set(used)) != len(used):
         raise ValueError(f"{path}: logical axes {names} ask twice for one mesh axis")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.ops.precision import accumulator
 from moe_jax.types import RouterInputs, TokenChoice
 
 KERNEL_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
@@ -83,7 +84,7 @@ def score(x: jax.Array, kernel: jax.Array, inputs: RouterInputs, jitter: float =
       inputs: with a key where there is jitter.
       jitter: in training each entry of x is multiplied by uniform noise from 1 - jitter to 1 + jitter (arXiv:2101.03961).
     """
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = accumulator(x.dtype)
     # Masked before the product too: in the kernel's gradient 0 * NaN would be NaN.
     valid, clean = usable_tokens(x, inputs)
     x = jnp.where(clean[:, None], x, 0).astype(dtype)

@@ -7,6 +7,7 @@ import numpy as np
 
 from moe_jax.config.routers import HashConfig
 from moe_jax.ops.hash_table import balanced_hash_table, random_hash_table
+from moe_jax.ops.precision import accumulator
 from moe_jax.routing.contract import Router, Sizes, usable_tokens
 from moe_jax.routing.statistics import choice_statistics
 from moe_jax.types import RouterInputs, TokenChoice
@@ -33,7 +34,7 @@ class Hash(nn.Module):
         ).value
         valid, routed = usable_tokens(x, inputs)
         ids = jnp.where(routed, table[inputs.token_ids], self.experts)[:, None]
-        gates = routed[:, None].astype(jnp.promote_types(x.dtype, jnp.float32))
+        gates = routed[:, None].astype(accumulator(x.dtype))
         certain = jax.nn.one_hot(ids[:, 0], self.experts, dtype=gates.dtype)
         stats = choice_statistics(ids, certain, routed, routed | ~valid, self.experts)
         return TokenChoice(ids, gates), {}, stats

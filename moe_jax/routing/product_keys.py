@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.config.validate.common import check_product_keys
 from moe_jax.ops.norms import batch_norm, layer_norm, moments
 from moe_jax.ops.product_keys import product_search
 from moe_jax.routing.contract import score_by_kernel, token_choice
@@ -54,10 +55,7 @@ class ProductKeys(nn.Module):
           ValueError: N is no square, key_width is odd, K is above sqrt(N), or the norm is unknown.
         """
         n, half = math.isqrt(self.experts), self.key_width // 2
-        if n * n != self.experts:
-            raise ValueError(f"experts={self.experts}: not a square; use {n * n} or {(n + 1) ** 2}")
-        if self.key_width % 2:
-            raise ValueError(f"key_width={self.key_width}: odd; two halves of it are searched")
+        check_product_keys("ProductKeys ", self.experts, self.top_k, self.key_width)
         if self.query_norm not in NORMS:
             raise ValueError(f"query_norm={self.query_norm!r}: one of {', '.join(NORMS)}")
         width = self.heads * self.key_width

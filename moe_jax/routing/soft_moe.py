@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from moe_jax.ops.precision import accumulator
 from moe_jax.routing.contract import Router, usable_tokens
 from moe_jax.routing.statistics import sums, token_statistics
 from moe_jax.types import RouterInputs, SlotMix
@@ -28,7 +29,7 @@ class SoftMoE(nn.Module):
         init = nn.with_logical_partitioning(nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2)), ("embed", None, None))
         kernel = self.param("kernel", init, (x.shape[-1], self.experts, self.slots), self.param_dtype)
         scale = self.param("scale", nn.initializers.ones_init(), (), self.param_dtype)
-        dtype = jnp.promote_types(x.dtype, jnp.float32)
+        dtype = accumulator(x.dtype)
         valid, clean = usable_tokens(x, inputs)
         x, kernel = jnp.where(clean[:, None], x, 0).astype(dtype), kernel.astype(dtype)
         logits = jnp.einsum(

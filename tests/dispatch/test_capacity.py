@@ -20,30 +20,35 @@ T, K, E, D, F = 18, 2, 4, 6, 10
 limit = functools.partial(jax.jit, static_argnums=(1, 2, 3))(limit_assignments)
 
 
-def random_choice(seed, low=-1, high=E + 2):
+def random_choice(seed, low=-1, high=E + 2, k=K):
     rng = np.random.default_rng(seed)
-    ids = jnp.asarray(rng.integers(low, high, (T, K)), jnp.int32)
+    ids = jnp.asarray(rng.integers(low, high, (T, k)), jnp.int32)
     # Few different gates, so that some are equal.
-    return TokenChoice(ids, jnp.asarray(rng.integers(1, 9, (T, K)) / 8, jnp.float32))
+    return TokenChoice(ids, jnp.asarray(rng.integers(1, 9, (T, k)) / 8, jnp.float32))
 
 
 def slow(choice, capacity, priority):
     """Assignment by assignment, in the order of the rule; (choice, assignments in their slots, drops)."""
     ids, gates = np.array(choice.expert_ids), np.array(choice.gates)
-    order = [(t, k) for t in range(T) for k in range(K)]
-    if priority == "choice":
-        order.sort(key=lambda tk: tk[1])
-    if priority == "gate":
-        order.sort(key=lambda tk: -gates[tk])
+    columns, tokens = range(ids.shape[1]), range(T)
+    if priority == "token":
+        order = [(t, k) for t in tokens for k in columns]
+    elif priority == "choice":
+        order = [(t, k) for k in columns for t in tokens]
+    elif priority == "gate":
+        best_first = sorted(tokens, key=lambda t: -max(gates[t]))
+        order = [(t, k) for k in columns for t in best_first]
+    else:
+        order = sorted(((t, k) for t in tokens for k in columns), key=lambda tk: -gates[tk])
     slots, dropped = [[] for _ in range(E)], 0
     for t, k in order:
         e = ids[t, k]
         if 0 <= e < E and len(slots[e]) < capacity:
-            slots[e].append(t * K + k)
+            slots[e].append(t * ids.shape[1] + k)
         elif 0 <= e <= E:
             dropped += e < E
             ids[t, k], gates[t, k] = E, 0
-    return TokenChoice(ids, gates), [row + [T * K] * (capacity - len(row)) for row in slots], dropped
+    return TokenChoice(ids, gates), [row + [ids.size] * (capacity - len(row)) for row in slots], dropped
 
 
 @pytest.mark.parametrize("priority", PRIORITIES)
@@ -64,6 +69,25 @@ def test_against_a_loop(capacity, priority):
         slot[flat] = np.arange(E * capacity)
         np.testing.assert_array_equal(np.ravel(slots.slot), np.where(np.isin(range(T * K), flat), slot[:-1], E * capacity))
     assert slow(random_choice(2, 3, 4), 3, priority)[2] == T * K - 3  # all to one: the loop does drop
+
+
+@pytest.mark.parametrize("priority", PRIORITIES)
+@pytest.mark.parametrize("k", [1, 3])
+def test_other_numbers_of_choices(k, priority):
+    choice = random_choice(7, 0, E, k)
+    result, slots, dropped = limit(choice, E, 3, priority)
+    expected, assignments, count = slow(choice, 3, priority)
+    chex.assert_trees_all_equal(result, expected)
+    np.testing.assert_array_equal(slots.assignment, assignments)
+    assert dropped == count > 0
+
+
+def test_batch_priority_by_hand():
+    """One expert with 2 slots: token 2 has the highest gate, then 0. Of "probs" 0.4 is third, but a second choice here."""
+    ids = jnp.asarray([[0, 1], [0, 1], [1, 0]], jnp.int32)
+    choice = TokenChoice(ids, jnp.asarray([[0.5, 0.1], [0.3, 0.1], [0.6, 0.4]]))
+    kept = {rule: np.asarray(limit_assignments(choice, 2, 2, rule)[0].expert_ids).tolist() for rule in ("gate", "probs")}
+    assert kept == {"gate": [[0, 1], [0, 2], [1, 2]], "probs": [[0, 1], [2, 2], [1, 0]]}
 
 
 def test_the_rules_differ():
@@ -206,6 +230,37 @@ def test_bfloat16():
     assert jax.jit(jax.grad(total))(weights)["b_out"] == 300
 
 
+@pytest.mark.parametrize("gate_sum", [1.0, 2.5])
+def test_renormalised_after_dropping(gate_sum):
+    """Value and gradient against a loop over tokens; tokens that keep nothing, and that never had anything."""
+    choice = random_choice(4, 0, E, 3)
+    choice = choice._replace(expert_ids=choice.expert_ids.at[3].set(E))
+    gates = gate_sum * choice.gates / choice.gates.sum(1, keepdims=True)
+    weights = jnp.asarray(np.random.default_rng(0).normal(size=gates.shape), jnp.float32)
+    stays = np.asarray(limit(choice._replace(gates=gates), E, 4, "token")[0].expert_ids) < E
+    lost = stays.sum(1)
+    assert set(lost) == {0, 1, 2, 3}
+
+    def ours(gates):
+        return jnp.sum(weights * limit_assignments(choice._replace(gates=gates), E, 4, "token", True)[0].gates)
+
+    def slow_sum(gates):
+        total = 0.0
+        for t in range(T):
+            own = [k for k in range(3) if stays[t, k]]
+            for k in own:
+                total += weights[t, k] * gates[t, k] * sum(gates[t]) / sum(gates[t, j] for j in own)
+        return total
+
+    value, gradient = jax.jit(jax.value_and_grad(ours))(gates)
+    expected, slow_gradient = jax.value_and_grad(slow_sum)(gates)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(gradient, slow_gradient, atol=2e-6)
+    kept = limit_assignments(choice._replace(gates=gates), E, 4, "token", True)[0].gates
+    np.testing.assert_allclose(kept.sum(1), np.where(lost > 0, gate_sum, 0), rtol=1e-6)
+    np.testing.assert_array_equal(kept[lost == 3], gates[lost == 3])  # where nothing was dropped, not a bit is
+
+
 def test_gates_of_the_kept_have_the_gradient():
     choice = random_choice(4, 0, E)
     kept, _, _ = limit(choice, E, 3, "gate")
@@ -240,5 +295,5 @@ def test_slots():
 
 
 def test_refuses_an_unknown_priority():
-    with pytest.raises(ValueError, match="^capacity_priority='random': one of token, choice, gate$"):
+    with pytest.raises(ValueError, match="^capacity_priority='random': one of token, choice, gate, probs$"):
         limit_assignments(random_choice(0), E, 3, "random")

@@ -11,7 +11,9 @@ import pytest
 from moe_jax import compat
 from moe_jax.dispatch import exchange as exchange_room
 from moe_jax.dispatch.exchange import EXCHANGES, bytes_sent, ragged, resolve_exchange, run_local, run_sharded
+from moe_jax.layers.experts import WEIGHT_AXES
 from moe_jax.ops.expert_ffn import expert_ffn
+from moe_jax.sharding import mesh_spec
 from moe_jax.types import TokenChoice
 
 T, K, E, D, F = 16, 2, 4, 6, 8
@@ -36,6 +38,10 @@ def make(tokens, high=E + 1):
     weights = {"w_in": draw(E, D, F), "w_out": draw(E, F, D), "b_in": draw(E, F), "b_out": draw(E, D)}
     ids = jnp.asarray(rng.integers(0, high, (tokens, K)), jnp.int32)
     return draw(tokens, D), TokenChoice(ids, draw(tokens, K)), weights, draw(tokens, D)
+
+
+def specs(mesh):
+    return {name: mesh_spec(mesh, axes) for name, axes in WEIGHT_AXES.items()}
 
 
 def run_experts(x, weights, order, gates):
@@ -67,7 +73,7 @@ def with_gradients(run):
     @jax.jit
     def both(x, choice, weights, d_y):
         def f(x, gates, weights):
-            return run(x, TokenChoice(choice.expert_ids, gates), weights, run_experts)
+            return run(x, TokenChoice(choice.expert_ids, gates), weights)
 
         y, pull, sent = jax.vjp(f, x, choice.gates, weights, has_aux=True)
         return (y, pull(d_y)), sent
@@ -75,7 +81,7 @@ def with_gradients(run):
     return both
 
 
-_local = with_gradients(lambda *args: (run_local(*args), {}))
+_local = with_gradients(lambda *args: (run_local(*args, run_experts), {}))
 
 
 @functools.cache
@@ -85,7 +91,7 @@ def local(tokens):
 
 def on_mesh(name, **options):
     mesh = make_mesh(name)
-    run = with_gradients(lambda *args: run_sharded(mesh, *args, **options))
+    run = with_gradients(lambda *args: run_sharded(mesh, *args, specs(mesh), run_experts, **options))
 
     def f(*args):
         with jax.set_mesh(mesh):
@@ -115,6 +121,16 @@ def test_gather(name, tokens):
     result, sent = on_mesh(name)(*make(tokens))
     assert_close(result, local(tokens))
     assert bool(sent) == (name == "few axes")
+
+
+@pytest.mark.parametrize("exchange", ["gather", "all_to_all"])
+def test_norm_of_an_expert(exchange):
+    """Its vectors are the same on the shards of `tensor`, of which each has a part of their gradient."""
+    x, choice, weights, d_y = make(T)
+    rng = np.random.default_rng(1)
+    weights |= {name: jnp.asarray(rng.normal(size=(E, D)), jnp.float32) for name in ("norm_scale", "norm_bias")}
+    result, _ = on_mesh("all", exchange=exchange, buffer_factor=0.0)(x, choice, weights, d_y)
+    assert_close(result, _local(x, choice, weights, d_y)[0])
 
 
 def count_sent(choice, tokens, name):
@@ -184,7 +200,7 @@ def test_each_shard_runs_its_own_rows():
         return jnp.broadcast_to(rows[order.inverse].reshape(T, K).sum(1, keepdims=True), (T, D))
 
     with jax.set_mesh(mesh):
-        y, _ = jax.jit(lambda *a: run_sharded(mesh, *a, count))(x, choice, weights)
+        y, _ = jax.jit(lambda *a: run_sharded(mesh, *a, specs(mesh), count))(x, choice, weights)
     sizes = np.bincount(np.asarray(choice.expert_ids).ravel(), minlength=E)
     expected = np.sum(sizes[choice.expert_ids], axis=-1, keepdims=True)
     np.testing.assert_array_equal(y, np.broadcast_to(expected, (T, D)))
@@ -199,7 +215,7 @@ def test_bfloat16(exchange):
     weights = {"w_in": jnp.asarray([256.0, 1, 1, 1]).reshape(4, 1, 1), "w_out": jnp.ones((4, 1, 1))}
     weights = jax.tree.map(lambda w: w.astype(jnp.bfloat16), weights)
     ones = jnp.ones((4, 1), jnp.bfloat16)
-    run = with_gradients(lambda *a: run_sharded(mesh, *a, exchange=exchange, buffer_factor=0.0))
+    run = with_gradients(lambda *a: run_sharded(mesh, *a, specs(mesh), run_experts, exchange=exchange, buffer_factor=0.0))
     with jax.set_mesh(mesh):
         (y, (d_x, *_)), _ = run(ones, choice, weights, ones)
     chex.assert_type([y, d_x], jnp.bfloat16)
@@ -229,8 +245,9 @@ def test_refusals():
     with pytest.raises(ValueError, match="^exchange='ring': one of gather, all_to_all, ragged, auto$"):
         resolve_exchange("ring")
     x, choice, weights, _ = make(T)
+    mesh = make_mesh("all")
     with pytest.raises(ValueError, match="^buffer_factor=-1: at least 0; use 0"):
-        run_sharded(make_mesh("all"), x, choice, weights, run_experts, buffer_factor=-1)
+        run_sharded(mesh, x, choice, weights, specs(mesh), run_experts, buffer_factor=-1)
 
 
 def ragged_all_to_all(rows, out, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):

@@ -5,10 +5,16 @@ import pytest
 
 from moe_jax import compat
 from moe_jax.dispatch.retrieval import sharded_passes
+from moe_jax.layers.peer import POOL_AXES
 from moe_jax.ops.retrieval import retrieve, row_sink, rows_of_expert
+from moe_jax.sharding import mesh_spec
 
 N, R, D = 24, 6, 16
 MESHES = {"expert=8": (("expert",), (8,)), "data=2,expert=4": (("data", "expert"), (2, 4)), "data=8": (("data",), (8,))}
+
+
+def table_spec(split):
+    return mesh_spec(compat.current_mesh(), POOL_AXES[split])
 
 
 def error(a, b):
@@ -44,7 +50,7 @@ def test_eight_devices_are_one(mesh, activation, split, tokens):
 
     names, sizes = MESHES[mesh]
     with jax.set_mesh(compat.make_mesh(jax.devices()[:8], names, sizes)):
-        passes = {"passes": sharded_passes(compat.current_mesh(), split)}
+        passes = {"passes": sharded_passes(compat.current_mesh(), table_spec(split))}
         for form in (None, sink):
             ours, expected = run(passes, form), run({}, form)
             for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected)):
@@ -72,7 +78,7 @@ def test_kernels_on_eight_devices(backend, split, activation):
         return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(x, gates, pool)
 
     with jax.set_mesh(compat.make_mesh(jax.devices()[:8], ("data", "expert"), (2, 4))):
-        ours = run(passes=sharded_passes(compat.current_mesh(), split, backend))
+        ours = run(passes=sharded_passes(compat.current_mesh(), table_spec(split), backend))
         for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(run())):
             assert error(a, b) < 1e-5 if np.any(b) else not np.any(a)
 
@@ -80,7 +86,7 @@ def test_kernels_on_eight_devices(backend, split, activation):
 def test_the_collectives_are_those_that_are_documented():
     mesh = compat.make_mesh(jax.devices()[:8], ("expert",), (8,))
     with jax.set_mesh(mesh):
-        passes = sharded_passes(compat.current_mesh(), "width")
+        passes = sharded_passes(compat.current_mesh(), table_spec("width"))
         f = jax.jit(lambda x, ids, gates, pool: retrieve(x, ids, gates, pool, passes=passes))
         args = jnp.zeros((16, D)), jnp.zeros((16, R), jnp.int32), jnp.zeros((16, R)), jnp.zeros((N, 2, D))
         text = f.lower(*args).as_text()

@@ -125,6 +125,31 @@ def test_float64(activation, use_bias, top_k):
         assert_errors(result, reference, FLOAT64)
 
 
+@pytest.mark.parametrize("options", [{}, {"capacity_factor": 8.0}], ids=["blocks", "slots"])
+def test_gradient_of_a_gradient(options):
+    """Under jit, in float64: of the parameters and x, of the squared norm of all gradients."""
+    params, x, d_y = make_params("swiglu", True)
+    layer, valid = MoE(E, F, 2, activation="swiglu", use_bias=True, **options), valid_tokens(T, True)
+
+    def second(f):
+        def loss(params, x):
+            y, losses = f(params, x)
+            return jnp.sum(d_y * jnp.sin(y)) + sum(losses.values())
+
+        def square(params, x):
+            return sum(jnp.sum(g**2) for g in jax.tree.leaves(jax.grad(loss, (0, 1))(params, x)))
+
+        return jax.device_get(jax.jit(jax.grad(square, (0, 1)))(params, x))
+
+    def ours(params, x):
+        y, aux = layer.apply({"params": params}, x, RouterInputs(valid=valid, train=True))
+        return y, aux.losses
+
+    with jax.enable_x64(True):
+        params, x, d_y = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), (params, x, d_y))
+        assert_errors(second(ours), second(lambda params, x: slow_layer(params, x, valid, 2, "swiglu")), 1e-10)
+
+
 def test_without_jit():
     params, x, _ = make_params("relu", False)
     run = layer_function(MoE(E, F, 3, activation="relu"), valid_tokens(T, True))
@@ -341,8 +366,3 @@ def test_meshes_of_others():
     with jax.set_mesh(jax.make_mesh((8,), ("data",), axis_types=(compat.AxisType.Explicit,))):
         with pytest.raises(ValueError, match=r"^MoE under a mesh of Explicit axes \('data',\): make"):
             run(params, x)
-
-
-def test_refuses_too_many_choices():
-    with pytest.raises(ValueError, match="top_k=5: at most experts=4"):
-        MoE(4, 6, 5).init(jax.random.key(0), jnp.zeros((3, 8)))

@@ -60,6 +60,24 @@ def test_value_and_every_gradient_equal_brute_force(activation, share_keys, norm
             assert np.max(np.abs(a - b)) <= 1e-10 * max(np.max(np.abs(b)), 1e-3)
 
 
+def test_gradient_of_a_gradient():
+    """Under jit: of the parameters and x, of the squared norm of all gradients."""
+    with jax.enable_x64():
+        x = jax.random.normal(jax.random.key(1), (9, D), jnp.float64)
+        layer, variables = make(x, jnp.float64)
+        variables = jax.tree.map(lambda a: a.astype(jnp.float64), variables)
+
+        def second(f):
+            first = jax.grad(lambda *args: jnp.sum(jnp.sin(f(*args))), (0, 1))
+            square = lambda *args: sum(jnp.sum(g**2) for g in jax.tree.leaves(first(*args)))
+            return jax.jit(jax.grad(square, (0, 1)))(variables["params"], x)
+
+        ours = second(lambda p, x: layer.apply({**variables, "params": p}, x, train=True)[0])
+        expected = second(lambda p, x: brute_force(p, x, "gelu", True, "batchnorm"))
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+            assert np.max(np.abs(a - b)) <= 1e-10 * max(np.max(np.abs(b)), 1e-3)
+
+
 def test_one_expert_a_head_is_a_multilayer_perceptron():
     """Gates are 1, so that the heads' neurons form one network of H neurons."""
     with jax.enable_x64():

@@ -141,21 +141,34 @@ def test_what_lives_between_the_passes():
 
 
 def test_stack_of_sublayers():
-    """BASE's expert: each sublayer normalises, projects and adds; what comes out is the sum of what they add."""
-    rows, _ = make("relu", True, jnp.float32)
-    rng = np.random.default_rng(5)
-    sublayers = []
-    for _ in range(3):
-        weights = make("relu", True, jnp.float32)[1]
-        weights |= {name: rng.normal(size=(len(SIZES), D)).astype(np.float32) for name in NORMS[2]}
-        sublayers.append({name: w * rng.normal() for name, w in weights.items()})
-    added = expert_stack(rows, sublayers, jnp.asarray(SIZES), activation="relu")
-    x = rows
-    for weights in sublayers:
-        x = x + slow(x, weights, None, "relu")
-    real = sum(SIZES)
-    assert jnp.abs(added[:real] - (x - rows)[:real]).max() <= 1e-5 * jnp.abs(x - rows)[:real].max()
-    assert not np.any(added[real:])
+    """BASE's expert: each sublayer normalises, projects and adds; the result is what they add together. Gradients of all."""
+    with jax.enable_x64(True):
+        rows, _ = make("relu", True, jnp.float64)
+        rng = np.random.default_rng(5)
+        sublayers = []
+        for _ in range(3):
+            weights = make("relu", True, jnp.float64)[1]
+            weights |= {name: rng.normal(size=(len(SIZES), D)) for name in NORMS[2]}
+            sublayers.append({name: jnp.asarray(w * rng.normal()) for name, w in weights.items()})
+        d_out = jnp.asarray(rng.normal(size=(M, D)))
+
+        def stack(rows, sublayers):
+            return expert_stack(rows, sublayers, jnp.asarray(SIZES), activation="relu")
+
+        def one_by_one(rows, sublayers):
+            x = rows
+            for weights in sublayers:
+                x = x + slow(x, weights, None, "relu")
+            return x - rows
+
+        def both(f):
+            y, pull = jax.vjp(f, rows, sublayers)
+            return y, pull(d_out)
+
+        result, expected = (jax.jit(lambda f=f: both(f))() for f in (stack, one_by_one))
+        for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
+            assert jnp.abs(a - b).max() <= 1e-12 * jnp.abs(b).max()
+        assert not np.any(result[0][sum(SIZES) :]) and not np.any(result[1][0][sum(SIZES) :])
 
 
 def test_tail_may_hold_anything():

@@ -208,6 +208,27 @@ def test_in_a_shard_map(backend):
     assert error(d_rhs, sum(s[2] for s in shards)) <= 1e-6
 
 
+@pytest.mark.parametrize("backend", PLAIN)
+def test_gradient_of_a_gradient(backend):
+    """Under jit, in float64, against masked dense products."""
+    with jax.enable_x64(True):
+        lhs, rhs, sizes, d_out = make("tail", np.float64)
+        group = jnp.repeat(jnp.arange(5), jnp.append(sizes, 70 - sizes.sum()), total_repeat_length=70)
+
+        def masked(lhs, rhs):
+            return sum(jnp.where((group == e)[:, None], lhs @ rhs[e], 0) for e in range(4))
+
+        def second(product):
+            def first(lhs, rhs):
+                return jax.grad(lambda *args: jnp.sum(d_out * jnp.sin(product(*args))), (0, 1))(lhs, rhs)
+
+            return jax.jit(jax.grad(lambda *args: sum(jnp.sum(g**2) for g in first(*args)), (0, 1)))(lhs, rhs)
+
+        result = second(lambda lhs, rhs: grouped_matmul(lhs, rhs, sizes, backend=backend))
+        for a, b in zip(result, second(masked)):
+            assert error(a, b) <= 1e-12
+
+
 def test_promotes_and_defaults():
     lhs, rhs, sizes, _ = make("tail")
     mixed = grouped_matmul(lhs.astype(jnp.bfloat16), rhs, sizes)
@@ -227,5 +248,13 @@ def test_refusals():
             grouped_matmul(*args)
     with pytest.raises(ValueError, match="integer group_sizes; got float32$"):
         grouped_matmul(lhs, rhs, sizes.astype(jnp.float32))
+    with pytest.raises(ValueError, match="^grouped_matmul lhs: int32, not a float dtype; use float32, or another float$"):
+        grouped_matmul(lhs.astype(jnp.int32), rhs, sizes)
+    with pytest.raises(ValueError, match="^grouped_matmul preferred_element_type: int32, not a float"):
+        grouped_matmul(lhs, rhs, sizes, preferred_element_type=jnp.int32)
+    with pytest.raises(ValueError, match="^grouped_matmul group_sizes: one is -1; use 0 or more$"):
+        grouped_matmul(lhs, rhs, sizes.at[1].set(-1))
+    with pytest.raises(ValueError, match="^grouped_matmul group_sizes: a sum of 106, for M=70 rows; use at most M$"):
+        grouped_matmul(lhs, rhs, sizes.at[1].set(66))
     with pytest.raises(ValueError, match="backend='pallas': one of blocks, ragged_dot, megablox, tokamax, loop, auto$"):
         grouped_matmul(lhs, rhs, sizes, backend="pallas")

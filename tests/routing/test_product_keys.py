@@ -111,9 +111,9 @@ def test_usage_of_nothing():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"experts": 65}, "experts=65: not a square; use 64 or 81"),
+        ({"experts": 65}, "experts=65: not a square, which two sets of keys need; use 64 or 81"),
         ({"key_width": 7}, "key_width=7: odd"),
-        ({"top_k": 9}, "top_k=9: at most the 8 keys"),
+        ({"top_k": 9}, "top_k=9: more than the 8 keys of a half"),
         ({"query_norm": "rms"}, "query_norm='rms': one of batchnorm"),
     ],
 )

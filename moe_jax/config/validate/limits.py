@@ -38,11 +38,18 @@ def _check_types(section: Any, path: str) -> None:
                 _check_section(element, item, f"{path}{name}[{i}]")
         elif dataclasses.is_dataclass(entry.type):
             _check_section(value, entry.type, path + name)
-        elif entry.type is float and type(value) is int:
-            setattr(section, name, float(value))
-        elif not isinstance(value, entry.type) or (isinstance(value, bool) and entry.type is not bool):
-            limit = f"a {type(value).__name__}, not {_with_article(entry.type)}"
-            raise ConfigError(path + name, repr(value), limit, f"write {example(entry)}")
+        else:
+            setattr(section, name, check_type(path + name, value, entry))
+
+
+def check_type(path: str, value: Any, leaf: dataclasses.Field) -> Any:
+    """`value`, an int as a float where the leaf has one."""
+    if leaf.type is float and type(value) is int:
+        return float(value)
+    if not isinstance(value, leaf.type) or (isinstance(value, bool) and leaf.type is not bool):
+        limit = f"a {type(value).__name__}, not {_with_article(leaf.type)}"
+        raise ConfigError(path, repr(value), limit, f"write {example(leaf)}")
+    return value
 
 
 def _check_section(value: Any, kind: type, path: str) -> None:

@@ -8,7 +8,7 @@ from moe_jax.config.leaf import ConfigError
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.moe import MoEConfig
 from moe_jax.config.run import Config
-from moe_jax.config.validate.common import must_divide
+from moe_jax.config.validate.common import check_exchange_buffer, must_divide
 from moe_jax.config.validate.retrieval import check_retrieval
 from moe_jax.config.validate.routing import check_router
 
@@ -98,10 +98,10 @@ def _check_experts(config: Config, moe: MoEConfig, path: str) -> None:
         limit = f"not causal, in evaluation with {path}eval_capacity={moe.eval_capacity}"
         fix = f"use token, or {path}eval_capacity=0"
         raise ConfigError(path + "capacity_priority", moe.capacity_priority, limit, fix)
-    if 0 < moe.exchange_buffer < 1:
-        limit = "less than an even load needs, so that every call would take gather"
-        fix = "use 1 or more, or 0 for a buffer that holds everything"
-        raise ConfigError(path + "exchange_buffer", moe.exchange_buffer, limit, fix)
+    if moe.renormalise_kept and moe.execution != "capacity" and not moe.eval_capacity:
+        limit = f"nothing is dropped with {path}execution=dropless and {path}eval_capacity=0"
+        raise ConfigError(path + "renormalise_kept", True, limit, f"use false, or {path}execution=capacity")
+    check_exchange_buffer(path + "exchange_buffer", moe.exchange_buffer)
     if moe.backend == "tokamax" and importlib.util.find_spec("tokamax") is None:
         raise ConfigError(path + "backend", "tokamax", "a package that is missing", "pip install tokamax")
     must_divide("mesh.expert", mesh.expert, path + "experts", moe.experts)

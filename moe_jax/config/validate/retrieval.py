@@ -1,27 +1,16 @@
 """Layers that retrieve one-neuron experts."""
 
-import math
-
 from moe_jax.config.blocks import block_layers
 from moe_jax.config.leaf import ConfigError
 from moe_jax.config.model import FFNConfig
 from moe_jax.config.run import Config
-from moe_jax.config.validate.common import must_divide
+from moe_jax.config.validate.common import check_product_keys, must_divide
 
 
 def check_retrieval(config: Config, ffn: FFNConfig, path: str) -> None:
     """That the options of a layer that retrieves, at the dotted path `path`, fit together."""
     peer, mesh = ffn.peer, config.mesh
-    side = math.isqrt(peer.experts)
-    if side * side != peer.experts:
-        near = f"use {side**2} or {(side + 1) ** 2}"
-        raise ConfigError(path + "experts", peer.experts, "not a square, which two sets of keys need", near)
-    if peer.top_k > side:
-        limit = f"more than the {side} keys of a half, the root of {path}experts={peer.experts}"
-        raise ConfigError(path + "top_k", peer.top_k, limit, f"use {side} or less, or more experts")
-    if peer.key_width % 2:
-        limit = "odd, but each half of a query meets keys of its own"
-        raise ConfigError(path + "key_width", peer.key_width, limit, f"use {peer.key_width + 1}")
+    check_product_keys(path, peer.experts, peer.top_k, peer.key_width)
     field = "model.width" if peer.split == "width" else path + "experts"
     total = config.model.width if peer.split == "width" else peer.experts
     must_divide("mesh.expert", mesh.expert, field, total)

@@ -15,16 +15,6 @@ from moe_jax.types import TokenChoice
 
 EXCHANGES = {"gather": gather, "all_to_all": all_to_all, "ragged": ragged}
 
-# Where each expert weight is split: E over `expert`, D over `fsdp`, F over `tensor`.
-WEIGHT_SPECS = {
-    "w_in": ("expert", "fsdp", "tensor"),
-    "w_gate": ("expert", "fsdp", "tensor"),
-    "w_out": ("expert", "tensor", "fsdp"),
-    "b_in": ("expert", "tensor"),
-    "b_gate": ("expert", "tensor"),
-    "b_out": ("expert", None),
-}
-
 
 def resolve_exchange(exchange: str | None = None) -> str:
     """What "auto" or None means: `gather`, whose memory, bytes and time nothing in the routing can change.
@@ -58,6 +48,7 @@ def run_sharded(
     x: jax.Array,
     choice: TokenChoice,
     weights: Mapping[str, jax.Array],
+    weight_specs: Mapping[str, compat.PartitionSpec],
     run_experts: RunExperts,
     *,
     exchange: str | None = None,
@@ -72,10 +63,11 @@ def run_sharded(
     gradient over the axes that split tokens but not the weight.
 
     Args:
-      mesh: with some of the axes data, fsdp, expert, tensor. E, D and F of `weights` must divide as
-        `WEIGHT_SPECS` says.
+      mesh: with some of the axes data, fsdp, expert, tensor.
       x, choice: global arrays.
       weights: as in `expert_ffn`.
+      weight_specs: how each of them is split: E over `expert`; D, where it is, over `fsdp`; F over `tensor`. The shards must
+        divide what they split.
       run_experts: runs one shard's rows; partial sums over F are allowed, they are added over `tensor`.
       exchange: one of `EXCHANGES`, or None: see `resolve_exchange`.
       buffer_factor: rows that a bounded exchange has room for, relative to the balanced share; 0: for all that can
@@ -100,7 +92,10 @@ def run_sharded(
         # At the entrance, so that the gradients are summed once, of tokens and of parts of weights.
         axes = compat.varying_axes(x, *weights.values())
         x, gates, weights = jax.tree.map(lambda a: compat.vary(a, axes), (x, gates, weights))
-        weights = {name: _gather_width(mesh, name, w) for name, w in weights.items()}
+        weights = {name: _whole_width(w, weight_specs[name]) for name, w in weights.items()}
+        if "tensor" in mesh.shape and "b_out" in weights:
+            # Outputs are added over `tensor`, and each of its shards adds the whole bias.
+            weights["b_out"] = jnp.where(jax.lax.axis_index("tensor") == 0, weights["b_out"], 0)
 
         def run_rows(x, order, gates):
             return run_experts(x, weights, order, gates)
@@ -124,8 +119,7 @@ def run_sharded(
         for a, fill in ((x, 0), (choice.expert_ids, experts), (choice.gates, 0))
     )
     rows = compat.PartitionSpec(names)
-    weight_specs = {name: _spec(mesh, WEIGHT_SPECS[name]) for name in weights}
-    specs = (rows, rows, rows, weight_specs), (rows, compat.PartitionSpec())
+    specs = (rows, rows, rows, {name: weight_specs[name] for name in weights}), (rows, compat.PartitionSpec())
     y, sent = compat.shard_map(shard, mesh, *specs, check=check)(x, ids, gates, weights)
     return y[:tokens], sent
 
@@ -172,17 +166,9 @@ def _log(exchange, *shape):
     logging.getLogger(__name__).info(text, exchange, shape[0], *mega.values())
 
 
-def _spec(mesh, axes):
-    return compat.PartitionSpec(*(axis if axis in mesh.shape else None for axis in axes))
+def _whole_width(weight, spec):
+    """Collects the parts of D from the shards of `fsdp`."""
+    return jax.lax.all_gather(weight, "fsdp", axis=tuple(spec).index("fsdp"), tiled=True) if "fsdp" in spec else weight
 
 
-def _gather_width(mesh, name, weight):
-    """Collects the parts of D from the shards of `fsdp`; a bias of the output counts once over `tensor`."""
-    if "fsdp" in mesh.shape and "fsdp" in WEIGHT_SPECS[name]:
-        weight = jax.lax.all_gather(weight, "fsdp", axis=WEIGHT_SPECS[name].index("fsdp"), tiled=True)
-    if name == "b_out" and "tensor" in mesh.shape:
-        weight = weight * (jax.lax.axis_index("tensor") == 0)
-    return weight
-
-
-__all__ = ["EXCHANGES", "WEIGHT_SPECS", "bytes_sent", "resolve_exchange", "run_local", "run_sharded"]
+__all__ = ["EXCHANGES", "bytes_sent", "resolve_exchange", "run_local", "run_sharded"]

@@ -21,7 +21,6 @@ from moe_jax.dispatch.exchange.common import (
     Group,
     RunRows,
     Sent,
-    accumulator,
     all_sizes,
     bounded,
     buffer_rows,
@@ -30,6 +29,7 @@ from moe_jax.dispatch.exchange.common import (
     starts,
 )
 from moe_jax.dispatch.permute import Order, combine_rows, gather_rows, sort_by_expert
+from moe_jax.ops.precision import accumulator
 from moe_jax.types import TokenChoice
 
 

@@ -41,11 +41,6 @@ class Sent(NamedTuple):
     exchange_bytes: jax.Array
 
 
-def accumulator(dtype) -> jnp.dtype:
-    """In which sums over a token's experts are taken: float32 at least."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
 def run_group(x: jax.Array, choice: TokenChoice, run_rows: RunRows, experts: int) -> jax.Array:
     """Sort, experts, combine: x [T, D] -> [T, D] in `accumulator(x.dtype)`."""
     with jax.named_scope("sort"):

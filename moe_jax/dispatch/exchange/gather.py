@@ -12,7 +12,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from moe_jax.dispatch.exchange.common import AXIS, Group, RunRows, Sent, accumulator, run_group
+from moe_jax.dispatch.exchange.common import AXIS, Group, RunRows, Sent, run_group
+from moe_jax.ops.precision import accumulator, standard_promotion
 from moe_jax.types import TokenChoice
 
 
@@ -49,6 +50,7 @@ def _gather_tokens(x):
     return jax.lax.all_gather(x, AXIS, tiled=True)
 
 
+@standard_promotion()
 def _gather_tokens_backward(_, d_out):
     d_x = jax.lax.psum_scatter(d_out.astype(accumulator(d_out.dtype)), AXIS, tiled=True)
     return (d_x.astype(d_out.dtype),)
@@ -63,6 +65,7 @@ def _scatter_sums(y, dtype):
     return jax.lax.psum_scatter(y, AXIS, tiled=True)
 
 
+@standard_promotion()
 def _scatter_sums_backward(dtype, _, d_y):
     return (jax.lax.all_gather(d_y.astype(dtype), AXIS, tiled=True).astype(d_y.dtype),)
 

@@ -25,7 +25,6 @@ from moe_jax.dispatch.exchange.common import (
     Group,
     RunRows,
     Sent,
-    accumulator,
     all_sizes,
     bounded,
     buffer_rows,
@@ -34,6 +33,7 @@ from moe_jax.dispatch.exchange.common import (
     starts,
 )
 from moe_jax.dispatch.permute import combine_rows, gather_rows, sort_by_expert
+from moe_jax.ops.precision import accumulator, standard_promotion
 from moe_jax.types import TokenChoice
 
 
@@ -102,6 +102,7 @@ def _move_forward(rows, pairs, size):
     return _move(rows, pairs, size), (pairs, jnp.zeros((rows.shape[0], 0), rows.dtype))
 
 
+@standard_promotion()
 def _move_backward(size, residuals, d_out):
     pairs, like = residuals
     return _move(d_out, pairs.T, like.shape[0]), None

@@ -6,9 +6,11 @@ from typing import Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moe_jax import compat
 from moe_jax.ops.grouped_matmul import blocks, loop, megablox, ragged_dot, tokamax
+from moe_jax.ops.precision import standard_promotion
 
 
 class Backend(NamedTuple):
@@ -57,26 +59,50 @@ def resolve_backend(backend: str | None = None) -> str:
     return backend
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _grouped_matmul(lhs, rhs, group_sizes, out_dtype, backend):
-    return BACKENDS[backend].rows_times_groups(lhs, rhs, group_sizes, out_dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def rows_times_groups(lhs, rhs, group_sizes, out_dtype, transposed, backend):
+    """That of a backend, differentiable any number of times. All floats are of one dtype, but for `out_dtype`."""
+    return BACKENDS[backend].rows_times_groups(lhs, rhs, group_sizes, out_dtype, transposed=transposed)
 
 
-def _forward(lhs, rhs, group_sizes, out_dtype, backend):
-    return _grouped_matmul(lhs, rhs, group_sizes, out_dtype, backend), (lhs, rhs, group_sizes)
+def _rows_forward(lhs, rhs, group_sizes, out_dtype, transposed, backend):
+    return rows_times_groups(lhs, rhs, group_sizes, out_dtype, transposed, backend), (lhs, rhs, group_sizes)
 
 
-def _backward(out_dtype, backend, residuals, d_out):
+@standard_promotion()
+def _rows_backward(out_dtype, transposed, backend, residuals, d_out):
     lhs, rhs, group_sizes = residuals
     d_out = d_out.astype(lhs.dtype)
-    run = BACKENDS[backend]
-    d_lhs = run.rows_times_groups(d_out, rhs, group_sizes, lhs.dtype, transposed=True)
-    return d_lhs, run.group_products(lhs, d_out, group_sizes, rhs.dtype), None
+    d_lhs = rows_times_groups(d_out, rhs, group_sizes, lhs.dtype, not transposed, backend)
+    pair = (d_out, lhs) if transposed else (lhs, d_out)
+    return d_lhs, group_products(*pair, group_sizes, rhs.dtype, backend), None
 
 
-_grouped_matmul.defvjp(_forward, _backward)
+rows_times_groups.defvjp(_rows_forward, _rows_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def group_products(lhs, d_out, group_sizes, out_dtype, backend):
+    """That of a backend, differentiable any number of times."""
+    return BACKENDS[backend].group_products(lhs, d_out, group_sizes, out_dtype)
+
+
+def _products_forward(lhs, d_out, group_sizes, out_dtype, backend):
+    return group_products(lhs, d_out, group_sizes, out_dtype, backend), (lhs, d_out, group_sizes)
+
+
+@standard_promotion()
+def _products_backward(out_dtype, backend, residuals, d_products):
+    lhs, d_out, group_sizes = residuals
+    d_products = d_products.astype(lhs.dtype)
+    d_lhs = rows_times_groups(d_out, d_products, group_sizes, lhs.dtype, True, backend)
+    return d_lhs, rows_times_groups(lhs, d_products, group_sizes, d_out.dtype, False, backend), None
+
+
+group_products.defvjp(_products_forward, _products_backward)
+
+
+@standard_promotion()
 def grouped_matmul(
     lhs: jax.Array,
     rhs: jax.Array,
@@ -96,11 +122,21 @@ def grouped_matmul(
 
     Returns:
       [M, F]. Rows past sum(group_sizes) are exactly 0, as is their gradient, whatever `lhs` holds there.
-      Products accumulate in float32 at least.
+      Products accumulate in float32 at least. Reverse-mode gradients of any order; no forward mode (`jax.jvp`).
 
     Raises:
-      ValueError: shapes that do not fit, an unknown backend, group sizes that are not integers.
+      ValueError: in one line: shapes that do not fit, dtypes that are not floats or, of the sizes, integers; an unknown backend;
+        sizes below 0 or with a sum above M, where their values are known: inside jit they are not.
     """
+    lhs, rhs, group_sizes = jnp.asarray(lhs), jnp.asarray(rhs), jnp.asarray(group_sizes)
+    dtype = jnp.result_type(lhs, rhs)
+    out_dtype = jnp.dtype(preferred_element_type or dtype)
+    _check_operands(lhs, rhs, group_sizes, out_dtype)
+    lhs, rhs, group_sizes = compat.vary_alike(lhs.astype(dtype), rhs.astype(dtype), group_sizes)
+    return rows_times_groups(lhs, rhs, group_sizes, out_dtype, False, resolve_backend(backend))
+
+
+def _check_operands(lhs, rhs, group_sizes, out_dtype):
     if lhs.ndim != 2 or rhs.ndim != 3 or lhs.shape[1] != rhs.shape[1] or group_sizes.shape != rhs.shape[:1]:
         raise ValueError(
             "grouped_matmul wants lhs [M, D], rhs [E, D, F], group_sizes [E]; "
@@ -108,7 +144,13 @@ def grouped_matmul(
         )
     if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         raise ValueError(f"grouped_matmul wants integer group_sizes; got {group_sizes.dtype}")
-    dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
-    lhs, rhs, group_sizes = compat.vary_alike(lhs.astype(dtype), rhs.astype(dtype), group_sizes)
-    out_dtype = jnp.dtype(preferred_element_type or dtype)
-    return _grouped_matmul(lhs, rhs, group_sizes, out_dtype, resolve_backend(backend))
+    for name, dtype in {"lhs": lhs.dtype, "rhs": rhs.dtype, "preferred_element_type": out_dtype}.items():
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"grouped_matmul {name}: {dtype}, not a float dtype; use float32, or another float")
+    if isinstance(group_sizes, jax.core.Tracer) or not group_sizes.is_fully_addressable:
+        return
+    sizes = np.asarray(group_sizes)
+    if (sizes < 0).any():
+        raise ValueError(f"grouped_matmul group_sizes: one is {sizes.min()}; use 0 or more")
+    if (total := sizes.sum(dtype=np.int64)) > lhs.shape[0]:
+        raise ValueError(f"grouped_matmul group_sizes: a sum of {total}, for M={lhs.shape[0]} rows; use at most M")

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import compat
+from moe_jax.ops.precision import accumulator
 
 
 class Block(NamedTuple):
@@ -115,12 +116,11 @@ def for_each_block(
 
 def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
     """Product of two matrices that contracts axes[0] of `a` with axes[1] of `b`, in float32 at least."""
-    accumulator = jnp.promote_types(a.dtype, jnp.float32)
     if axes[0] == 0 and compat.target_platform() == "cpu":
         # XLA's fast product sums over the last axis of `a`: [256, 1024]^T [256, 256] takes a sixth less time with the transposed
         # copy than without. The barrier keeps the copy from being folded into the product.
         a, axes = jax.lax.optimization_barrier(a.T), (1, axes[1])
-    return jax.lax.dot_general(a, b, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=accumulator)
+    return jax.lax.dot_general(a, b, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=accumulator(a.dtype))
 
 
 def rows_times_groups(lhs, rhs, group_sizes, out_dtype, *, transposed=False):
@@ -139,7 +139,6 @@ def rows_times_groups(lhs, rhs, group_sizes, out_dtype, *, transposed=False):
 
 def group_products(lhs, d_out, group_sizes, out_dtype):
     """[M, D], [M, F] -> [E, D, F]: the sum over each group's rows of lhs^T d_out."""
-    accumulator = jnp.promote_types(lhs.dtype, jnp.float32)
     shape = group_sizes.shape[0], lhs.shape[1], d_out.shape[1]
     if lhs.shape[0] == 0:
         return compat.zeros(shape, out_dtype, like=lhs)
@@ -147,5 +146,5 @@ def group_products(lhs, d_out, group_sizes, out_dtype):
     def body(out, block):
         return block.add_to_group(out, dot(block.valid_rows(lhs), block.valid_rows(d_out), (0, 0)))
 
-    out = compat.empty(shape, accumulator, like=lhs)
+    out = compat.empty(shape, accumulator(lhs.dtype), like=lhs)
     return for_each_block(group_sizes, lhs.shape[0], body, out, empty_groups=True).astype(out_dtype)

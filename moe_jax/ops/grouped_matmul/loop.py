@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from moe_jax.ops.precision import accumulator
+
 
 def _masks(rows, group_sizes):
     ends = jnp.cumsum(group_sizes)
@@ -11,8 +13,7 @@ def _masks(rows, group_sizes):
 
 
 def _dot(a, b):
-    accumulator = jnp.promote_types(a.dtype, jnp.float32)
-    return jnp.dot(a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=accumulator)
+    return jnp.dot(a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=accumulator(a.dtype))
 
 
 def rows_times_groups(lhs, rhs, group_sizes, out_dtype, *, transposed=False):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from moe_jax import compat
 from moe_jax.ops.counting import real_rows
+from moe_jax.ops.precision import accumulator
 
 
 @functools.cache
@@ -61,7 +62,7 @@ def group_products(lhs, d_out, group_sizes, out_dtype):
         lhs.T,
         d_out,
         group_sizes,
-        jnp.promote_types(lhs.dtype, jnp.float32),
+        accumulator(lhs.dtype),
         tiling=(tile, _tile(lhs.shape[1], 512), _tile(d_out.shape[1], 512)),
         interpret=compat.target_platform() != "tpu",
     )

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.ops.counting import real_rows
+from moe_jax.ops.precision import accumulator
 
 _CONTRACT_GROUPS = jax.lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
@@ -15,8 +16,7 @@ _TRANSPOSED = jax.lax.RaggedDotDimensionNumbers(
 
 def rows_times_groups(lhs, rhs, group_sizes, out_dtype, *, transposed=False):
     """[M, D] x [E, D, F] -> [M, F], or with `transposed` [M, F] x [E, D, F] -> [M, D]."""
-    accumulator = jnp.promote_types(lhs.dtype, jnp.float32)
-    options = {"preferred_element_type": accumulator}
+    options = {"preferred_element_type": accumulator(lhs.dtype)}
     group_sizes = group_sizes.astype(jnp.int32)
     # Kernels may leave the tail uninitialised, so it is cut off on both sides of the product.
     real = real_rows(lhs.shape[0], group_sizes)
@@ -30,9 +30,8 @@ def rows_times_groups(lhs, rhs, group_sizes, out_dtype, *, transposed=False):
 
 def group_products(lhs, d_out, group_sizes, out_dtype):
     """[M, D], [M, F] -> [E, D, F]: the sum over each group's rows of lhs^T d_out."""
-    accumulator = jnp.promote_types(lhs.dtype, jnp.float32)
     group_sizes = group_sizes.astype(jnp.int32)
     real = real_rows(lhs.shape[0], group_sizes)
     lhs, d_out = jnp.where(real, lhs, 0), jnp.where(real, d_out, 0)
-    out = jax.lax.ragged_dot_general(lhs, d_out, group_sizes, _CONTRACT_GROUPS, preferred_element_type=accumulator)
+    out = jax.lax.ragged_dot_general(lhs, d_out, group_sizes, _CONTRACT_GROUPS, preferred_element_type=accumulator(lhs.dtype))
     return out.astype(out_dtype)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from moe_jax import compat
 from moe_jax.ops.activations import is_gated
+from moe_jax.ops.precision import accumulator, standard_promotion
 from moe_jax.ops.retrieval import blocks, mosaic, triton
 from moe_jax.ops.row_gradient import RowGradient, RowSink, dense_rows
 
@@ -99,7 +100,7 @@ def retrieve(
     here = ids < table.shape[0]
     # A token without an expert has gates of 0 alone, and 0 * NaN would be NaN.
     x = jnp.where(jnp.any(here, axis=-1, keepdims=True), x, 0)
-    gates = jnp.where(here, gates, 0).astype(jnp.promote_types(x.dtype, jnp.float32))
+    gates = jnp.where(here, gates, 0).astype(accumulator(x.dtype))
     axes = compat.varying_axes(x, ids, gates, table)
     args = jax.tree.map(lambda a: compat.vary(a, axes), (x, ids, gates, table))
     if passes is None:
@@ -125,6 +126,7 @@ def _vjp_forward(x, ids, gates, table, sink, activation, passes):
     return y.astype(x.dtype), (x, ids, gates, table, hidden, of_sink)
 
 
+@standard_promotion()
 def _vjp_backward(activation, passes, residuals, d_y):
     x, ids, gates, table, hidden, sink = residuals
     d_x, d_gates, weights = passes.backward(d_y, x, ids, gates, hidden, table, activation)

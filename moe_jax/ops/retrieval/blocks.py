@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from moe_jax import compat
 from moe_jax.ops.activations import activate
+from moe_jax.ops.precision import batched_product
 
 # Of retrieved rows that lie in memory at once.
 BLOCK_BYTES = {"cpu": 2**20, "other": 2**27}
@@ -23,11 +24,11 @@ def forward(
 
     def project(x, ids, rows=None):
         rows = _fetch(table, ids, x, slice(-1)) if rows is None else rows[:, :, :-1]
-        return _dot(rows, x, gates.dtype)
+        return _dot(rows, x)
 
     def combine(x, ids, h, rows=None):
         rows = _fetch(table, ids, x, slice(-1, None)) if rows is None else rows[:, :, -1:]
-        return _sum(h[..., None], rows, gates.dtype)
+        return _sum(h[..., None], rows)
 
     def both(x, ids, gates):
         rows = _fetch(table, ids, x)
@@ -57,11 +58,11 @@ def backward(
 
     def project(d_y, ids, rows=None):
         rows = _fetch(table, ids, d_y, slice(-1, None)) if rows is None else rows[:, :, -1:]
-        return _dot(rows, d_y, gates.dtype)
+        return _dot(rows, d_y)
 
     def combine(x, ids, d_hidden, rows=None):
         rows = _fetch(table, ids, x, slice(-1)) if rows is None else rows[:, :, :-1]
-        return _sum(d_hidden, rows, gates.dtype)
+        return _sum(d_hidden, rows)
 
     def inner(hidden, gates, d_h):
         h, vjp = jax.vjp(lambda hidden, gates: hidden_values(activation, hidden, gates), hidden, gates)
@@ -98,14 +99,14 @@ def _fetch(table, ids, like, which=slice(None)):
     return jnp.stack(rows, axis=2) if rows else jnp.zeros((*ids.shape, 0, table.shape[2]), like.dtype)
 
 
-def _dot(rows, x, dtype):
+def _dot(rows, x):
     """[T, R, m, D], [T, D] -> [T, R, m]."""
-    return jnp.einsum("trmd,td->trm", rows, x, preferred_element_type=dtype)
+    return batched_product("trmd,td->trm", rows, x)
 
 
-def _sum(h, rows, dtype):
+def _sum(h, rows):
     """[T, R, m], [T, R, m, D] -> [T, D]."""
-    return jnp.einsum("trm,trmd->td", h.astype(rows.dtype), rows, preferred_element_type=dtype)
+    return batched_product("trm,trmd->td", h.astype(rows.dtype), rows)
 
 
 def _over_tokens(block, table, *arrays):
