@@ -17,9 +17,9 @@ OPTIMIZED = os.environ.get("MOE_JAX_TEST_OPTIMIZED") == "1"
 jax.config.update("jax_disable_most_optimizations", not OPTIMIZED)
 
 SHARED_DATA = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
+# Bytes of a worker, between tests; what they share in a file is then compiled again.
+HELD_LIMIT = 800e6
 PEAK = pytest.StashKey[memory.Peak]()
-# For two workers and the processes that they start.
-PEAK_LIMIT_GB = 4.0
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -28,10 +28,11 @@ def eight_devices():
     assert len(jax.devices()) == 8
 
 
-@pytest.fixture(scope="module", autouse=True)
-def free_memory_after_each_file():
-    yield
-    memory.free()
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """After each file, and within one that holds much."""
+    if nextitem is None or nextitem.path != item.path or memory.held() > HELD_LIMIT:
+        memory.free()
 
 
 def pytest_configure(config):

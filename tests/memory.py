@@ -19,6 +19,12 @@ def free() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def held() -> int:
+    """Bytes of this process in memory; 0 where that is not known."""
+    path = pathlib.Path("/proc/self/statm")
+    return int(path.read_text().split()[1]) * PAGE if path.exists() else 0
+
+
 def resident(root: int) -> int:
     """Bytes in memory of a process and of all below it; a page that several of them share counts in each."""
     parents, sizes = {}, {}

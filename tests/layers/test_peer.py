@@ -10,6 +10,7 @@ from moe_jax.layers.ffn import FeedForward
 from moe_jax.ops.activations import ACTIVATIONS, SECOND_MOMENT, activate
 from moe_jax.ops.retrieval import row_sink
 from moe_jax.ops.row_gradient import RowGradient, dense_rows
+from tests.compiled import apply
 
 N, H, K, DK, D = 49, 3, 4, 6, 10
 
@@ -17,11 +18,6 @@ N, H, K, DK, D = 49, 3, 4, 6, 10
 def make(x, dtype=jnp.float32, **options):
     layer = PEER(**{"experts": N, "heads": H, "top_k": K, "key_width": DK, "param_dtype": dtype} | options)
     return layer, nn.unbox(jax.jit(layer.init)(jax.random.key(0), x))
-
-
-def apply(layer, variables, x, train=False):
-    """Compiled as a whole: one operation after the other, each is compiled by itself, which takes longer."""
-    return jax.jit(lambda variables, x: layer.apply(variables, x, train=train))(variables, x)
 
 
 def brute_force(params, x, activation, share_keys, norm):

@@ -7,7 +7,7 @@ from moe_jax.config.routers import ExpertChoiceConfig
 from moe_jax.layers.moe import MoE
 from moe_jax.routing.expert_choice import ExpertChoiceRouter
 from moe_jax.types import RouterInputs
-from tests.gradients import assert_like_reference
+from tests.compiled import apply, assert_like_reference
 
 T, D, E, F, K = 24, 6, 4, 5, 2
 
@@ -32,7 +32,7 @@ def test_against_a_loop():
 
     inputs = RouterInputs(valid=jnp.asarray(valid), train=True)
     fast = lambda params, x: layer.apply({"params": params}, x, inputs)[0]
-    counts = layer.apply({"params": params}, x, inputs)[1].stats["counts"]
+    counts = apply(layer, {"params": params}, x, inputs)[1].stats["counts"]
     np.testing.assert_array_equal(counts, 12)  # ceil(23 * 2 / 4)
     assert_like_reference(fast, slow, params, x, limit=1e-5)
 
@@ -42,8 +42,8 @@ def test_padding_takes_no_slot():
     x = jax.random.normal(jax.random.key(1), (T, D))
     router = ExpertChoiceRouter(E, K)
     variables = jax.jit(router.init)(jax.random.key(0), x, RouterInputs())
-    choice, _, stats = router.apply(variables, x, RouterInputs(valid=jnp.arange(T) < 3))
-    alone, _, few = router.apply(variables, x[:3], RouterInputs())
+    choice, _, stats = apply(router, variables, x, RouterInputs(valid=jnp.arange(T) < 3))
+    alone, _, few = apply(router, variables, x[:3], RouterInputs())
     np.testing.assert_array_equal(stats["counts"], 2)  # ceil(3 * 2 / 4)
     np.testing.assert_array_equal(stats["counts"], few["counts"])
     np.testing.assert_array_equal(choice.token_ids[:, :2], alone.token_ids)
@@ -58,8 +58,9 @@ def test_evaluated_by_tokens():
     layer = MoE(E, F, K, ExpertChoiceRouter(E, K, options, parent=None), activation="relu")
     same = MoE(E, F, K, ExpertChoiceRouter(E, K, parent=None), activation="relu")
     params = nn.unbox(jax.jit(layer.init)(jax.random.key(0), x)["params"])
-    run = lambda layer, x, valid, train: layer.apply({"params": params}, x, RouterInputs(valid=jnp.asarray(valid), train=train))
-    y, aux = run(layer, x, valid, False)
+    inputs = lambda train: RouterInputs(valid=jnp.asarray(valid), train=train)
+    run = lambda layer, x, train: apply(layer, {"params": params}, x, inputs(train))
+    y, aux = run(layer, x, False)
     p = np.asarray(jax.nn.softmax(x @ params["router"]["kernel"], axis=-1))
     expected, counts = np.zeros((T, D)), np.zeros(E)
     for t in np.flatnonzero(valid):
@@ -71,9 +72,9 @@ def test_evaluated_by_tokens():
     np.testing.assert_array_equal(aux.stats["counts"], counts)
     assert aux.stats["tokens"] == valid.sum() and aux.stats["unrouted"] == 0
     others = jnp.where(jnp.arange(T)[:, None] < T // 2, x, -3 * x)
-    np.testing.assert_array_equal(run(layer, others, valid, False)[0][: T // 2], y[: T // 2])
+    np.testing.assert_array_equal(run(layer, others, False)[0][: T // 2], y[: T // 2])
     # In training the option changes nothing, and the experts do choose.
-    a, b = run(layer, x, valid, True), run(same, x, valid, True)
+    a, b = run(layer, x, True), run(same, x, True)
     np.testing.assert_array_equal(a[0], b[0])
     np.testing.assert_array_equal(a[1].stats["counts"], 12)
     assert options.traits.causal and not ExpertChoiceConfig().traits.causal

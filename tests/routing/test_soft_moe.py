@@ -6,7 +6,7 @@ import numpy as np
 from moe_jax.layers.moe import MoE
 from moe_jax.routing.soft_moe import SoftMoE
 from moe_jax.types import RouterInputs
-from tests.gradients import assert_like_reference
+from tests.compiled import apply, assert_like_reference
 
 B, S, D, E, F, C = 2, 7, 6, 3, 5, 2
 
@@ -54,7 +54,7 @@ def test_sums():
     sequences = jnp.repeat(jnp.arange(B), S)
     router = SoftMoE(E, C)
     variables = jax.jit(router.init)(jax.random.key(0), x, RouterInputs())
-    mix, _, stats = router.apply(variables, x, RouterInputs(sequences=sequences))
+    mix, _, stats = apply(router, variables, x, RouterInputs(sequences=sequences))
     np.testing.assert_allclose(mix.dispatch.reshape(B, S, E, C).sum(axis=1), 1, rtol=1e-5)
     np.testing.assert_allclose(mix.combine.sum(axis=(1, 2)), 1, rtol=1e-5)
     np.testing.assert_allclose(stats["counts"].sum(), B * S, rtol=1e-5)

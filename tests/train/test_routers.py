@@ -68,7 +68,9 @@ def check_generation(runner):
     new = generate(runner.model, variables, prompts, tokens=4, end_id=VOCABULARY - 1)
     for prompt, tokens in zip(prompts, new):
         text = np.concatenate([prompt, tokens])[None]
-        out = runner.model.apply(variables, text, np.arange(text.size, dtype=np.int32)[None], np.ones_like(text, np.int32))
+        out = jax.jit(runner.model.apply)(
+            variables, text, np.arange(text.size, dtype=np.int32)[None], np.ones_like(text, np.int32)
+        )
         best = np.argmax(np.asarray(out.x @ out.table.T)[0], axis=-1)
         np.testing.assert_array_equal(tokens, best[len(prompt) - 1 : -1])
 
