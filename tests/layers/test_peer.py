@@ -61,6 +61,7 @@ def test_value_and_every_gradient_equal_brute_force(activation, share_keys, norm
             assert np.max(np.abs(a - b)) <= 1e-10 * max(np.max(np.abs(b)), 1e-3)
 
 
+@pytest.mark.smoke
 def test_one_expert_a_head_is_a_multilayer_perceptron():
     """Gates are 1, so that the heads' neurons form one network of H neurons."""
     with jax.enable_x64():

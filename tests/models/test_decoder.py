@@ -66,10 +66,15 @@ def assert_same_bits(a, b):
 INSERTS = "last=dense@4,base=dense@2"
 
 
+@pytest.mark.fused
 @pytest.mark.parametrize(
     "fields",
-    [{"inserts": INSERTS}, {"layers": 2, "pattern": "dense", "positions": "learned", "dtype": "bfloat16"}],
-    ids=["inserts", "dense bfloat16"],
+    [
+        {"inserts": INSERTS},
+        {"layers": 2, "pattern": "dense", "positions": "learned", "dtype": "bfloat16"},
+        {"layers": 2, "pattern": "routed", "dtype": "bfloat16"},
+    ],
+    ids=["inserts", "dense bfloat16", "routed bfloat16"],
 )
 def test_scan_is_unrolled_is_remat_bit_for_bit(fields):
     model = make_model(**fields)
@@ -95,6 +100,7 @@ def test_initialisation_of_groups_differs():
     assert 0.01 < np.abs(params["embed"]["embedding"]).mean() < 0.03
 
 
+@pytest.mark.fused
 @pytest.mark.parametrize("ffn", ["routed,dense", "dense"])
 def test_documents_do_not_see_each_other(ffn):
     model = make_model(pattern=ffn)
@@ -113,6 +119,7 @@ def test_documents_do_not_see_each_other(ffn):
     assert not changed[1].any()
 
 
+@pytest.mark.smoke
 def test_a_document_scores_the_same_alone():
     model, variables = default()
     ids, positions, segments = make_batch()

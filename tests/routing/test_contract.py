@@ -204,6 +204,7 @@ def test_shapes_and_types(row):
     assert set(ROUTERS[ROWS[row].router].loss_weights(ROWS[row].options)) == set(losses)
 
 
+@pytest.mark.smoke
 @every_router
 def test_counts_are_those_of_the_choice(row):
     inputs = example()
@@ -346,6 +347,7 @@ def test_one_device_is_eight(row):
     assert_close(eight._replace(stats=stats), one)
 
 
+@pytest.mark.fused
 @every_router
 def test_bfloat16_activations(row):
     """The router's maths are exactly those of the same numbers in float32."""

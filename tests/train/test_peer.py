@@ -31,6 +31,7 @@ def test_it_learns(kind):
     assert np.abs(state["mean"]).max() > 1e-3 and np.abs(np.asarray(state["variance"]) - 1).max() > 1e-3
 
 
+@pytest.mark.fused
 def test_scan_over_groups_of_pools_equals_unrolled_ones_and_recomputation():
     """The first gives the same bits; recomputed batch statistics may round differently."""
     overrides = {"model__pattern": "peer", "model__layers": 2, "optimizer__epsilon": 1e-3}
