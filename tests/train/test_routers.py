@@ -116,3 +116,11 @@ def test_state_outside_the_gradient_is_updated_once_a_step(router, change):
         got = Runner(config_of(router, **quiet, **{change: value}))
         got.step(make_batch(0))
         chex.assert_trees_all_equal(router_state(got), router_state(want))
+
+
+def test_microbatches_share_the_router_losses():
+    """Of two microbatches that are alike each has half of the losses: the gradient is that of one."""
+    batch = {name: np.repeat(rows[::2], 2, axis=0) for name, rows in make_batch(0).items()}
+    strong = {"model__moe__routers__top_k__balance_loss": 1.0, "model__moe__routers__top_k__z_loss": 0.1}
+    one, two = (Runner(config_of("top_k", train__microbatches=parts, **strong)).step(batch) for parts in (1, 2))
+    np.testing.assert_allclose(two["gradient_norm"], one["gradient_norm"], rtol=1e-4)
