@@ -1,4 +1,4 @@
-"""Eight emulated CPU devices for every test."""
+"""Eight emulated CPU devices for every test, and memory that does not grow from file to file."""
 
 import os
 import pathlib
@@ -8,17 +8,43 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import pytest
 
+from tests import memory
+
 jax.config.update("jax_num_cpu_devices", 8)
-# Compiling is most of a small test's time. Tests of equal bits after a restart run whole processes without this.
-jax.config.update("jax_disable_most_optimizations", True)
+# Compiling is most of a small test's time. Tests of equal bits after a restart run whole processes without this;
+# MOE_JAX_TEST_OPTIMIZED=1 is for those whose numbers depend on what XLA fuses.
+OPTIMIZED = os.environ.get("MOE_JAX_TEST_OPTIMIZED") == "1"
+jax.config.update("jax_disable_most_optimizations", not OPTIMIZED)
 
 SHARED_DATA = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
+# Bytes of a worker, between tests; what they share in a file is then compiled again.
+HELD_LIMIT = 800e6
+PEAK = pytest.StashKey[memory.Peak]()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def eight_devices():
     # A plugin that starts the backend first would make the setting above a silent no-op.
     assert len(jax.devices()) == 8
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """After each file, and within one that holds much."""
+    if nextitem is None or nextitem.path != item.path or memory.held() > HELD_LIMIT:
+        memory.free()
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput") and pathlib.Path("/proc/self/stat").exists():
+        config.stash[PEAK] = memory.Peak()
+        config.stash[PEAK].start()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if PEAK in config.stash:
+        peak = config.stash[PEAK].stop() / 1e9
+        terminalreporter.write_line(f"peak memory of all processes together: {peak:.2f} GB")
 
 
 def pytest_collection_modifyitems(items):

@@ -530,6 +530,7 @@ def test_booleans(files, arguments, expected):
     assert good(*arguments)[0].model.scan is expected
 
 
+@pytest.mark.smoke
 def test_order_and_separate_values(files):
     argv = [
         "--config.seed",
@@ -644,6 +645,7 @@ def test_command_without_workdir(files):
     assert "workdir" not in flags
 
 
+@pytest.mark.smoke
 def test_main_decides_the_exit_code(files, capsys):
     argv = ["train.py", "--config=configs/plain.py", "--workdir=w"]
     with pytest.raises(SystemExit) as exit_:

@@ -117,6 +117,7 @@ def files():
     yield from ((str(p.relative_to(ROOT)), p.read_text()) for p in sorted((ROOT / "configs").rglob("*.py")))
 
 
+@pytest.mark.smoke
 def test_the_arrows():
     sources = dict(files())
     assert len(sources) > 40

@@ -155,7 +155,13 @@ def test_what_may_change_on_resume(config_file, tmp_path):
     assert any(path.is_file() for path in (run / "profile").rglob("*"))
 
 
-@pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "signum, code",
+    [
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.smoke),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_saves_and_exits(config_file, tmp_path, signum, code):
     flags = ("--config.train.steps=5000", "--config.train.checkpoint_every=0", "--config.train.eval_every=0")
     process = start(config_file, tmp_path / "run", *flags)

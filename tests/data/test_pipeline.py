@@ -40,6 +40,7 @@ def take(iterator, count):
     return batches
 
 
+@pytest.mark.smoke
 def test_resume_equals_the_uninterrupted_stream_across_an_epoch(config):
     data = open_data(config)
     batch_size = 7

@@ -39,6 +39,7 @@ def random_texts(count):
         yield "".join(chr(random.integers(*bound)) for bound in bounds)
 
 
+@pytest.mark.smoke
 def test_round_trip(tokenizer):
     texts = [*TEXTS, *random_texts(200)]
     for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):

@@ -155,6 +155,7 @@ CASES = [
 ]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("priority, activation, use_bias, capacity, norm", CASES)
 def test_values_and_gradients(priority, activation, use_bias, capacity, norm):
     """Uneven, all to one, nobody routed; NaN in a row that is routed nowhere."""
@@ -209,6 +210,7 @@ def test_inside_a_shard_map():
     chex.assert_trees_all_close(jax.device_get(result), jax.device_get(expected), atol=1e-5)
 
 
+@pytest.mark.fused
 def test_bfloat16():
     """The sum over a token's experts, over its copies in the gradient, and of a bias's gradient: in float32."""
     ids = jnp.asarray([[0, 1, 2, 3]], jnp.int32)

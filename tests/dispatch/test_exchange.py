@@ -176,6 +176,7 @@ def overflow(pairs, exchange, room):
     return np.maximum(load - room, 0).sum()
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("exchange", ["all_to_all", "ragged"])
 def test_forced_overflow(exchange):
     """A buffer of one row: the values are still exact, and all that did not fit is counted."""
@@ -207,6 +208,7 @@ def test_each_shard_runs_its_own_rows():
     assert sizes[3] == 0
 
 
+@pytest.mark.fused
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_bfloat16(exchange):
     """Over the experts of 4 shards, the output and the gradient are 256 + 1 + 1 + 1, rounded once: 260 and not 256."""

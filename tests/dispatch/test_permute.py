@@ -30,6 +30,7 @@ def test_sort(ids):
     np.testing.assert_array_equal(order.group_sizes, np.bincount(flat, minlength=E + 1)[:E])
 
 
+@pytest.mark.smoke
 def test_gather_and_combine():
     """Values and gradients are those of plain indexing, and no gradient is a scatter."""
     order = sort_by_expert(random_ids(), E)
@@ -58,6 +59,7 @@ def test_gather_and_combine():
             assert "scatter" in str(jax.make_jaxpr(lambda *args: gradients(plain, *args))(*args))
 
 
+@pytest.mark.fused
 def test_bfloat16_accumulates_in_float32():
     """256 + 1 + 1 + 1 is 256 in bfloat16 steps, 259 -> 260 after one rounding."""
     ids = jnp.asarray([[0, 1, 2, 3]], jnp.int32)

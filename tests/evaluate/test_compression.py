@@ -27,6 +27,7 @@ def test_the_sizes_of_the_commands():
     assert bits["xz_each"] * size == pytest.approx(sum(command("xz", "-9", text=text) for text in TEXTS), abs=48)
 
 
+@pytest.mark.smoke
 def test_what_each_one_sees():
     noise = RNG.bytes(2000)
     bits = compress_bits_per_byte([noise, noise])

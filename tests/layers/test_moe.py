@@ -112,6 +112,7 @@ def assert_errors(result, reference, bound):
         assert error <= bound, f"{name}: {error:.2e}"
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("activation, use_bias, top_k", [("swiglu", True, 2), ("gelu", True, 1), ("relu", False, 3)])
 def test_float64(activation, use_bias, top_k):
     params, x, d_y = make_params(activation, use_bias)

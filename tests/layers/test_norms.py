@@ -28,6 +28,7 @@ def test_values(kind, offset):
     np.testing.assert_allclose(y, _reference(kind, x, scale, bias, 1e-5), atol=1e-5 if offset == 0 else 1e-3, rtol=1e-5)
 
 
+@pytest.mark.fused
 @pytest.mark.parametrize("kind", norms.NORMS)
 def test_bfloat16_rounds_only_the_result(kind):
     x = jax.random.normal(jax.random.key(0), (3, 64), jnp.bfloat16)

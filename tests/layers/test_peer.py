@@ -10,6 +10,7 @@ from moe_jax.layers.ffn import FeedForward
 from moe_jax.ops.activations import ACTIVATIONS, SECOND_MOMENT, activate
 from moe_jax.ops.retrieval import row_sink
 from moe_jax.ops.row_gradient import RowGradient, dense_rows
+from tests.compiled import apply
 
 N, H, K, DK, D = 49, 3, 4, 6, 10
 
@@ -78,14 +79,16 @@ def test_gradient_of_a_gradient():
             assert np.max(np.abs(a - b)) <= 1e-10 * max(np.max(np.abs(b)), 1e-3)
 
 
+@pytest.mark.smoke
 def test_one_expert_a_head_is_a_multilayer_perceptron():
     """Gates are 1, so that the heads' neurons form one network of H neurons."""
     with jax.enable_x64():
         x = jax.random.normal(jax.random.key(1), (7, D), jnp.float64)
         layer, variables = make(x, jnp.float64, top_k=1)
         sink = row_sink(7, H, 2, D, jnp.float64)
-        y, aux = layer.apply({**variables, "row_sinks": {"experts": sink}}, x)
-        u, v = jnp.moveaxis(variables["params"]["experts"][aux.row_ids["experts"]], 2, 0)
+        y, aux = jax.device_get(jax.jit(layer.apply)({**variables, "row_sinks": {"experts": sink}}, x))
+        x, params = np.asarray(x), jax.device_get(variables["params"])
+        u, v = np.moveaxis(params["experts"][aux.row_ids["experts"]], 2, 0)
         for t in range(7):
             expected = jax.nn.gelu(x[t] @ u[t].T, approximate=False) @ v[t]
             np.testing.assert_allclose(y[t], expected, rtol=1e-10)
@@ -99,11 +102,12 @@ def test_the_sink_has_the_pools_gradient():
         y, aux = layer.apply({**variables, "params": params} | sinks, x, train=True)
         return jnp.sum(jnp.sin(y)), aux.row_ids
 
-    dense, ids = jax.grad(loss, has_aux=True)(variables["params"], {})
+    dense, ids = jax.jit(jax.grad(loss, has_aux=True))(variables["params"], {})
     assert ids == {}
     sinks = {"row_sinks": {"experts": row_sink(20, H * K, 2, D)}}
-    (d_params, d_sinks), ids = jax.grad(loss, (0, 1), has_aux=True)(variables["params"], sinks)
-    rows = dense_rows(RowGradient(ids["experts"], *d_sinks["row_sinks"]["experts"]), N)
+    (d_params, d_sinks), ids = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(variables["params"], sinks)
+    gradient = RowGradient(ids["experts"], *d_sinks["row_sinks"]["experts"])
+    rows = jax.jit(dense_rows, static_argnums=1)(gradient, N)
     np.testing.assert_allclose(rows, dense["experts"], rtol=1e-5, atol=1e-6)
     assert not d_params["experts"].any()
     chex.assert_trees_all_close(d_params["router"], dense["router"], rtol=1e-5)
@@ -115,10 +119,10 @@ def test_starts_with_the_output_variance_of_what_it_replaces(activation, replace
     x = x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True))
     layer = PEER(64**2, heads=8, top_k=8, key_width=32, activation=activation, replaces=replaces)
     variables = nn.unbox(jax.jit(layer.init)(jax.random.key(0), x))
-    y, _ = layer.apply(variables, x, train=True)
+    y, _ = apply(layer, variables, x, train=True)
     dense = FeedForward(256, replaces)
-    other = dense.apply(dense.init(jax.random.key(0), x), x)
-    np.testing.assert_allclose(jnp.var(y), jnp.var(other), rtol=0.25)
+    other = jax.jit(dense.apply)(jax.jit(dense.init)(jax.random.key(0), x), x)
+    np.testing.assert_allclose(np.var(y), np.var(other), rtol=0.25)
 
 
 @pytest.mark.parametrize("kind", ACTIVATIONS)
@@ -135,26 +139,26 @@ def test_padding_and_broken_tokens_leave_the_others_alone():
     layer, variables = make(x)
     valid = jnp.arange(12) != 4
     inputs = RouterInputs(valid=valid, train=True)
-    y, _ = layer.apply(variables, x, inputs)
-    assert not y[4].any()
-    other, _ = layer.apply(variables, x.at[4].set(jnp.nan), inputs)
+    run = jax.jit(lambda x: layer.apply(variables, x, inputs)[0])
+    y = run(x)
+    assert not np.any(y[4])
+    other = run(x.at[4].set(jnp.nan))
     np.testing.assert_array_equal(y, other)
 
 
 def test_the_shared_branch_is_added():
     x = jax.random.normal(jax.random.key(1), (12, D))
     layer, variables = make(x, shared_width=16)
-    alone, _ = PEER(N, H, K, DK).apply(
-        {**variables, "params": {k: v for k, v in variables["params"].items() if k != "shared"}}, x
-    )
-    shared = FeedForward(16, "gelu").apply({"params": variables["params"]["shared"]}, x)
-    np.testing.assert_allclose(layer.apply(variables, x)[0], alone + shared, rtol=1e-5, atol=1e-6)
+    params = {k: v for k, v in variables["params"].items() if k != "shared"}
+    alone, _ = apply(PEER(N, H, K, DK), {**variables, "params": params}, x)
+    shared = jax.jit(FeedForward(16, "gelu").apply)({"params": variables["params"]["shared"]}, x)
+    np.testing.assert_allclose(apply(layer, variables, x)[0], alone + shared, rtol=1e-5, atol=1e-6)
 
 
 def test_bfloat16_activations_keep_float32_scores():
     x = jax.random.normal(jax.random.key(1), (12, D)).astype(jnp.bfloat16)
     layer, variables = make(x)
-    y, aux = layer.apply(variables, x, train=True)
+    y, aux = apply(layer, variables, x, train=True)
     assert y.dtype == jnp.bfloat16 and {a.dtype for a in jax.tree.leaves(aux.stats)} == {jnp.dtype("float32")}
-    wide, _ = layer.apply(variables, x.astype(jnp.float32), train=True)
-    np.testing.assert_allclose(y.astype(jnp.float32), wide, atol=0.03 * float(jnp.abs(wide).max()))
+    wide, _ = apply(layer, variables, x.astype(jnp.float32), train=True)
+    np.testing.assert_allclose(np.asarray(y, np.float32), wide, atol=0.03 * np.abs(wide).max())

@@ -79,6 +79,7 @@ def test_scores_depend_on_the_difference_only():
     chex.assert_trees_all_close(scores(0), scores(500), atol=5e-4)
 
 
+@pytest.mark.fused
 def test_bfloat16_is_rounded_once():
     x = jax.random.normal(jax.random.key(0), (1, 4, 1, 16), jnp.bfloat16)
     positions, frequencies = jnp.array([[0, 257, 1001, 2047]]), rotary.rotary_frequencies(16)

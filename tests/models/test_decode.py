@@ -95,6 +95,8 @@ def test_the_cache_changes_nothing(name, kind):
     assert len({tuple(row) for row in new}) == len(PROMPTS)
 
 
+@pytest.mark.fused
+@pytest.mark.smoke
 def test_bfloat16_draws_a_best_token():
     """Rounding may decide between two tokens; what is drawn is never worse than that."""
     model, variables = make("dense bfloat16")

@@ -76,6 +76,7 @@ def test_float32(case, backend):
     assert not np.any(results[0][args[2].sum() :]) and not np.any(results[1][args[2].sum() :])
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("backend", PLAIN)
 @pytest.mark.parametrize("case", ["no multiples", "tail"])
 def test_float64(case, backend):
@@ -87,6 +88,7 @@ def test_float64(case, backend):
             assert error(result, expected) <= 1e-12
 
 
+@pytest.mark.fused
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bfloat16(backend):
     """One rounding of the result (2^-9 of it), because sums are in float32."""
@@ -101,6 +103,7 @@ def test_bfloat16(backend):
     assert error(out, reference(*args)[0]) <= 1e-6
 
 
+@pytest.mark.fused
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bfloat16_gradient_over_many_blocks(backend):
     """512 + 639 / 64 = 521.98, which is 520 in bfloat16; added up in bfloat16 it stays 512."""

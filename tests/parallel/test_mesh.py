@@ -6,6 +6,7 @@ from moe_jax.config import ConfigError, MeshConfig
 from moe_jax.parallel.mesh import mesh_from_config, start_devices
 
 
+@pytest.mark.smoke
 def test_data_takes_what_is_left():
     mesh = mesh_from_config(MeshConfig(expert=4))
     assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "expert": 4, "tensor": 1}

@@ -15,6 +15,7 @@ def mesh():
     return mesh_from_config(MeshConfig(fsdp=2, expert=2, tensor=2))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "shape, names, spec",
     [

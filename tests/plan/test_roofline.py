@@ -4,6 +4,7 @@ from moe_jax.plan.roofline import CHIPS, Chip, roofline
 from moe_jax.train.metrics import peak_flops
 
 
+@pytest.mark.smoke
 def test_arithmetic():
     chip = Chip(flops=100.0, hbm=1, hbm_bandwidth=10.0, link_bandwidth=5.0, source="")
     times = roofline(chip, flops=200.0, hbm_bytes=10.0, link_bytes=20.0)

@@ -11,6 +11,7 @@ def sizes(config):
     return tuple(getattr(config.mesh, name) for name in AXES)
 
 
+@pytest.mark.smoke
 def test_splits():
     assert sorted(splits(4, 2)) == [(1, 4), (2, 2), (4, 1)]
     found = list(splits(8, 4))

@@ -111,30 +111,18 @@ def test_the_command_as_a_user_runs_it(tmp_path):
     assert "ragged-dot" in result.stdout or "gmm" in result.stdout
 
 
-RETRIEVING = """
-from moe_jax import config as c
-
-
-def get_config():
-    config = c.Config()
-    config.data.batch_size, config.data.sequence_length = 8, 256
-    config.model.layers, config.model.pattern, config.model.inserts = 2, "dense", "middle=peer@1"
-    config.model.width, config.model.heads, config.model.head_width = 256, 2, 128
-    config.model.peer.experts, config.model.peer.heads, config.model.peer.top_k = 256**2, 4, 8
-    config.model.peer.key_width = 128
-    return config
-"""
-
-
 def test_a_retrieval_moves_what_it_retrieves(tmp_path):
     """On one chip: two kernels, which read T R experts and not the pool.
 
     To 2%: bytes of rows, and of x, y, ids, gates and what else a kernel reads and writes for each pair.
     """
     config = tmp_path / "config.py"
-    config.write_text(RETRIEVING)
-    tokens, pairs, width, rows = 8 * 256, 32, 256, 2
-    found = plan(config, "v5e:1x1")
+    config.write_text(SMALL)
+    tokens, pairs, width, rows = 16 * 256, 32, 256, 2
+    retrieving = ("--config.model.pattern=dense", "--config.model.inserts=middle=peer@1", "--config.model.dtype=float32")
+    peer = {"heads": 4, "top_k": 8, "key_width": 128}
+    retrieving += tuple(f"--config.model.peer.{name}={value}" for name, value in peer.items())
+    found = plan(config, "v5e:1x1", *retrieving, f"--config.model.peer.experts={256**2}")
     kernels = [kernel for kernel in found["kernels"] if kernel["kind"] == "retrieval"]
     assert sum(kernel["count"] for kernel in kernels) == 2
     forward = tokens * pairs * (rows * width * 4 + 4 * (2 + (rows - 1)))
@@ -143,6 +131,6 @@ def test_a_retrieval_moves_what_it_retrieves(tmp_path):
     assert sum(kernel["flops"] for kernel in kernels) == 2 * 2 * tokens * pairs * rows * width
     # Of four times the pool the rows are as many. The router's keys grow with the root of N; what is added to the pool is not
     # passed over even once.
-    larger = plan(config, "v5e:1x1", f"--config.model.peer.experts={512**2}")
+    larger = plan(config, "v5e:1x1", *retrieving, f"--config.model.peer.experts={512**2}")
     assert larger["retrieved_bytes"] == found["retrieved_bytes"] < found["hbm_bytes"]
     assert larger["hbm_bytes"] - found["hbm_bytes"] < (512**2 - 256**2) * rows * width * 4

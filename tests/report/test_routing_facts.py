@@ -47,6 +47,7 @@ def test_mutual_information_of_a_table_by_hand():
     assert mutual_information(np.zeros((3, 2), int)) == entropy(np.zeros(4)) == 0
 
 
+@pytest.mark.smoke
 def test_mutual_information_against_a_loop():
     counts = contingency(*example())[1]
     p = counts / counts.sum()

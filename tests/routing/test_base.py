@@ -6,6 +6,7 @@ import pytest
 from moe_jax.config.routers import BaseConfig
 from moe_jax.routing.base import Base
 from moe_jax.types import RouterInputs
+from tests.compiled import apply
 
 T, D, E = 24, 6, 4
 
@@ -14,7 +15,7 @@ def route(train, groups=1, valid=None, x=None):
     x = jax.random.normal(jax.random.key(1), (T, D)) + 1 if x is None else x
     kernel = jax.random.normal(jax.random.key(2), (D, E))
     inputs = RouterInputs(train=train, valid=valid)
-    return Base(E, BaseConfig(groups=groups)).apply({"params": {"kernel": kernel}}, x, inputs), x @ kernel
+    return apply(Base(E, BaseConfig(groups=groups)), {"params": {"kernel": kernel}}, x, inputs), x @ kernel
 
 
 def test_balanced_in_training_and_greedy_in_evaluation():

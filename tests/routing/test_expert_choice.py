@@ -7,6 +7,7 @@ from moe_jax.config.routers import ExpertChoiceConfig
 from moe_jax.layers.moe import MoE
 from moe_jax.routing.expert_choice import ExpertChoiceRouter
 from moe_jax.types import RouterInputs
+from tests.compiled import apply, assert_like_reference
 
 T, D, E, F, K = 24, 6, 4, 5, 2
 
@@ -16,7 +17,7 @@ def test_against_a_loop():
     x = jax.random.normal(jax.random.key(1), (T, D))
     valid = np.arange(T) != 5
     layer = MoE(E, F, K, ExpertChoiceRouter(E, K, parent=None), activation="relu")
-    params = nn.unbox(layer.init(jax.random.key(0), x)["params"])
+    params = nn.unbox(jax.jit(layer.init)(jax.random.key(0), x)["params"])
 
     probabilities = lambda params, x: jax.nn.softmax(x @ params["router"]["kernel"], axis=-1)
     order = np.argsort(-np.asarray(probabilities(params, x)), axis=0)
@@ -31,21 +32,18 @@ def test_against_a_loop():
 
     inputs = RouterInputs(valid=jnp.asarray(valid), train=True)
     fast = lambda params, x: layer.apply({"params": params}, x, inputs)[0]
-    counts = layer.apply({"params": params}, x, inputs)[1].stats["counts"]
+    counts = apply(layer, {"params": params}, x, inputs)[1].stats["counts"]
     np.testing.assert_array_equal(counts, 12)  # ceil(23 * 2 / 4)
-    d_y = jax.random.normal(jax.random.key(3), x.shape)
-    run = lambda f: jax.jit(lambda *args: (lambda y, pull: (y, pull(d_y)))(*jax.vjp(f, *args)))(params, x)
-    for a, b in zip(jax.tree.leaves(run(fast)), jax.tree.leaves(run(slow)), strict=True):
-        assert np.max(np.abs(a - b)) <= 1e-5 * np.max(np.abs(b))
+    assert_like_reference(fast, slow, params, x, limit=1e-5)
 
 
 def test_padding_takes_no_slot():
     """Three tokens in a batch for 24 are as many to an expert as three alone."""
     x = jax.random.normal(jax.random.key(1), (T, D))
     router = ExpertChoiceRouter(E, K)
-    variables = router.init(jax.random.key(0), x, RouterInputs())
-    choice, _, stats = router.apply(variables, x, RouterInputs(valid=jnp.arange(T) < 3))
-    alone, _, few = router.apply(variables, x[:3], RouterInputs())
+    variables = jax.jit(router.init)(jax.random.key(0), x, RouterInputs())
+    choice, _, stats = apply(router, variables, x, RouterInputs(valid=jnp.arange(T) < 3))
+    alone, _, few = apply(router, variables, x[:3], RouterInputs())
     np.testing.assert_array_equal(stats["counts"], 2)  # ceil(3 * 2 / 4)
     np.testing.assert_array_equal(stats["counts"], few["counts"])
     np.testing.assert_array_equal(choice.token_ids[:, :2], alone.token_ids)
@@ -59,9 +57,10 @@ def test_evaluated_by_tokens():
     options = ExpertChoiceConfig(evaluation="tokens")
     layer = MoE(E, F, K, ExpertChoiceRouter(E, K, options, parent=None), activation="relu")
     same = MoE(E, F, K, ExpertChoiceRouter(E, K, parent=None), activation="relu")
-    params = nn.unbox(layer.init(jax.random.key(0), x)["params"])
-    run = lambda layer, x, valid, train: layer.apply({"params": params}, x, RouterInputs(valid=jnp.asarray(valid), train=train))
-    y, aux = run(layer, x, valid, False)
+    params = nn.unbox(jax.jit(layer.init)(jax.random.key(0), x)["params"])
+    inputs = lambda train: RouterInputs(valid=jnp.asarray(valid), train=train)
+    run = lambda layer, x, train: apply(layer, {"params": params}, x, inputs(train))
+    y, aux = run(layer, x, False)
     p = np.asarray(jax.nn.softmax(x @ params["router"]["kernel"], axis=-1))
     expected, counts = np.zeros((T, D)), np.zeros(E)
     for t in np.flatnonzero(valid):
@@ -73,9 +72,9 @@ def test_evaluated_by_tokens():
     np.testing.assert_array_equal(aux.stats["counts"], counts)
     assert aux.stats["tokens"] == valid.sum() and aux.stats["unrouted"] == 0
     others = jnp.where(jnp.arange(T)[:, None] < T // 2, x, -3 * x)
-    np.testing.assert_array_equal(run(layer, others, valid, False)[0][: T // 2], y[: T // 2])
+    np.testing.assert_array_equal(run(layer, others, False)[0][: T // 2], y[: T // 2])
     # In training the option changes nothing, and the experts do choose.
-    a, b = run(layer, x, valid, True), run(same, x, valid, True)
+    a, b = run(layer, x, True), run(same, x, True)
     np.testing.assert_array_equal(a[0], b[0])
     np.testing.assert_array_equal(a[1].stats["counts"], 12)
     assert options.traits.causal and not ExpertChoiceConfig().traits.causal

@@ -5,6 +5,7 @@ import numpy as np
 from moe_jax.config.routers import GShardConfig
 from moe_jax.routing.gshard import GShard, keep_second
 from moe_jax.types import RouterInputs
+from tests.compiled import apply
 
 T, D, E = 40, 6, 4
 
@@ -13,7 +14,7 @@ def route(train=True, key=None, **options):
     x = jax.random.normal(jax.random.key(1), (T, D))
     kernel = jax.random.normal(jax.random.key(2), (D, E))
     inputs = RouterInputs(train=train, key=key)
-    result = GShard(E, options=GShardConfig(**options)).apply({"params": {"kernel": kernel}}, x, inputs)
+    result = apply(GShard(E, options=GShardConfig(**options)), {"params": {"kernel": kernel}}, x, inputs)
     return *result, jax.nn.softmax(x @ kernel, axis=-1)
 
 

@@ -2,6 +2,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from moe_jax.routing.losses import balance_loss, z_loss
 from moe_jax.routing.statistics import choice_statistics
@@ -15,6 +16,7 @@ def make(seed=0):
     return logits, jnp.asarray(rng.uniform(size=T) < 0.6)
 
 
+@pytest.mark.smoke
 def test_balance_against_a_loop():
     with jax.enable_x64(True):
         logits, valid = make()

@@ -9,6 +9,7 @@ import pytest
 
 from moe_jax.routing.product_keys import ProductKeys, update, usage
 from moe_jax.types import RouterInputs
+from tests.compiled import apply
 
 N, H, K, DK, D, T = 64, 3, 4, 6, 10, 40
 VALID = jnp.arange(T) % 5 != 0
@@ -25,7 +26,7 @@ def make(dtype=jnp.float32, **options):
 def test_equals_a_search_over_all_experts(share_keys, query_norm):
     """Scores of all N pairs of keys, formed one by one as the paper writes them."""
     router, variables, x = make(share_keys=share_keys, query_norm=query_norm)
-    choice, losses, stats = router.apply(variables, x, RouterInputs(train=True, valid=VALID))
+    choice, losses, stats = apply(router, variables, x, RouterInputs(train=True, valid=VALID))
     chex.assert_shape(choice, (T, H * K))
     assert not losses
     params = variables["params"]
@@ -55,7 +56,7 @@ def test_running_statistics_are_of_the_whole_step_and_used_in_evaluation():
     state, parts = variables["router_state"], []
     for i in range(2):
         inputs = RouterInputs(train=True, valid=VALID[i::2])
-        (_, _, stats), written = router.apply(variables, x[i::2], inputs, mutable=["router_state"])
+        (_, _, stats), written = apply(router, variables, x[i::2], inputs, mutable=["router_state"])
         chex.assert_trees_all_equal(written["router_state"], state)
         parts.append(stats)
     new = update(state, jax.tree.map(jnp.add, *parts))
@@ -63,7 +64,7 @@ def test_running_statistics_are_of_the_whole_step_and_used_in_evaluation():
     np.testing.assert_allclose(new["mean"], 0.1 * q.mean(0), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(new["variance"], 0.9 + 0.1 * q.var(0, ddof=1), rtol=1e-5)
 
-    ids = lambda state, rows: router.apply({**variables, "router_state": state}, x[rows], RouterInputs())[0].expert_ids
+    ids = lambda state, rows: apply(router, {**variables, "router_state": state}, x[rows], RouterInputs())[0].expert_ids
     np.testing.assert_array_equal(ids(new, slice(None))[7:9], ids(new, slice(7, 9)))  # a row does not see the others
     other = {"mean": 5 + new["mean"], "variance": new["variance"]}
     assert (ids(other, slice(None)) != ids(new, slice(None))).any()
@@ -74,7 +75,7 @@ def test_running_statistics_are_of_the_whole_step_and_used_in_evaluation():
 
 def test_mass_is_the_gates_of_each_expert():
     router, variables, x = make()
-    choice, _, stats = router.apply(variables, x, RouterInputs(valid=VALID))
+    choice, _, stats = apply(router, variables, x, RouterInputs(valid=VALID))
     expected = np.zeros(N)
     real = np.asarray(VALID)
     np.add.at(expected, np.asarray(choice.expert_ids)[real], np.asarray(choice.gates)[real])
@@ -86,12 +87,12 @@ def test_a_token_that_is_not_finite_goes_nowhere_and_is_counted():
     router, variables, x = make()
     inputs = RouterInputs(train=True)
     broken = x.at[3, 2].set(jnp.nan)
-    choice, _, stats = router.apply(variables, broken, inputs)
+    choice, _, stats = apply(router, variables, broken, inputs)
     assert (choice.expert_ids[3] == N).all() and stats["nonfinite"] == 1 and stats["tokens"] == T - 1
-    without = router.apply(variables, x, inputs._replace(valid=jnp.arange(T) != 3))[0]
+    without = apply(router, variables, x, inputs._replace(valid=jnp.arange(T) != 3))[0]
     chex.assert_trees_all_equal(choice, without)
     grad = jax.grad(lambda p: jnp.sum(router.apply({**variables, "params": p}, broken, inputs)[0].gates ** 2))
-    chex.assert_tree_all_finite(grad(variables["params"]))
+    chex.assert_tree_all_finite(jax.jit(grad)(variables["params"]))
 
 
 @pytest.mark.parametrize(

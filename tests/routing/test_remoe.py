@@ -7,6 +7,7 @@ from moe_jax.config.routers import ReMoEConfig
 from moe_jax.routing.contract import Sizes, Step
 from moe_jax.routing.remoe import ReMoE, sparsity_loss, update
 from moe_jax.types import RouterInputs
+from tests.compiled import apply
 
 T, D, E = 30, 6, 5
 
@@ -15,7 +16,7 @@ def route(options=None, valid=None, weight=0.5):
     x = jax.random.normal(jax.random.key(1), (T, D))
     kernel = jax.random.normal(jax.random.key(2), (D, E))
     variables = {"params": {"kernel": kernel}, "router_state": {"weight": jnp.float32(weight)}}
-    result = ReMoE(E, 2, options or ReMoEConfig()).apply(variables, x, RouterInputs(valid=valid, train=True))
+    result = apply(ReMoE(E, 2, options or ReMoEConfig()), variables, x, RouterInputs(valid=valid, train=True))
     return *result, np.maximum(np.asarray(x @ kernel), 0)
 
 

@@ -7,6 +7,7 @@ import pytest
 from moe_jax.study.statistics import Interval, first_reached, noise_band, t_interval, verdict
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "values, mean, half",
     [

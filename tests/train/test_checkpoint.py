@@ -61,6 +61,7 @@ def test_restores_bit_for_bit_onto_another_mesh(saved, devices):
         assert x.sharding == t.sharding
 
 
+@pytest.mark.smoke
 def test_restored_state_can_be_stepped_and_donated(saved):
     with Checkpoints(saved, max_to_keep=5) as checkpoints:
         state = checkpoints.restore(abstract(make_state(0))).state

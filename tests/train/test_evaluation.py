@@ -73,6 +73,7 @@ class Rows:
         return iter(self._batches)
 
 
+@pytest.mark.fused
 def test_a_row_does_not_depend_on_its_neighbours(text, step, scores):
     mesh = mesh_of(1, 1, 1, 1)
     rows = -(-text.rows // 4) * 4

@@ -31,6 +31,7 @@ def test_it_learns(kind):
     assert np.abs(state["mean"]).max() > 1e-3 and np.abs(np.asarray(state["variance"]) - 1).max() > 1e-3
 
 
+@pytest.mark.fused
 def test_scan_over_groups_of_pools_equals_unrolled_ones_and_recomputation():
     """The first gives the same bits; recomputed batch statistics may round differently."""
     overrides = {"model__pattern": "peer", "model__layers": 2, "optimizer__epsilon": 1e-3}
@@ -111,7 +112,7 @@ def test_evaluation_says_how_evenly_the_pool_is_used():
     batch = make_batch(0)
     args = batch["tokens"], batch["positions"], batch["segment_ids"]
     variables = {name: runner.state[name] for name in ("params", "router_state")}
-    out = runner.model.apply(variables, *args)
+    out = jax.jit(runner.model.apply)(variables, *args)
     row = routing_metrics(by_layer(out.stats, runner.config.model))
     assert 0 < row["router/usage"] <= 1 and 0 < row["router/middle/unevenness"] < np.log(SMALL["experts"])
     training = routing_metrics(by_layer(runner.step(batch)["stats"], runner.config.model))

@@ -68,7 +68,9 @@ def check_generation(runner):
     new = generate(runner.model, variables, prompts, tokens=4, end_id=VOCABULARY - 1)
     for prompt, tokens in zip(prompts, new):
         text = np.concatenate([prompt, tokens])[None]
-        out = runner.model.apply(variables, text, np.arange(text.size, dtype=np.int32)[None], np.ones_like(text, np.int32))
+        out = jax.jit(runner.model.apply)(
+            variables, text, np.arange(text.size, dtype=np.int32)[None], np.ones_like(text, np.int32)
+        )
         best = np.argmax(np.asarray(out.x @ out.table.T)[0], axis=-1)
         np.testing.assert_array_equal(tokens, best[len(prompt) - 1 : -1])
 
@@ -100,6 +102,7 @@ def test_eight_devices_are_one(router):
     chex.assert_trees_all_close(router_state(eight), router_state(one), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.fused
 @pytest.mark.slow
 @pytest.mark.parametrize("router", ["top_k", "remoe"])
 @pytest.mark.parametrize("change", ["model__remat", "model__scan", "train__microbatches"])
@@ -113,3 +116,11 @@ def test_state_outside_the_gradient_is_updated_once_a_step(router, change):
         got = Runner(config_of(router, **quiet, **{change: value}))
         got.step(make_batch(0))
         chex.assert_trees_all_equal(router_state(got), router_state(want))
+
+
+def test_microbatches_share_the_router_losses():
+    """Of two microbatches that are alike each has half of the losses: the gradient is that of one."""
+    batch = {name: np.repeat(rows[::2], 2, axis=0) for name, rows in make_batch(0).items()}
+    strong = {"model__moe__routers__top_k__balance_loss": 1.0, "model__moe__routers__top_k__z_loss": 0.1}
+    one, two = (Runner(config_of("top_k", train__microbatches=parts, **strong)).step(batch) for parts in (1, 2))
+    np.testing.assert_allclose(two["gradient_norm"], one["gradient_norm"], rtol=1e-4)

@@ -32,6 +32,7 @@ def one_device():
     return runner.losses(20), jax.device_get(runner.state)
 
 
+@pytest.mark.smoke
 def test_loss_falls(one_device):
     losses, state = one_device
     assert losses[-1] < losses[0] - 0.2
