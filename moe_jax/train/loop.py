@@ -16,7 +16,7 @@ from etils import epath
 from moe_jax.config import Config, ConfigError, from_dict, to_dict
 from moe_jax.config.blocks import options_path
 from moe_jax.config.validate import validate
-from moe_jax.data import TextData, Tokenizer, open_data
+from moe_jax.data import TextData, Tokenizer, check_same_text, open_data
 from moe_jax.models import MODELS
 from moe_jax.models.places import places
 from moe_jax.parallel.mesh import mesh_from_config, start_devices
@@ -147,13 +147,8 @@ class Trainer:
         for name, splits in self.data.report.items():
             for split, counts in splits.items():
                 say(f"{name} {split}: " + ", ".join(f"{counts[key]:,} {key}" for key in counts if counts[key]))
-        if saved and saved["data_fingerprint"] != self.data.fingerprint:
-            raise ConfigError(
-                "data.sources",
-                self.data.fingerprint,
-                f"the checkpoint was trained on {saved['data_fingerprint']}",
-                "put the text back as it was, or use another --workdir",
-            )
+        for warning in check_same_text(saved, self.data) if saved else ():
+            say(f"warning: {warning}")
         self.model = MODELS[config.model.name](config.model, self.data.tokenizer.vocab_size)
         self.state = self._restore() if saved else self._start()
         check_groups(config.optimizer, self.state["params"])
@@ -222,6 +217,7 @@ class Trainer:
             "config": to_dict(self.config),
             "tokenizer": self.data.tokenizer.to_json(),
             "data_fingerprint": self.data.fingerprint,
+            "text": self.data.identity,
             "step": self.step,
             "versions": {"python": platform.python_version(), "jax": jax.__version__},
         }

@@ -5,8 +5,9 @@ import pytest
 from etils import epath
 
 from moe_jax.data import ByteTokenizer, PackedRows
-from moe_jax.data.packing import open_stream
-from moe_jax.data.sources import Split
+from moe_jax.data.files import LeftOut
+from moe_jax.data.splits import Split
+from moe_jax.data.streams import open_stream
 
 TEXTS = ["hello", "x" * 37, "é", "\n", "a b c d e f g h i j", "日本語" * 9]
 
@@ -78,8 +79,11 @@ def test_last_short_row_is_dropped_unless_alone(tmp_path):
 
 
 def test_left_out_documents_are_counted(tmp_path):
-    stream = make_stream(["a", None, "", "b", None], tmp_path)
-    assert (stream.documents, stream.undecodable, stream.empty) == (2, 2, 1)
+    lost = [LeftOut("not UTF-8", "x.txt"), LeftOut("not JSON", "y.jsonl row 3"), LeftOut("not UTF-8", "z.txt")]
+    stream = make_stream(["a", lost[0], "", "b", *lost[1:], "a"], tmp_path)
+    assert (stream.documents, stream.empty, stream.repeated) == (3, 1, 1)
+    assert stream.left_out == {"not UTF-8": 2, "not JSON": 1}
+    assert stream.places == {"not UTF-8": "x.txt", "not JSON": "y.jsonl row 3"}
 
 
 def test_wide_vocabulary_and_cache(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config import ConfigError, DataConfig, SourceConfig
-from moe_jax.data import ByteTokenizer, evaluation_set, open_data, packing
+from moe_jax.data import ByteTokenizer, evaluation_set, open_data, streams
 
 
 def write(folder, documents, size=40):
@@ -135,8 +135,8 @@ def test_limited_evaluation_is_spread_evenly(config):
 def test_cache_is_reused_until_a_file_changes(config, tmp_path, monkeypatch):
     first = open_data(config)
     built = []
-    write_stream = packing._write_stream
-    monkeypatch.setattr(packing, "_write_stream", lambda *args: built.append(args[3]) or write_stream(*args))
+    write_stream = streams._write_stream
+    monkeypatch.setattr(streams, "_write_stream", lambda *args: built.append(args[3]) or write_stream(*args))
     again = open_data(config)
     assert not built and again.fingerprint == first.fingerprint and again.report == first.report
     config.sequence_length = 32
@@ -183,7 +183,7 @@ def test_evaluation_set_from_the_command_line(config, tmp_path):
 def test_undecodable_files_are_counted(config, tmp_path):
     (tmp_path / "a" / "latin.txt").write_bytes("é".encode("latin-1"))
     report = open_data(config).report["a"]
-    assert sum(counts["undecodable"] for counts in report.values()) == 1
+    assert sum(counts.get("left out: not UTF-8", 0) for counts in report.values()) == 1
     assert sum(counts["documents"] for counts in report.values()) == 30
 
 
@@ -194,7 +194,7 @@ def test_too_little_text(tmp_path):
         open_data(config)
     for path in (tmp_path / "a").iterdir():
         path.write_bytes(b"\xff")
-    with pytest.raises(ConfigError, match="2 more are no UTF-8"):
+    with pytest.raises(ConfigError, match="left out: 2 not UTF-8"):
         open_data(config)
     config.sources = (SourceConfig(name="a", files=f"{tmp_path}/a/*.txt", weight=0.0),)
     with pytest.raises(ConfigError, match="every weight is 0"):

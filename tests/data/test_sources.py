@@ -9,14 +9,16 @@ from absl import logging
 from etils import epath
 
 from moe_jax.config import ConfigError, DataConfig, SourceConfig
-from moe_jax.data.files import PIECE_BYTES, file_documents, find_files
+from moe_jax.data.datasets import prepare
+from moe_jax.data.files import PIECE_BYTES, TextFiles
+from moe_jax.data.globs import find_files
 from moe_jax.data.hashing import HASHES, hash64, hold_out
-from moe_jax.data.sources import open_sources, prepare
+from moe_jax.data.sources import open_sources
 from moe_jax.data.stdlib import PythonStdlib, python_stdlib_config
 
 
 def read(globs, document="file", text_feature="text"):
-    return list(file_documents(find_files("f", str(globs)), document, text_feature, "data.sources[0]"))
+    return list(TextFiles(find_files("f", str(globs)), document, text_feature, "f", "text_feature").documents())
 
 
 def texts(globs, **kwargs):
@@ -97,16 +99,30 @@ def test_gzip_and_jsonl(tmp_path):
     (tmp_path / "c.txt.gz").write_bytes(gzip.compress("text é".encode()))
     assert texts(tmp_path / "a.jsonl") == texts(tmp_path / "b.jsonl.gz") == ["a\nb", "", "é"]
     assert texts(tmp_path / "c.txt.gz") == ["text é"]
-    with pytest.raises(ConfigError, match="text_feature=body: row 1 of a.jsonl .* choose one of its texts: text"):
+    with pytest.raises(
+        ConfigError, match="text_feature=body: no row has such a text, from a.jsonl row 1 on; choose one of its texts: text"
+    ):
         texts(tmp_path / "a.jsonl", text_feature="body")
 
 
-def test_what_cannot_be_read_is_none(tmp_path):
+def test_what_cannot_be_read_is_left_out_for_a_reason(tmp_path):
     (tmp_path / "a.txt").write_bytes("latin é".encode("latin-1"))
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "ok"}\n{"text": "\xff"}\n{"text": "\\ud800"}\n{"te\n')
     (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"cut off" * 1000)[:-20])
     (tmp_path / "d.txt.gz").write_bytes(b"no gzip")
-    assert texts(tmp_path / "*") == [None, "ok", None, None, None, None, None]
+    (tmp_path / "e.gz").write_bytes(b"\x1f\x8b\x08\0" + b"\0" * 6 + b"\xff" * 20)
+    (tmp_path / "f.txt").write_bytes("utf-16".encode("utf-16"))
+    assert texts(tmp_path / "*") == [
+        ("not UTF-8", "a.txt"),
+        "ok",
+        ("not UTF-8", "b.jsonl row 2"),
+        ("not UTF-8", "b.jsonl row 3"),
+        ("not JSON", "b.jsonl row 4"),
+        ("gzip cut short", f"c.txt.gz, cut at {(tmp_path / 'c.txt.gz').stat().st_size:,} bytes"),
+        ("not gzip", "d.txt.gz"),
+        ("damaged gzip", "e.gz"),
+        ("UTF-16, not UTF-8", "f.txt"),
+    ]
 
 
 def test_splits_by_hash_do_not_overlap_and_stay_when_files_move(tmp_path):

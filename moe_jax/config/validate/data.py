@@ -5,6 +5,7 @@ import re
 from moe_jax.config.data import DataConfig, SourceConfig
 from moe_jax.config.leaf import ConfigError
 
+SMALLEST_SHARE = 1e-9
 _SOURCE_NAME = re.compile(r"[\w.-]+", re.ASCII)
 
 
@@ -19,6 +20,11 @@ def check_data(data: DataConfig) -> None:
         _check_source(f"data.sources[{i}].", source, data.held_out_percent)
     if not any(source.weight for source in data.sources):
         raise ConfigError("data.sources[0].weight", 0.0, "all weights are 0", "give one source a weight above 0")
+    largest = max(source.weight for source in data.sources)
+    for i, source in enumerate(data.sources):
+        if 0 < source.weight < SMALLEST_SHARE * largest:
+            limit = f"less than {SMALLEST_SHARE} of the largest weight, {largest}: no row of it would be drawn"
+            raise ConfigError(f"data.sources[{i}].weight", source.weight, limit, "raise it, or use 0 for evaluation only")
 
 
 def _check_source(path: str, source: SourceConfig, held_out_percent: float) -> None:
@@ -37,7 +43,7 @@ def _check_source(path: str, source: SourceConfig, held_out_percent: float) -> N
     if source.files and source.weight and not all(held_out) and not held_out_percent:
         empty = "test_files" if source.validation_files else "validation_files"
         limit = f"holds nothing out for {path}{empty}, which is empty"
-        raise ConfigError("data.held_out_percent", held_out_percent, limit, "raise it or name the files")
+        raise ConfigError("data.held_out_percent", held_out_percent, limit, "raise it, or name the files")
     if source.installed_packages and source.tfds != "python_stdlib":
         limit = f"only for python_stdlib, not {path}tfds={source.tfds!r}"
         raise ConfigError(path + "installed_packages", True, limit, "switch it off")
