@@ -18,7 +18,7 @@ class SourceConfig:
     text_feature: str = field("text", "Name of the text in a TFDS example or a .jsonl row.")
     document: str = field("file", "What one document of a .txt is.", choices=("file", "paragraph", "line"))
     installed_packages: bool = field(False, "python_stdlib only: add the sources of the installed packages.")
-    weight: float = field(1.0, "Share of training rows, relative to the other sources; 0: evaluation only.", low=0, high=1e18)
+    weight: float = field(1.0, "Share of training rows, relative to the other sources; 0: evaluation only.", low=0, high=1e15)
 
 
 @dataclasses.dataclass

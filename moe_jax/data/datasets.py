@@ -4,7 +4,6 @@ import contextlib
 import functools
 import io
 import logging
-import sys
 from collections.abc import Callable, Iterator
 
 import tensorflow_datasets as tfds
@@ -16,6 +15,7 @@ from moe_jax.config import ConfigError, SourceConfig
 from moe_jax.config.leaf import one_line
 from moe_jax.data.files import Document, LeftOut
 from moe_jax.data.hashing import digest, hash64
+from moe_jax.data.say import say
 from moe_jax.data.splits import GLOBS, Split, all_texts, held_out
 from moe_jax.data.stdlib import PythonStdlib, PythonStdlibConfig, python_stdlib_config
 
@@ -81,6 +81,8 @@ def dataset_splits(source: SourceConfig, field: str, percent: float, cache_dir: 
 def _document(text, source: SourceConfig, field: str) -> Document:
     if isinstance(text, str):
         return hash64(text), text
+    if text is None:
+        return 0, LeftOut("null text", source.tfds)
     if not isinstance(text, bytes):
         limit = f"is no text but {type(text).__name__}"
         raise ConfigError(f"{field}.text_feature", source.text_feature, limit, "choose a feature of text")
@@ -144,19 +146,17 @@ def _prepared_stdlib(config: PythonStdlibConfig, cache_dir: epath.Path) -> Pytho
             except Exception as e:  # whatever TFDS makes of files that are not what it wrote
                 if attempt or not folder.exists():
                     raise
-                print(
-                    f"python_stdlib in {folder} is damaged and is prepared again: {one_line(e, 200)}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                say(f"python_stdlib in {folder} is damaged and is prepared again: {one_line(e, 200)}")
                 folder.rmtree()
 
 
 def _read_ends(builder: tfds.core.DatasetBuilder) -> None:
-    """Reads the last row of each split, which a file that was cut has lost."""
+    """Reads the last row of each split, which a file that was cut has lost: it raises, or gives a row of nothing."""
     for name, info in builder.info.splits.items():
         if info.num_examples:
-            builder.as_data_source(name)[info.num_examples - 1]
+            row = builder.as_data_source(name)[info.num_examples - 1]
+            if all(value is None for value in row.values()):
+                raise ValueError(f"row {info.num_examples - 1} of {name} is lost")
 
 
 def _damaged_files(builder: tfds.core.DatasetBuilder, source: SourceConfig, field: str) -> ConfigError:

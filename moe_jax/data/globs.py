@@ -5,10 +5,10 @@ import os
 import re
 from collections.abc import Iterator
 
-from absl import logging
 from etils import epath
 
 from moe_jax.config import ConfigError
+from moe_jax.data.say import say
 
 _WILDCARD = re.compile(r"[*?\[]")
 
@@ -54,10 +54,8 @@ def _each_once(field: str, files: list[File]) -> list[File]:
     kept = {}
     for file in files:
         kept.setdefault(file_identity(file[1]), file)
-    if len(kept) < len(files):
-        logging.warning(
-            "%s: %d of its paths lead to a file that it has already; each file is read once.", field, len(files) - len(kept)
-        )
+    if again := len(files) - len(kept):
+        say(f"warning: {again:,} paths of {field} lead to a file that it has already; each file is read once")
     return list(kept.values())
 
 
@@ -74,11 +72,11 @@ def _match(field: str, pattern: str) -> list[File]:
             skipped: list[str] = []
             paths = [epath.Path(path) for path in _walk(os.fspath(root), tail.split("/"), skipped)]
             if skipped:
-                text = "%s: %d hidden files and folders are left out, such as %s; a name or glob that starts with a dot finds them."
-                logging.warning(text, field, len(skipped), skipped[0])
+                hidden = f"{len(skipped):,} hidden files and folders, such as {skipped[0]}"
+                say(f"warning: {field} leaves out {hidden}; a name or glob that starts with a dot finds them")
         files = [path for path in paths if path.is_file()]
         if lost := [path for path in paths if not path.exists()]:
-            logging.warning("%s: %d links lead nowhere and are left out, such as %s.", field, len(lost), lost[0])
+            say(f"warning: {field} leaves out {len(lost):,} links that lead nowhere, such as {lost[0]}")
         return [(path.relative_to(root).as_posix(), path) for path in files]
     except ConfigError:
         raise

@@ -8,17 +8,17 @@ from typing import Any
 
 import grain
 import numpy as np
-from absl import logging
 from etils import epath
 
 from moe_jax.config import ConfigError, DataConfig, SourceConfig
 from moe_jax.data.hashing import digest, hash64
 from moe_jax.data.packing import PackedRows
+from moe_jax.data.say import say, say_after
 from moe_jax.data.sources import SPLITS, open_sources
 from moe_jax.data.splits import GLOBS, describe_left_out, file_splits
 from moe_jax.data.streams import TokenStream, open_stream, stream_digest
 from moe_jax.data.tokenizer import Tokenizer
-from moe_jax.data.vocabulary import open_tokenizer, say_after
+from moe_jax.data.vocabulary import open_tokenizer
 
 Batch = dict[str, np.ndarray]
 
@@ -39,6 +39,7 @@ class EvaluationSet:
       rows: packed rows.
       empty, repeated: documents left out because they have no text; documents equal to an earlier one.
       left_out: reason -> documents left out because they cannot be read.
+      left_out_first: reason -> where the first of them is.
       digest: identifies text and tokenizer.
     """
 
@@ -49,6 +50,7 @@ class EvaluationSet:
         self.documents, self.bytes = stream.documents, stream.bytes
         self.tokens, self.rows = stream.targets, len(self._rows)
         self.empty, self.repeated, self.left_out = stream.empty, stream.repeated, stream.left_out
+        self.left_out_first = stream.places
 
     def batches(self, batch_size: int, limit: int = 0, rows: slice = slice(None)) -> Iterator[Batch]:
         """Batches in order, all of one shape; the last one is filled up with rows of padding.
@@ -289,14 +291,14 @@ def _report(
             _warn(f"{name} {split}", stream)
             if split != "train" and (both := int(np.isin(stream.hashes, trained_on).sum())):
                 counts["in the training text too"] = both
-                logging.warning("%s %s: %d of %d documents are in the training text too.", name, split, both, stream.documents)
+                say(f"warning: {both:,} of {stream.documents:,} documents of {name} {split} are in the training text too")
             report[name][split] = counts
     return report
 
 
 def _warn(label: str, stream: TokenStream) -> None:
     if stream.left_out:
-        logging.warning("%s: %s.", label, describe_left_out(stream.left_out, stream.places))
+        say(f"warning: {label}: {describe_left_out(stream.left_out, stream.places)}")
 
 
 def _stack(rows: Sequence[dict[str, np.ndarray]]) -> Batch:

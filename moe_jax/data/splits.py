@@ -118,6 +118,8 @@ def held_out(
     def sides() -> Sides:
         try:
             return find_sides(documents(), names, percent, by_name)
+        except ConfigError:  # is a ValueError
+            raise
         except ValueError as e:
             raise refuse(e) from e
 

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import uuid
 from collections.abc import Iterable, Iterator
 
@@ -19,6 +18,7 @@ from moe_jax.config import ConfigError
 from moe_jax.data.disk import remove, sync, write_whole
 from moe_jax.data.files import LeftOut
 from moe_jax.data.hashing import digest, hash64
+from moe_jax.data.say import say
 from moe_jax.data.splits import Split
 from moe_jax.data.tokenizer import Tokenizer
 
@@ -98,9 +98,7 @@ def open_stream(
             try:
                 return _load(folder, key, tokenizer)
             except _Damaged as problem:
-                print(
-                    f"{label}: its tokens in {folder} are damaged ({problem}) and are made again", file=sys.stderr, flush=True
-                )
+                say(f"{label}: its tokens in {folder} are damaged ({problem}) and are made again")
                 remove(folder)
         _build(split, tokenizer, folder, label, show_progress)
         return _load(folder, key, tokenizer)

@@ -18,7 +18,6 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from absl import flags as absl_flags
-from absl import logging
 from etils import epath
 
 from moe_jax import cli
@@ -93,7 +92,7 @@ def _report(config: Config, flags: absl_flags.FlagValues, sources: dict[str, str
     sets = evaluation_sets(run, flags, sources)
     scores = evaluate_sets(run, sets, flags.batches, show_progress=True)
     for name, evaluation_set in sets.items():
-        scores[name] |= {key: getattr(evaluation_set, key) for key in ("empty", "repeated", "left_out")}
+        scores[name] |= {key: getattr(evaluation_set, key) for key in ("empty", "repeated", "left_out", "left_out_first")}
     if flags.compare:
         from moe_jax.evaluate.compression import compress_bits_per_byte
 
@@ -111,6 +110,7 @@ def evaluation_sets(run: "LoadedRun", flags, sources: dict[str, str]) -> dict[st
     """
     from moe_jax.data import evaluation_set, open_data
     from moe_jax.data.identity import changed_splits
+    from moe_jax.data.say import say
 
     data = run.config.data
     if sources:
@@ -120,9 +120,9 @@ def evaluation_sets(run: "LoadedRun", flags, sources: dict[str, str]) -> dict[st
         }
     opened = open_data(data, tokenizer=run.tokenizer, splits=(flags.split,))
     if opened.fingerprint != run.meta.get("data_fingerprint"):
-        logging.warning("The training text or its packing is not the run's any more: it may hold the held-out text.")
+        say("warning: the training text or its packing is not the run's any more: it may hold the held-out text")
     for name, changes in changed_splits(run.meta["text"], opened.identity).items() if "text" in run.meta else ():
-        logging.warning("The %s text of %s is not the run's: %s.", flags.split, name, changes[flags.split])
+        say(f"warning: the {flags.split} text of {name} is not the run's: {changes[flags.split]}")
     sets = opened.evaluation(flags.split)
     if not sets:
         limit = f"no source of the config has text for {flags.split}"

@@ -87,7 +87,7 @@ def generate(
     logits, cache = _prefill(static, variables, ids, lengths, slots=length + new_tokens)
     limits = np.int32(tokens), np.int32(end_id)
     greedy = temperature < SMALLEST_TEMPERATURE
-    sampling = key, np.float32(1 if greedy else min(temperature, np.finfo(np.float32).max)), np.float32(top_p)
+    sampling = key, np.float32(1 if greedy else min(temperature, float(np.finfo(np.float32).max))), np.float32(top_p)
     new = _continue(
         static,
         variables,

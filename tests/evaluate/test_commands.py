@@ -1,5 +1,6 @@
 """The commands `evaluate` and `generate` over a saved run: what they print, and their one-line errors."""
 
+import gzip
 import json
 import math
 
@@ -124,12 +125,32 @@ def test_evaluate_other_text(workdir, tmp_path, capsys):
     assert report["sources"]["rows"]["gzip"] == compress_bits_per_byte([b"four"])["gzip"]
 
 
+def test_what_is_left_out_is_counted_by_reason(workdir, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "copy.txt").write_text("one")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    (tmp_path / "rows.jsonl").write_text('{"text": "two"}\n{"text": null}\n{"body": ""}\n{"te\n')
+    (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(b"three" * 99)[:-9])
+    code, out, err = run(evaluate_command, f"--workdir={workdir}", f"--source=mine={tmp_path}/*", capsys=capsys)
+    assert code == 0, err
+    scores = json.loads(out)["sources"]["mine"]
+    counts = {"not UTF-8": 1, "null text": 1, "no such feature": 1, "not JSON": 1, "gzip cut short": 1}
+    assert scores["left_out"] == counts and (scores["documents"], scores["repeated"], scores["empty"]) == (3, 1, 1)
+    size = (tmp_path / "cut.txt.gz").stat().st_size
+    places = ["latin.txt", *(f"rows.jsonl row {i}" for i in (2, 3, 4)), f"cut.txt.gz, cut at {size} bytes"]
+    assert list(scores["left_out_first"].values()) == sorted(places) and scores["left_out_first"].keys() == counts.keys()
+    assert "warning: mine: left out: " in err and all(f"(the first: {place})" in err for place in places), err
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
         (["--source=x"], "--source=x: not NAME=GLOB"),
         (["--source=a=b", "--source=a=c"], "the name a is there twice"),
-        (["--source=a=/nowhere/*.txt"], "matches no file"),
+        (["--source=a=/nowhere/*.txt"], "--source=/nowhere/*.txt: matches no file"),
+        (["--source=a=base/**.txt"], "--source=base/**.txt: has ** beside other characters of a name; write base/**/*.txt"),
+        (["--config.data.cache_dir=/dev/null"], "config.data.cache_dir=/dev/null: is no folder that can be made"),
         (["--step=5"], "no checkpoint of step 5"),
         (["--split=train"], "--split=train"),
         (["--config.mesh.tensor=3"], "config.mesh.tensor=3"),
@@ -156,6 +177,10 @@ def test_generate(workdir, capsys):
     assert both.startswith(f"=== 1 of 2 ===\n{out}\n=== 2 of 2 ===\né")
     code, other, err = run(generate, *flags, "--prompt=def ", "--tokens=3", capsys=capsys)
     assert out.startswith(other.rstrip("\n\ufffd"))
+    small, zero = (
+        run(generate, f"--workdir={workdir}", "--prompt=def ", f"--temperature={t}", capsys=capsys)[1] for t in ("1e-40", "0")
+    )
+    assert small == zero != out
 
 
 def test_generate_refuses_in_one_line(workdir, capsys):

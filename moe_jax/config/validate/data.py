@@ -43,7 +43,7 @@ def _check_source(path: str, source: SourceConfig, held_out_percent: float) -> N
     if source.files and source.weight and not all(held_out) and not held_out_percent:
         empty = "test_files" if source.validation_files else "validation_files"
         limit = f"holds nothing out for {path}{empty}, which is empty"
-        raise ConfigError("data.held_out_percent", held_out_percent, limit, "raise it, or name the files")
+        raise ConfigError("data.held_out_percent", held_out_percent, limit, "raise it or name the files")
     if source.installed_packages and source.tfds != "python_stdlib":
         limit = f"only for python_stdlib, not {path}tfds={source.tfds!r}"
         raise ConfigError(path + "installed_packages", True, limit, "switch it off")
