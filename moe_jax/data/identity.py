@@ -37,7 +37,7 @@ def check_same_text(saved: dict[str, Any], data: TextData) -> list[str]:
     name, splits = trained_on[0], changed[trained_on[0]]
     limit = "; ".join(f"{split} is not the checkpoint's: {change}" for split, change in splits.items())
     if trained_on[1:]:
-        limit += f"; so are {', '.join(trained_on[1:])}"
+        limit += f"; other text in {', '.join(trained_on[1:])} too"
     raise ConfigError(f"data.sources[{list(now['texts']).index(name)}]", name, limit, fix)
 
 

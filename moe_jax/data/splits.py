@@ -83,7 +83,7 @@ def file_splits(source: SourceConfig, fields: dict[str, str], percent: float) ->
         everything = splits.pop("train")
         return {"validation": everything, "test": everything} | splits
     training = {file_identity(path): path for _, path in files["train"].files}
-    for split in files.keys() - {"train"}:
+    for split in [split for split in files if split != "train"]:
         for name, path in files[split].files:
             if same := training.get(file_identity(path)):
                 limit = f"{name} is in files too, as {same}"

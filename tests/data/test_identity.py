@@ -75,6 +75,14 @@ def test_changed_training_text_names_the_source_and_split(folder):
     path.write_text(text + "!!")
     with pytest.raises(ConfigError, match=f"of {counts['bytes']:,} bytes then, .* of {counts['bytes'] + 2:,} bytes now"):
         check_same_text(saved_by(data), open_text(folder))
+    for file in (folder / "a").iterdir():
+        file.write_text(file.read_text() + "?")
+    with pytest.raises(
+        ConfigError, match=r"sources\[0\]=a: train is .*; validation is .*; test is .*; other text in b too; put"
+    ):
+        check_same_text(saved_by(data), open_text(folder))
+    for file in (folder / "a").iterdir():
+        file.write_text(file.read_text().removesuffix("?"))
     path.write_text(text)  # the advice, followed
     assert check_same_text(saved_by(data), open_text(folder)) == []
 
