@@ -347,6 +347,7 @@ BAD_OVERRIDES = [
         "config.data.sources[0].installed_packages=True",
         "switch it off",
     ),
+    (["--config.data.sources[0].weight=1e300"], "config.data.sources[0].weight=1e+300", "lower it to"),
     (["--config.data.sources[0].text_feature="], "config.data.sources[0].text_feature=''", "name the text"),
     (
         [

@@ -261,6 +261,21 @@ def test_sources():
         validate(config)
 
 
+def test_a_weight_that_draws_no_row_is_refused():
+    config = c.Config()
+    config.data.sources = tuple(c.SourceConfig(name=name, tfds="x", weight=1e6) for name in "ab")
+    validate(config)
+    config.data.sources[1].weight = 1e-40
+    with pytest.raises(
+        c.ConfigError, match=r"sources\[1\].weight=1e-40: less than 1e-09 of the largest weight, 1000000.0: no row"
+    ) as error:
+        validate(config)
+    assert error.value.fix == "raise it, or use 0 for evaluation only"
+    for weight in (0.0, 1e-3):
+        config.data.sources[1].weight = weight
+        validate(config)
+
+
 @pytest.mark.parametrize("config", [None, {}, c.ModelConfig(), c.Config], ids=["None", "dict", "section", "class"])
 def test_validate_refuses_what_is_no_config(config):
     with pytest.raises(c.ConfigError, match=r"^config="):

@@ -148,10 +148,20 @@ def test_what_may_change_on_resume(config_file, tmp_path):
     assert logged(run) == before
     err = train(config_file, run, eight, "--config.data.batch_size=8", "--config.seed=1", expect=2)
     assert err.count("\n") == 1 and "batch_size" in err and "seed" in err
+    # The same text in another folder is the same; another text is not, and is named.
+    moved = config_file.parent / "moved" / "numbers.txt"
+    moved.parent.mkdir(exist_ok=True)
+    text = (config_file.parent / "numbers.txt").read_text()
+    moved.write_text(text + "\n\n1 2 3 4")
+    place = f"--config.data.sources[0].files={moved}"
+    err = train(config_file, run, "--config.train.steps=9", place, *MESHES[1], expect=2)
+    last = err.splitlines()[-1]
+    assert last.startswith("error: config.data.sources[0]=numbers: ") and " is not the checkpoint's: " in last
+    moved.write_text(text)
     mesh = ("--config.mesh.cpu_devices=2", "--config.mesh.expert=2")
     # A trace of which only the rest is left to make.
-    err = train(config_file, run, *mesh, "--config.train.steps=10", "--config.train.profile_steps=7:10")
-    assert "warning" in err and "schedule" in err and sorted(logged(run)) == list(range(1, 11))
+    err = train(config_file, run, *mesh, place, "--config.train.steps=10", "--config.train.profile_steps=7:10")
+    assert "warning" in err and "schedule" in err and "resumed at step 8" in err and sorted(logged(run)) == list(range(1, 11))
     assert any(path.is_file() for path in (run / "profile").rglob("*"))
 
 

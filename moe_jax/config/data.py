@@ -11,13 +11,14 @@ class SourceConfig:
 
     name: str = field("python_stdlib", "Label of the source in reports and metrics; letters, digits, '_', '-', '.'.")
     tfds: str = field("", "TFDS dataset with a text feature, such as 'python_stdlib'; exclusive with `files`.")
-    files: str = field("", "Comma-separated globs of .txt, .jsonl or .gz files to train on.")
-    validation_files: str = field("", "Globs of held-out files; empty: held out of `files` by a hash.")
-    test_files: str = field("", "Globs of test files; empty: held out of `files` by a hash.")
+    # On resume the text is compared, not the place it is read from.
+    files: str = field("", "Comma-separated globs of .txt, .jsonl or .gz files to train on.", role="runtime")
+    validation_files: str = field("", "Globs of held-out files; empty: held out of `files` by a hash.", role="runtime")
+    test_files: str = field("", "Globs of test files; empty: held out of `files` by a hash.", role="runtime")
     text_feature: str = field("text", "Name of the text in a TFDS example or a .jsonl row.")
     document: str = field("file", "What one document of a .txt is.", choices=("file", "paragraph", "line"))
     installed_packages: bool = field(False, "python_stdlib only: add the sources of the installed packages.")
-    weight: float = field(1.0, "Share of training rows, relative to the other sources; 0: evaluation only.", low=0)
+    weight: float = field(1.0, "Share of training rows, relative to the other sources; 0: evaluation only.", low=0, high=1e15)
 
 
 @dataclasses.dataclass

@@ -1,113 +1,187 @@
 """Documents of local .txt and .jsonl files, gzipped or not."""
 
+import codecs
+import dataclasses
+import functools
 import gzip
 import hashlib
 import json
-import pathlib
 import zlib
 from collections.abc import Iterator
-
-from etils import epath
+from typing import NamedTuple
 
 from moe_jax.config import ConfigError
+from moe_jax.data.globs import File
 from moe_jax.data.hashing import digest, hash64
 
 PIECE_BYTES = 64 * 1024
-
-# The hash that decides a document's split, and its text; None stands for bytes that are no UTF-8 or no JSON.
-Document = tuple[int, str | None]
-
-
-def find_files(field: str, globs: str) -> list[tuple[str, epath.Path]]:
-    """(name, path) of the files that match comma-separated globs, sorted by name.
-
-    `**` matches any local folders. A name is the path below the part of its glob that has no wildcard, so it
-    stays when a folder moves.
-
-    Raises:
-      ConfigError: a glob matches no file, or has `**` in a remote path.
-    """
-    found = {}
-    for pattern in filter(None, (part.strip() for part in globs.split(","))):
-        wildcard = next((i for i, c in enumerate(pattern) if c in "*?["), len(pattern))
-        folder, slash, _ = pattern[:wildcard].rpartition("/")
-        root, tail = epath.Path(folder + slash or ".").expanduser(), pattern[len(folder + slash) :]
-        remote = "://" in pattern
-        if remote and "**" in tail:
-            raise ConfigError(field, pattern, "has ** in a remote path", "name the folders, or use * for each")
-        if (root / tail).exists():
-            paths = [root / tail]
-        else:
-            paths = root.glob(tail) if remote else map(epath.Path, pathlib.Path(root).glob(tail))
-        paths = [path for path in paths if path.is_file()] if root.is_dir() else []
-        if not paths:
-            raise ConfigError(field, pattern, "matches no file", "give a path or a glob such as 'folder/**/*.txt'")
-        found |= {str(path): (path.relative_to(root).as_posix(), path) for path in paths}
-    return sorted(found.values(), key=lambda item: (item[0], str(item[1])))
+# So many rows without the text that was asked for, and none with it, are taken for a wrong name.
+ROWS_TRIED = 1000
 
 
-def files_digest(files: list[tuple[str, epath.Path]]) -> str:
-    """Identifies the names and the content of `files`."""
-    rows = []
-    for name, path in files:
-        with path.open("rb") as f:
-            rows.append((name, hashlib.file_digest(f, "blake2b").hexdigest()))
-    return digest(rows)
+class LeftOut(NamedTuple):
+    """Stands for a document that cannot be read: the reason, such as "not UTF-8", and the place, such as "a.jsonl row 3"."""
+
+    reason: str
+    place: str
 
 
-def file_documents(files: list[tuple[str, epath.Path]], document: str, text_feature: str, field: str) -> Iterator[Document]:
-    """Documents of `files` in order: a row of a .jsonl, else what `document` says of the text of a file.
+# The hash that decides a document's split, and its text.
+Document = tuple[int, str | LeftOut]
 
-    Args:
-      files: from `find_files`. A text file is held in memory whole; a .jsonl is read row by row.
-      document: "file" (cut at line ends where it is longer than PIECE_BYTES), "paragraph" or "line".
+
+@dataclasses.dataclass(frozen=True)
+class TextFiles:
+    """Files and how documents are cut from them.
+
+    Attributes:
+      files: from `find_files`.
+      document: of a text file: "file" (cut at line ends where it is longer than PIECE_BYTES), "paragraph" or "line".
       text_feature: name of the text in a .jsonl row.
-      field: config path of the source, for errors.
-
-    Raises:
-      ConfigError: a .jsonl row has no such text.
+      field: config path or flag of the files, for errors.
+      feature_field: that of `text_feature`.
     """
-    for name, path in files:
-        try:
-            with path.open("rb") as raw:
-                f = gzip.GzipFile(fileobj=raw) if name.endswith(".gz") else raw
-                if name.removesuffix(".gz").endswith(".jsonl"):
-                    yield from _rows(f, name, text_feature, field)
-                else:
-                    yield from _texts(f.read(), name, document)
-        except (EOFError, zlib.error, gzip.BadGzipFile):
-            yield hash64(name), None
+
+    files: list[File]
+    document: str
+    text_feature: str
+    field: str
+    feature_field: str
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Identifies the names and the content of the files, and how they are read.
+
+        Raises:
+          ConfigError: a file cannot be read.
+        """
+        rows, marks = [], set()
+        for name, path in self.files:
+            try:
+                with path.open("rb") as f:
+                    start = _start(f, name)
+                    f.seek(0)
+                    rows.append((name, hashlib.file_digest(f, "blake2b").hexdigest()))
+            except OSError as error:
+                raise self._unreadable(name, error) from error
+            # What was once read in another way has a digest of its own; what was not keeps the one it had.
+            if start.startswith(codecs.BOM_UTF8):
+                marks.add("without byte order mark")
+            if _kind(name) != (name.removesuffix(".gz").endswith(".jsonl"), name.endswith(".gz")):
+                marks.add("kind by suffix in any case")
+        return digest(digest(rows), (self.document, self.text_feature), *sorted(marks))
+
+    @property
+    def split_by_name(self) -> bool:
+        """Whether the hash of a document may be that of a name, not of its text."""
+        return self.document == "file" and not all(_kind(name)[0] for name, _ in self.files)
+
+    def documents(self) -> Iterator[Document]:
+        """The documents in order. A text file is held in memory whole; a .jsonl is read row by row.
+
+        Raises:
+          ConfigError: a file cannot be read, or no .jsonl row has such a text.
+        """
+        rows = _Rows(self.text_feature, self.feature_field)
+        for name, path in self.files:
+            is_rows, is_gzip = _kind(name)
+            try:
+                with path.open("rb") as raw:
+                    f = gzip.GzipFile(fileobj=raw) if is_gzip else raw
+                    try:
+                        yield from rows.read(f, name) if is_rows else _texts(f.read(), name, self.document)
+                    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                        yield hash64(name), _bad_gzip(error, name, raw)
+            except OSError as error:
+                raise self._unreadable(name, error) from error
+        rows.check()
+
+    def _unreadable(self, name: str, error: OSError) -> ConfigError:
+        fix = "make it readable, or leave it out of the glob"
+        return ConfigError(self.field, name, f"cannot be read: {error.strerror or error}", fix)
 
 
-def _rows(lines, name: str, text_feature: str, field: str) -> Iterator[Document]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+def _kind(name: str) -> tuple[bool, bool]:
+    """Whether a file of this name holds JSON rows, and whether it is gzipped."""
+    name = name.lower()
+    return name.removesuffix(".gz").endswith((".jsonl", ".ndjson")), name.endswith(".gz")
+
+
+def _start(f, name: str) -> bytes:
+    """The first bytes of a file's text."""
+    try:
+        return (gzip.GzipFile(fileobj=f) if _kind(name)[1] else f).read(3)
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        return b""
+
+
+def _bad_gzip(error: Exception, name: str, raw) -> LeftOut:
+    if isinstance(error, EOFError):
+        return LeftOut("gzip cut short", f"{name}, cut at {raw.seek(0, 2):,} bytes")
+    raw.seek(0)
+    return LeftOut("damaged gzip" if raw.read(2) == b"\x1f\x8b" else "not gzip", name)
+
+
+class _Rows:
+    """Reads .jsonl files, and counts over all of them how many rows have the text."""
+
+    def __init__(self, feature: str, field: str):
+        self._feature, self._field = feature, field
+        self._found = self._lacking = 0
+        self._first = ("", "")  # a row without the text, and the texts that it has
+
+    def read(self, lines, name: str) -> Iterator[Document]:
+        for number, line in enumerate(lines, 1):
+            if number == 1:
+                if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                    yield hash64(name), LeftOut("UTF-16, not UTF-8", name)
+                    return
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if line.strip():
+                yield self._document(line, f"{name} row {number}")
+
+    def _document(self, line: bytes, place: str) -> Document:
         try:
             row = json.loads(line.decode())
-        except ValueError:
-            yield hash64(line), None
-            continue
-        text = row.get(text_feature) if isinstance(row, dict) else None
+        except UnicodeDecodeError:
+            return hash64(line), LeftOut("not UTF-8", place)
+        except (ValueError, RecursionError):
+            return hash64(line), LeftOut("not JSON", place)
+        if not isinstance(row, dict) or self._feature not in row:
+            self._lacking += 1
+            if self._lacking == 1:
+                texts = [key for key, value in row.items() if isinstance(value, str)] if isinstance(row, dict) else []
+                self._first = place, ", ".join(texts)
+            if self._lacking >= ROWS_TRIED:
+                self.check()
+            return hash64(line), LeftOut("no such feature", place)
+        self._found += 1
+        text = row[self._feature]
         if not isinstance(text, str):
-            keys = [key for key, value in row.items() if isinstance(value, str)] if isinstance(row, dict) else []
-            raise ConfigError(
-                f"{field}.text_feature",
-                text_feature,
-                f"row {number} of {name} has no such text",
-                f"choose one of its texts: {', '.join(keys) or 'it has none'}",
-            )
+            return hash64(line), LeftOut("null text" if text is None else "text that is no string", place)
         try:
-            yield hash64(text.encode()), text
+            return hash64(text.encode()), text
         except UnicodeEncodeError:
-            yield hash64(text), None
+            return hash64(text), LeftOut("not UTF-8", place)
+
+    def check(self) -> None:
+        """Refuses a name of the text that no row has."""
+        if self._lacking and not self._found:
+            place, texts = self._first
+            fix = f"choose one of its texts: {texts}" if texts else "name files whose rows are objects with a text"
+            limit = f"no row has such a text, from {place} on"
+            raise ConfigError(self._field, self._feature, limit, fix)
 
 
 def _texts(data: bytes, name: str, document: str) -> Iterator[Document]:
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        yield hash64(name), LeftOut("UTF-16, not UTF-8", name)
+        return
+    data = data.removeprefix(codecs.BOM_UTF8)
     try:
         text = data.decode()
     except UnicodeDecodeError:
-        yield hash64(name), None
+        yield hash64(name), LeftOut("not UTF-8", name)
         return
     if document == "file":
         for number, piece in enumerate(_pieces(data)):

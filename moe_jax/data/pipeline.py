@@ -4,22 +4,26 @@ import dataclasses
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
-from absl import logging
 from etils import epath
 
 from moe_jax.config import ConfigError, DataConfig, SourceConfig
 from moe_jax.data.hashing import digest, hash64
-from moe_jax.data.packing import FORMAT, PackedRows, TokenStream, open_stream, stream_digest
-from moe_jax.data.sources import SPLITS, Source, Split, file_splits, open_sources
-from moe_jax.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
+from moe_jax.data.packing import PackedRows
+from moe_jax.data.say import say, say_after
+from moe_jax.data.sources import SPLITS, open_sources
+from moe_jax.data.splits import GLOBS, describe_left_out, file_splits
+from moe_jax.data.streams import TokenStream, open_stream, stream_digest
+from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.data.vocabulary import open_tokenizer
 
 Batch = dict[str, np.ndarray]
 
-SAMPLE_BYTES = 8 * 2**20
-SAMPLE_PIECE = 2**16
+# Where the flags of `evaluate` stand for the fields of a source.
+_COMMAND_FIELDS = dict.fromkeys(GLOBS.values(), "--source") | {"text_feature": "--text_feature"}
 
 
 class EvaluationSet:
@@ -33,6 +37,9 @@ class EvaluationSet:
       documents, bytes: documents, and bytes of their text in UTF-8.
       tokens: targets, the `bos` that ends each document included.
       rows: packed rows.
+      empty, repeated: documents left out because they have no text; documents equal to an earlier one.
+      left_out: reason -> documents left out because they cannot be read.
+      left_out_first: reason -> where the first of them is.
       digest: identifies text and tokenizer.
     """
 
@@ -42,6 +49,8 @@ class EvaluationSet:
         self.name, self.digest = name, stream.digest
         self.documents, self.bytes = stream.documents, stream.bytes
         self.tokens, self.rows = stream.targets, len(self._rows)
+        self.empty, self.repeated, self.left_out = stream.empty, stream.repeated, stream.left_out
+        self.left_out_first = stream.places
 
     def batches(self, batch_size: int, limit: int = 0, rows: slice = slice(None)) -> Iterator[Batch]:
         """Batches in order, all of one shape; the last one is filled up with rows of padding.
@@ -75,14 +84,16 @@ class TextData:
     Attributes:
       tokenizer: shared by all sources.
       fingerprint: identifies the training text, its mixture, the tokenizer and the packing.
-      report: counts by source and split: documents, bytes, tokens, rows, and undecodable and empty documents
-        left out.
+      identity: what a checkpoint keeps to tell this text from another, see `check_same_text`; JSON-able.
+      report: counts by source and split: documents, bytes, tokens, rows; documents that are empty or "left out: REASON", those
+        repeated, and of held-out ones those "in the training text too".
       train_rows: rows in one pass over all training text.
       train_tokens: targets in all training text, the `bos` that ends each document included.
     """
 
     tokenizer: Tokenizer
     fingerprint: str
+    identity: dict[str, Any]
     report: dict[str, dict[str, dict[str, int]]]
     train_rows: int
     train_tokens: int
@@ -164,49 +175,63 @@ def open_data(
       ConfigError: bad input, see `open_sources`; no training text; a split without documents.
     """
     cache_dir = _cache_dir(config)
-    sources = open_sources(config, cache_dir)
-    training = [(source, f"data.sources[{i}]") for i, source in enumerate(sources) if source.weight]
+    with say_after(2.0, "reading the sources of text ...", show_progress):
+        sources = open_sources(config, cache_dir)
+    training = [source for source in sources if source.weight]
     if not training and ("train" in splits or tokenizer is None):
         raise ConfigError("data.sources", "", "every weight is 0", "give a source a weight above 0")
-    tokenizer = tokenizer or _tokenizer(config, [source for source, _ in training], cache_dir)
+    tokenizer = tokenizer or open_tokenizer(config, training, cache_dir, show_progress)
 
-    report, train, evaluation = {}, [], {}
-    train_tokens = 0
+    streams: dict[str, dict[str, TokenStream]] = {}
     for i, source in enumerate(sources):
-        report[source.name] = {}
-        for name in [name for name in splits if name in source.splits]:
-            stream = open_stream(source.splits[name], tokenizer, cache_dir, f"{source.name} {name}", show_progress)
+        streams[source.name] = {}
+        for split in [split for split in splits if split in source.splits]:
+            stream = open_stream(source.splits[split], tokenizer, cache_dir, f"{source.name} {split}", show_progress)
             if not stream.documents:
-                fix = "give it text, or other files"
-                limit = f"has no text in {name} ({stream.undecodable} undecodable documents)"
-                raise ConfigError(f"data.sources[{i}]", source.name, limit, fix)
-            if name == "train":
-                packed = PackedRows(
-                    stream,
-                    tokenizer.bos,
-                    config.sequence_length,
-                    config.document_attention,
-                    drop_remainder=True,
-                )
-                train.append((source.weight, packed))
-                train_tokens += stream.targets
-                rows = len(packed)
-            else:
-                packed = EvaluationSet(source.name, stream, tokenizer, config)
-                evaluation.setdefault(name, {})[source.name] = packed
-                rows = packed.rows
-            report[source.name][name] = _counts(stream, rows)
-    _log(report)
-    streams = [(stream_digest(source.splits["train"], tokenizer), float(source.weight)) for source, _ in training]
+                raise _no_text(f"data.sources[{i}]", source.name, f"has no text in {split}", stream)
+            streams[source.name][split] = stream
+    packed = {
+        name: {split: _pack(name, split, stream, tokenizer, config) for split, stream in parts.items()}
+        for name, parts in streams.items()
+    }
+    train = [(source.weight, packed[source.name]["train"]) for source in training if "train" in packed[source.name]]
+    identities = [(stream_digest(source.splits["train"], tokenizer), float(source.weight)) for source in training]
     return TextData(
         tokenizer=tokenizer,
-        fingerprint=digest("data", streams, config.sequence_length, config.document_attention),
-        report=report,
-        train_rows=sum(len(packed) for _, packed in train),
-        train_tokens=train_tokens,
+        fingerprint=digest("data", identities, config.sequence_length, config.document_attention),
+        identity=_identity(config, streams),
+        report=_report(streams, packed),
+        train_rows=sum(len(rows) for _, rows in train),
+        train_tokens=sum(parts["train"].targets for parts in streams.values() if "train" in parts),
         _train=train,
-        _evaluation=evaluation,
+        _evaluation={
+            split: {name: parts[split] for name, parts in packed.items() if split in parts} for split in ("validation", "test")
+        },
     )
+
+
+def _pack(name: str, split: str, stream: TokenStream, tokenizer: Tokenizer, config: DataConfig) -> PackedRows | EvaluationSet:
+    if split != "train":
+        return EvaluationSet(name, stream, tokenizer, config)
+    return PackedRows(stream, tokenizer.bos, config.sequence_length, config.document_attention, drop_remainder=True)
+
+
+def _no_text(field: str, value: str, limit: str, stream: TokenStream) -> ConfigError:
+    if stream.left_out:
+        limit += f" ({describe_left_out(stream.left_out, stream.places)})"
+    return ConfigError(field, value, limit, "name files with text")
+
+
+def _identity(config: DataConfig, streams: dict[str, dict[str, TokenStream]]) -> dict[str, Any]:
+    mixture = [[source.name, float(source.weight)] for source in config.sources if source.weight]
+    kept = ("content", "documents", "bytes")
+    return {
+        "mixture": {"sources": mixture, "packing": [config.sequence_length, config.document_attention]},
+        "texts": {
+            name: {split: {key: getattr(stream, key) for key in kept} for split, stream in parts.items()}
+            for name, parts in streams.items()
+        },
+    }
 
 
 def evaluation_set(
@@ -224,59 +249,56 @@ def evaluation_set(
       ConfigError: no file matches, or the files hold no text.
     """
     source = SourceConfig(name=name, files=files, document=document, text_feature=text_feature, weight=0.0)
-    split = file_splits(source, "--source", 0.0)["test"]
+    split = file_splits(source, _COMMAND_FIELDS, 0.0)["test"]
     stream = open_stream(split, tokenizer, _cache_dir(config), name, show_progress)
     if not stream.documents:
-        raise ConfigError("--source", files, "has no text", "give other files")
+        raise _no_text("--source", files, "has no text", stream)
+    _warn(name, stream)
     return EvaluationSet(name, stream, tokenizer, config)
 
 
 def _cache_dir(config: DataConfig) -> epath.Path:
-    path = config.cache_dir or os.environ.get("MOE_JAX_CACHE", "") or "~/.cache/moe_jax"
+    """The folder of prepared data, which is there from here on."""
+    variable = os.environ.get("MOE_JAX_CACHE", "")
+    path = config.cache_dir or variable or "~/.cache/moe_jax"
+    field = "environment variable MOE_JAX_CACHE" if variable and not config.cache_dir else "data.cache_dir"
     if "://" in path:
-        raise ConfigError("data.cache_dir", path, "is not on this machine", "give a local folder")
-    return epath.Path(path).expanduser()
+        raise ConfigError(field, path, "is not on this machine", "give a local folder")
+    try:
+        folder = epath.Path(path).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        limit = f"is no folder that can be made: {getattr(error, 'strerror', '') or error}"
+        raise ConfigError(field, path, limit, "name a folder that can be written") from error
+    return folder
 
 
-def _tokenizer(config: DataConfig, sources: Sequence[Source], cache_dir: epath.Path) -> Tokenizer:
-    if config.tokenizer == "bytes":
-        return ByteTokenizer()
-    weights = [(source.splits["train"].digest, float(source.weight)) for source in sources]
-    path = cache_dir / "tokenizers" / f"{digest('bpe', FORMAT, weights, config.vocab_size)}.json"
-    if path.exists():
-        return Tokenizer.load(path)
-    logging.info("Training a tokenizer of %d tokens.", config.vocab_size)
-    total = sum(source.weight for source in sources)
-    samples = (_sample(source.splits["train"], int(SAMPLE_BYTES * source.weight / total)) for source in sources)
-    tokenizer = BPETokenizer.train((text for sample in samples for text in sample), config.vocab_size)
-    tokenizer.save(path)
-    return tokenizer
+def _report(
+    streams: dict[str, dict[str, TokenStream]], packed: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, dict[str, int]]]:
+    """Counts by source and split; warns of what is left out and of held-out documents that are trained on."""
+    trained_on = [np.asarray(parts["train"].hashes) for parts in streams.values() if "train" in parts]
+    trained_on = np.unique(np.concatenate(trained_on)) if trained_on else np.zeros(0, np.uint64)
+    report = {}
+    for name, parts in streams.items():
+        report[name] = {}
+        for split, stream in parts.items():
+            rows = packed[name][split]
+            counts = {"documents": stream.documents, "bytes": stream.bytes, "tokens": stream.targets}
+            counts["rows"] = rows.rows if isinstance(rows, EvaluationSet) else len(rows)
+            counts |= {"empty": stream.empty, "repeated": stream.repeated}
+            counts |= {f"left out: {reason}": count for reason, count in stream.left_out.items()}
+            _warn(f"{name} {split}", stream)
+            if split != "train" and (both := int(np.isin(stream.hashes, trained_on).sum())):
+                counts["in the training text too"] = both
+                say(f"warning: {both:,} of {stream.documents:,} documents of {name} {split} are in the training text too")
+            report[name][split] = counts
+    return report
 
 
-def _sample(split: Split, limit: int) -> Iterator[str]:
-    """Pieces of the documents of `split`, spread evenly over them, of about `limit` characters in all."""
-    total = sum(len(text) for text in split.documents() if text)
-    fraction = min(1.0, limit / max(total, 1))
-    seen = taken = 0
-    for text in split.documents():
-        for start in range(0, len(text or ""), SAMPLE_PIECE):
-            piece = text[start : start + SAMPLE_PIECE]
-            seen += len(piece)
-            if taken + len(piece) / 2 <= seen * fraction:
-                taken += len(piece)
-                yield piece
-
-
-def _counts(stream: TokenStream, rows: int) -> dict[str, int]:
-    counts = {name: getattr(stream, name) for name in ("documents", "bytes", "undecodable", "empty")}
-    return counts | {"tokens": stream.targets, "rows": rows}
-
-
-def _log(report: dict[str, dict[str, dict[str, int]]]) -> None:
-    for source, splits in report.items():
-        for split, counts in splits.items():
-            level = logging.WARNING if counts["undecodable"] else logging.INFO
-            logging.log(level, "%s %s: %s", source, split, ", ".join(f"{v:,} {k}" for k, v in counts.items()))
+def _warn(label: str, stream: TokenStream) -> None:
+    if stream.left_out:
+        say(f"warning: {label}: {describe_left_out(stream.left_out, stream.places)}")
 
 
 def _stack(rows: Sequence[dict[str, np.ndarray]]) -> Batch:

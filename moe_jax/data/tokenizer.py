@@ -3,13 +3,13 @@
 import functools
 import json
 import os
-import uuid
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 import tokenizers
 from etils import epath
 
+from moe_jax.data.disk import write_whole
 from moe_jax.data.hashing import digest
 
 
@@ -78,19 +78,28 @@ class Tokenizer:
     def save(self, path: epath.PathLike) -> None:
         """Writes one JSON file, whole or not at all on a local disk."""
         path = epath.Path(path)
-        text = json.dumps(self.to_json(), ensure_ascii=True)
+        text = json.dumps(self.to_json() | {"fingerprint": self.fingerprint}, ensure_ascii=True)
         if "://" in os.fspath(path):
             path.write_text(text)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        temporary.write_text(text)
-        os.replace(temporary, path)
+        write_whole(path, text.encode())
 
     @staticmethod
     def load(path: epath.PathLike) -> "Tokenizer":
-        """The tokenizer that `save` wrote."""
-        return Tokenizer.from_json(json.loads(epath.Path(path).read_text()))
+        """The tokenizer that `save` wrote.
+
+        Raises:
+          ValueError: the file is not as it was written.
+        """
+        try:
+            data = json.loads(epath.Path(path).read_text())
+            tokenizer = Tokenizer.from_json(data)
+        except Exception as error:  # the library that reads the merges has one type for everything
+            raise ValueError(f"{path} holds no tokenizer: {error}") from error
+        if data.get("fingerprint", tokenizer.fingerprint) != tokenizer.fingerprint:
+            raise ValueError(f"{path} holds another tokenizer than was written")
+        return tokenizer
 
 
 class ByteTokenizer(Tokenizer):

@@ -5,9 +5,10 @@
     python -m moe_jax.evaluate --workdir=runs/quickstart --source=notes='notes/**/*.txt' --document=line
 
 For each source: loss (nats per token), perplexity, bits_per_byte, and the tokens, bytes and documents they
-were measured on; of routed layers the load and the share of dropped assignments. Without --source the sources
-are those of the run's config. With --compare also bits per byte of gzip -9 (document by document) and xz -9 (all
-documents as one stream, and document by document), on all documents even where --batches takes a part. A
+were measured on; how many documents are repeated, empty, or left out by reason, such as "not UTF-8"; of routed
+layers the load and the share of dropped assignments. Without --source the sources are those of the run's config.
+With --compare also bits per byte of gzip -9 (document by document) and xz -9 (all documents as one stream, and
+document by document). Both, and the documents left out, are of all text even where --batches takes a part. A
 number that is not finite is null. Everything but the JSON goes to stderr.
 """
 
@@ -17,7 +18,6 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from absl import flags as absl_flags
-from absl import logging
 from etils import epath
 
 from moe_jax import cli
@@ -91,6 +91,8 @@ def _report(config: Config, flags: absl_flags.FlagValues, sources: dict[str, str
     run = load_run(flags.workdir, config, flags.step)
     sets = evaluation_sets(run, flags, sources)
     scores = evaluate_sets(run, sets, flags.batches, show_progress=True)
+    for name, evaluation_set in sets.items():
+        scores[name] |= {key: getattr(evaluation_set, key) for key in ("empty", "repeated", "left_out", "left_out_first")}
     if flags.compare:
         from moe_jax.evaluate.compression import compress_bits_per_byte
 
@@ -107,6 +109,8 @@ def evaluation_sets(run: "LoadedRun", flags, sources: dict[str, str]) -> dict[st
       ConfigError: there is none.
     """
     from moe_jax.data import evaluation_set, open_data
+    from moe_jax.data.identity import changed_splits
+    from moe_jax.data.say import say
 
     data = run.config.data
     if sources:
@@ -116,7 +120,9 @@ def evaluation_sets(run: "LoadedRun", flags, sources: dict[str, str]) -> dict[st
         }
     opened = open_data(data, tokenizer=run.tokenizer, splits=(flags.split,))
     if opened.fingerprint != run.meta.get("data_fingerprint"):
-        logging.warning("The training text or its packing is not the run's any more: it may hold the held-out text.")
+        say("warning: the training text or its packing is not the run's any more: it may hold the held-out text")
+    for name, changes in changed_splits(run.meta["text"], opened.identity).items() if "text" in run.meta else ():
+        say(f"warning: the {flags.split} text of {name} is not the run's: {changes[flags.split]}")
     sets = opened.evaluation(flags.split)
     if not sets:
         limit = f"no source of the config has text for {flags.split}"

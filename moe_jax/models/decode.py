@@ -16,6 +16,8 @@ from moe_jax.models.stack import init_stack_cache
 
 # Prompts, new tokens and rows are padded to powers of two from here on, so that few shapes are compiled.
 SHORTEST = 16
+# Below it the most probable token is all that float32 logits leave, and dividing by it would overflow.
+SMALLEST_TEMPERATURE = 1e-30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +62,14 @@ def generate(
 
     Raises:
       ConfigError: learned positions do not reach that far.
-      ValueError: no prompt, an empty prompt, or a temperature without a key.
+      ValueError: no prompt, an empty prompt, a negative temperature or one without a key, or a `top_p` outside of (0, 1].
     """
     if not len(prompts) or not all(len(prompt) for prompt in prompts):
         raise ValueError("generate wants at least one prompt, and each must hold at least one token")
+    if not temperature >= 0:
+        raise ValueError(f"temperature={temperature} is negative: use 0 for the most probable tokens")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} is no probability above 0: use 1 for all tokens")
     if temperature > 0 and key is None:
         raise ValueError(f"temperature={temperature} needs a key")
     rows = len(prompts)
@@ -80,7 +86,8 @@ def generate(
     static, new_tokens = _Static(model, repr(model)), _rounded(tokens, SHORTEST)
     logits, cache = _prefill(static, variables, ids, lengths, slots=length + new_tokens)
     limits = np.int32(tokens), np.int32(end_id)
-    sampling = key, np.float32(temperature or 1), np.float32(top_p)
+    greedy = temperature < SMALLEST_TEMPERATURE
+    sampling = key, np.float32(1 if greedy else min(temperature, float(np.finfo(np.float32).max))), np.float32(top_p)
     new = _continue(
         static,
         variables,
@@ -91,7 +98,7 @@ def generate(
         sampling,
         allowed,
         new_tokens=new_tokens,
-        greedy=temperature == 0,
+        greedy=greedy,
         nucleus=top_p < 1,
     )
     return np.asarray(new)[:rows, :tokens]
@@ -193,7 +200,8 @@ def sample(
         ordered = jnp.sort(logits, axis=-1, descending=True)
         probabilities = jax.nn.softmax(ordered, axis=-1)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+        inside = (before < top_p).at[:, 0].set(True)  # the first one whatever top_p rounds to
+        least = jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits >= least, logits, -jnp.inf)
 
     def draw(row, position, logits):

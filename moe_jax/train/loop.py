@@ -15,7 +15,7 @@ from etils import epath
 from moe_jax.config import Config, ConfigError, from_dict, to_dict
 from moe_jax.config.load import run_folder
 from moe_jax.config.validate import validate
-from moe_jax.data import TextData, Tokenizer, open_data
+from moe_jax.data import TextData, Tokenizer, check_same_text, open_data
 from moe_jax.models import MODELS
 from moe_jax.parallel.mesh import mesh_from_config, start_devices
 from moe_jax.parallel.rules import local_rows, put_batch
@@ -26,7 +26,7 @@ from moe_jax.train.metrics import MetricsWriter, write_whole
 from moe_jax.train.optimizer import check_groups, warmup_steps
 from moe_jax.train.progress import ProgressBar
 from moe_jax.train.reporter import Profile, Reporter
-from moe_jax.train.start import begin, check_resume, check_same_text, resume, run_meta, way_of
+from moe_jax.train.start import begin, check_resume, resume, run_meta, way_of
 from moe_jax.train.state import State, abstract_state, overlay, total_bytes
 from moe_jax.train.step import compile_train_step
 from moe_jax.train.workdir import check_free_space, own_workdir
@@ -87,8 +87,8 @@ def train(config: Config, folder: epath.Path, mesh, checkpoints: Checkpoints, in
     for name, splits in data.report.items():
         for split, counts in splits.items():
             say(f"{name} {split}: " + ", ".join(f"{counts[key]:,} {key}" for key in counts if counts[key]))
-    if saved:
-        check_same_text(saved, data)
+    for warning in check_same_text(saved, data) if saved else ():
+        say(f"warning: {warning}")
 
     # The model and its state.
     model = MODELS[config.model.name](config.model, data.tokenizer.vocab_size)
@@ -239,7 +239,7 @@ class Trainer:
 
     def save(self) -> None:
         """Saves the state after `self.step` steps, unless it is there."""
-        meta = run_meta(self.config, self.data.tokenizer, self.data.fingerprint, self.step)
+        meta = run_meta(self.config, self.data, self.step)
         self.checkpoints.save(self.step, self.state, meta)
 
     def _stop_before_training(self, signum: int) -> int:

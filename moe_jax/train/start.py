@@ -174,12 +174,13 @@ WAYS = (
 # From the run's own newest checkpoint.
 
 
-def run_meta(config: Config, tokenizer: Tokenizer, data_fingerprint: str, step: int) -> dict[str, Any]:
+def run_meta(config: Config, data: TextData, step: int) -> dict[str, Any]:
     """The `meta` of a checkpoint: what resuming, evaluation and generation need to know of a run beside its arrays."""
     return {
         "config": to_dict(config),
-        "tokenizer": tokenizer.to_json(),
-        "data_fingerprint": data_fingerprint,
+        "tokenizer": data.tokenizer.to_json(),
+        "data_fingerprint": data.fingerprint,
+        "text": data.identity,
         "step": step,
         "versions": {"python": platform.python_version(), "jax": jax.__version__},
     }
@@ -231,14 +232,6 @@ def _check_groups_freeze(saved: OptimizerConfig, new: OptimizerConfig, parameter
     if changes:
         limit = f"may change on resume only to freeze; differing: {shorten_list(changes, 2)}"
         raise ConfigError("optimizer.groups", None, limit, "set the groups back, or start in another --workdir")
-
-
-def check_same_text(saved: dict[str, Any], data: TextData) -> None:
-    """Refuses to go on with other text than the checkpoint's, whose `meta` is `saved`."""
-    if saved["data_fingerprint"] != data.fingerprint:
-        limit = f"the checkpoint was trained on {saved['data_fingerprint']}"
-        fix = "put the text back as it was, or use another --workdir"
-        raise ConfigError("data.sources", data.fingerprint, limit, fix)
 
 
 def resume(config: Config, model: nn.Module, mesh, checkpoints: Checkpoints) -> tuple[State, list[str]]:

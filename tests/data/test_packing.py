@@ -1,12 +1,10 @@
-import threading
-
 import numpy as np
 import pytest
 from etils import epath
 
 from moe_jax.data import ByteTokenizer, PackedRows
-from moe_jax.data.packing import open_stream
-from moe_jax.data.sources import Split
+from moe_jax.data.splits import Split
+from moe_jax.data.streams import open_stream
 
 TEXTS = ["hello", "x" * 37, "é", "\n", "a b c d e f g h i j", "日本語" * 9]
 
@@ -75,57 +73,3 @@ def test_last_short_row_is_dropped_unless_alone(tmp_path):
     stream = make_stream(["x" * 20], tmp_path)
     assert [len(PackedRows(stream, 256, n, drop_remainder=True)) for n in (8, 21, 30)] == [2, 1, 1]
     assert [len(PackedRows(stream, 256, n)) for n in (8, 21, 30)] == [3, 1, 1]
-
-
-def test_left_out_documents_are_counted(tmp_path):
-    stream = make_stream(["a", None, "", "b", None], tmp_path)
-    assert (stream.documents, stream.undecodable, stream.empty) == (2, 2, 1)
-
-
-def test_wide_vocabulary_and_cache(tmp_path):
-    class Wide(ByteTokenizer):
-        fingerprint = "wide"
-        calls = 0
-
-        def encode_batch(self, texts):
-            self.calls += 1
-            return [ids + 69_000 for ids in super().encode_batch(texts)]
-
-    tokenizer = Wide()
-    tokenizer.bos, tokenizer.vocab_size = 70_000, 70_001
-    for _ in range(2):
-        split = Split(lambda: iter(["ab"]), digest="x")
-        stream = open_stream(split, tokenizer, epath.Path(tmp_path), "wide", show_progress=False)
-        assert stream.tokens.tolist() == [70_000, 69_097, 69_098, 70_000]
-    assert tokenizer.calls == 1
-
-
-def test_concurrent_builds_agree(tmp_path):
-    barrier, streams = threading.Barrier(4), []
-
-    def documents():
-        barrier.wait(timeout=20)
-        yield from TEXTS
-
-    def build():
-        split = Split(documents, digest="same")
-        streams.append(open_stream(split, ByteTokenizer(), epath.Path(tmp_path), "same", show_progress=False))
-
-    threads = [threading.Thread(target=build) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(streams) == 4
-    assert len({stream.tokens.tobytes() for stream in streams}) == 1
-    assert len(list((tmp_path / "streams").iterdir())) == 1
-
-
-def test_a_failed_build_leaves_nothing(tmp_path):
-    def documents():
-        yield "a"
-        raise RuntimeError("disk on fire")
-
-    with pytest.raises(RuntimeError):
-        open_stream(Split(documents, "bad"), ByteTokenizer(), epath.Path(tmp_path), "bad", show_progress=False)
-    assert not list((tmp_path / "streams").iterdir())

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config import ConfigError, DataConfig, SourceConfig
-from moe_jax.data import ByteTokenizer, evaluation_set, open_data, packing
+from moe_jax.data import ByteTokenizer, evaluation_set, open_data, streams
 
 
 def write(folder, documents, size=40):
@@ -136,8 +136,8 @@ def test_limited_evaluation_is_spread_evenly(config):
 def test_cache_is_reused_until_a_file_changes(config, tmp_path, monkeypatch):
     first = open_data(config)
     built = []
-    write_stream = packing._write_stream
-    monkeypatch.setattr(packing, "_write_stream", lambda *args: built.append(args[3]) or write_stream(*args))
+    write_stream = streams._write_stream
+    monkeypatch.setattr(streams, "_write_stream", lambda *args: built.append(args[3]) or write_stream(*args))
     again = open_data(config)
     assert not built and again.fingerprint == first.fingerprint and again.report == first.report
     config.sequence_length = 32
@@ -174,8 +174,15 @@ def test_evaluation_set_from_the_command_line(config, tmp_path):
     evaluation = evaluation_set("mine", f"{tmp_path}/a/00*.txt", tokenizer, config)
     assert (evaluation.name, evaluation.documents) == ("mine", 10)
     assert next(evaluation.batches(4))["tokens"].shape == (4, 16)
-    with pytest.raises(ConfigError, match="--source"):
+    with pytest.raises(ConfigError, match="^--source=.*nothing: matches no file"):
         evaluation_set("mine", f"{tmp_path}/nothing", tokenizer, config)
+    (tmp_path / "b.jsonl").write_text('{"body": "x"}\n')
+    with pytest.raises(ConfigError, match="^--text_feature=text: no row has .*; choose one of its texts: body"):
+        evaluation_set("mine", f"{tmp_path}/b.jsonl", tokenizer, config)
+    assert evaluation_set("mine", f"{tmp_path}/b.jsonl", tokenizer, config, text_feature="body").documents == 1
+    (tmp_path / "c.jsonl").write_text('{"text": null}\n' * 3)
+    with pytest.raises(ConfigError, match=r"^--source=.*has no text \(left out: 3 null text \(the first: c.jsonl row 1\)\)"):
+        evaluation_set("mine", f"{tmp_path}/c.jsonl", tokenizer, config)
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(ConfigError, match="--source.*no text"):
         evaluation_set("mine", f"{tmp_path}/empty.txt", tokenizer, config)
@@ -184,8 +191,59 @@ def test_evaluation_set_from_the_command_line(config, tmp_path):
 def test_undecodable_files_are_counted(config, tmp_path):
     (tmp_path / "a" / "latin.txt").write_bytes("é".encode("latin-1"))
     report = open_data(config).report["a"]
-    assert sum(counts["undecodable"] for counts in report.values()) == 1
+    assert sum(counts.get("left out: not UTF-8", 0) for counts in report.values()) == 1
     assert sum(counts["documents"] for counts in report.values()) == 30
+
+
+def test_what_is_left_out_is_said_with_its_place(config, tmp_path, capsys):
+    config.sources[0].files += f",{tmp_path}/rows.jsonl"
+    (tmp_path / "a" / "latin.txt").write_bytes("é".encode("latin-1"))
+    (tmp_path / "rows.jsonl").write_text('{"text": "x"}\n{"te\n')
+    open_data(config)
+    said = "warning: a train: left out: 1 not UTF-8 (the first: latin.txt), 1 not JSON (the first: rows.jsonl row 2)\n"
+    assert said in capsys.readouterr().err
+
+
+def test_held_out_text_of_one_source_in_the_training_text_of_another_is_said(config, tmp_path, capsys):
+    config.sources = (*config.sources, SourceConfig(name="b", files=f"{tmp_path}/a/00*.txt", weight=0.0))
+    report = open_data(config).report
+    trained_on = 10 - sum(report["a"][split]["documents"] for split in ("validation", "test") if split in report["a"])
+    assert report["b"]["test"]["in the training text too"] >= trained_on > 0
+    assert (
+        " documents of b test are in the training text too" in capsys.readouterr().err
+        and "in the training text too" not in report["a"]["validation"]
+    )
+
+
+@pytest.mark.parametrize("name", ["cache_dir", "MOE_JAX_CACHE"])
+def test_a_cache_that_is_a_file_is_one_line(config, tmp_path, monkeypatch, name):
+    (tmp_path / "file").write_text("")
+    path, config.cache_dir = config.cache_dir, f"{tmp_path}/file"
+    if name == "MOE_JAX_CACHE":
+        monkeypatch.setenv(name, config.cache_dir)
+        config.cache_dir = ""
+    with pytest.raises(ConfigError, match=f"{name}=.*file: is no folder that can be made: File exists; name a folder"):
+        open_data(config)
+    config.cache_dir = path
+    open_data(config)
+
+
+def test_the_cache_is_found_in_the_home_folder(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config.cache_dir = "~/home cache"
+    open_data(config)
+    assert (tmp_path / "home cache" / "streams").is_dir()
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"kind": "bpe"}', None])
+def test_a_damaged_tokenizer_is_trained_again_and_said(config, tmp_path, capsys, content):
+    config.tokenizer, config.vocab_size = "bpe", 300
+    fingerprint = open_data(config).tokenizer.fingerprint
+    (path,) = (tmp_path / "cache" / "tokenizers").iterdir()
+    path.write_text(path.read_text().replace('"w"', '"y"', 1) if content is None else content)
+    assert open_data(config).tokenizer.fingerprint == fingerprint
+    assert f"the tokenizer is trained again: {path} holds" in capsys.readouterr().err
+    assert open_data(config).tokenizer.fingerprint == fingerprint and not capsys.readouterr().err
 
 
 def test_too_little_text(tmp_path):
@@ -195,7 +253,7 @@ def test_too_little_text(tmp_path):
         open_data(config)
     for path in (tmp_path / "a").iterdir():
         path.write_bytes(b"\xff")
-    with pytest.raises(ConfigError, match="2 more are no UTF-8"):
+    with pytest.raises(ConfigError, match="left out: 2 not UTF-8"):
         open_data(config)
     config.sources = (SourceConfig(name="a", files=f"{tmp_path}/a/*.txt", weight=0.0),)
     with pytest.raises(ConfigError, match="every weight is 0"):

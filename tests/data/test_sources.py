@@ -1,6 +1,9 @@
 import gzip
+import hashlib
 import json
+import shutil
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -9,14 +12,17 @@ from absl import logging
 from etils import epath
 
 from moe_jax.config import ConfigError, DataConfig, SourceConfig
-from moe_jax.data.files import PIECE_BYTES, file_documents, find_files
-from moe_jax.data.hashing import HASHES, hash64, hold_out
-from moe_jax.data.sources import open_sources, prepare
+from moe_jax.data import datasets
+from moe_jax.data.datasets import prepare
+from moe_jax.data.files import PIECE_BYTES, TextFiles
+from moe_jax.data.globs import find_files
+from moe_jax.data.hashing import HASHES, digest, hash64, hold_out
+from moe_jax.data.sources import open_sources
 from moe_jax.data.stdlib import PythonStdlib, python_stdlib_config
 
 
 def read(globs, document="file", text_feature="text"):
-    return list(file_documents(find_files("f", str(globs)), document, text_feature, "data.sources[0]"))
+    return list(TextFiles(find_files("f", str(globs)), document, text_feature, "f", "text_feature").documents())
 
 
 def texts(globs, **kwargs):
@@ -49,27 +55,6 @@ def test_hold_out_of_few_documents():
             hold_out(few, ("validation", "test"), 1.0)
 
 
-def test_globs(tmp_path):
-    for name in ("b.txt", "a.txt", "deep/er/c.txt", "deep/d.md", "[odd].txt"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(name)
-    names = [name for name, _ in find_files("f", f"{tmp_path}/**/*.txt, {tmp_path}/a.txt,{tmp_path}/deep/*.md")]
-    assert names == ["[odd].txt", "a.txt", "b.txt", "d.md", "deep/er/c.txt"]
-    assert [name for name, _ in find_files("f", f"{tmp_path}/b.txt")] == ["b.txt"]
-    with pytest.raises(ConfigError, match="matches no file"):
-        find_files("data.sources[0].files", f"{tmp_path}/a.txt,{tmp_path}/*.nothing")
-    with pytest.raises(ConfigError, match="matches no file"):
-        find_files("data.sources[0].files", f"{tmp_path}/nowhere/*.txt")
-    with pytest.raises(ConfigError, match="remote path"):
-        find_files("data.sources[0].files", "gs://bucket/**/*.txt")
-
-
-def test_relative_glob(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.txt").write_text("a")
-    assert texts("*.txt") == texts("a.txt") == ["a"]
-
-
 def test_documents_of_text(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes("one\r\ntwo\n\n \nthree\u2028é\n".encode())
@@ -97,16 +82,106 @@ def test_gzip_and_jsonl(tmp_path):
     (tmp_path / "c.txt.gz").write_bytes(gzip.compress("text é".encode()))
     assert texts(tmp_path / "a.jsonl") == texts(tmp_path / "b.jsonl.gz") == ["a\nb", "", "é"]
     assert texts(tmp_path / "c.txt.gz") == ["text é"]
-    with pytest.raises(ConfigError, match="text_feature=body: row 1 of a.jsonl .* choose one of its texts: text"):
+    with pytest.raises(
+        ConfigError, match="text_feature=body: no row has such a text, from a.jsonl row 1 on; choose one of its texts: text"
+    ):
         texts(tmp_path / "a.jsonl", text_feature="body")
 
 
-def test_what_cannot_be_read_is_none(tmp_path):
+def test_what_cannot_be_read_is_left_out_for_a_reason(tmp_path):
     (tmp_path / "a.txt").write_bytes("latin é".encode("latin-1"))
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "ok"}\n{"text": "\xff"}\n{"text": "\\ud800"}\n{"te\n')
     (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"cut off" * 1000)[:-20])
     (tmp_path / "d.txt.gz").write_bytes(b"no gzip")
-    assert texts(tmp_path / "*") == [None, "ok", None, None, None, None, None]
+    (tmp_path / "e.gz").write_bytes(b"\x1f\x8b\x08\0" + b"\0" * 6 + b"\xff" * 20)
+    (tmp_path / "f.txt").write_bytes("utf-16".encode("utf-16"))
+    assert texts(tmp_path / "*") == [
+        ("not UTF-8", "a.txt"),
+        "ok",
+        ("not UTF-8", "b.jsonl row 2"),
+        ("not UTF-8", "b.jsonl row 3"),
+        ("not JSON", "b.jsonl row 4"),
+        ("gzip cut short", f"c.txt.gz, cut at {(tmp_path / 'c.txt.gz').stat().st_size:,} bytes"),
+        ("not gzip", "d.txt.gz"),
+        ("damaged gzip", "e.gz"),
+        ("UTF-16, not UTF-8", "f.txt"),
+    ]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    mark = b"\xef\xbb\xbf"
+    (tmp_path / "a.txt").write_bytes(mark + b"one\n")
+    (tmp_path / "b.jsonl").write_bytes(mark + b'{"text": "two"}\n{"text": "three"}\n')
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(mark + b"four"))
+    assert texts(tmp_path / "*") == ["one\n", "two", "three", "four"]
+    assert texts(tmp_path / "a.txt", document="line") == ["one"]
+
+
+def test_suffixes_in_any_case(tmp_path):
+    row = b'{"text": "row"}\n'
+    for name, data in {
+        "A.JSONL": row,
+        "b.Jsonl.GZ": gzip.compress(row),
+        "c.ndjson": row,
+        "d.TXT.GZ": gzip.compress(b"x"),
+    }.items():
+        (tmp_path / name).write_bytes(data)
+    assert texts(tmp_path / "*") == ["row", "row", "row", "x"]
+
+
+def test_what_is_read_in_another_way_than_before_has_a_digest_of_its_own(tmp_path):
+    """Or a run would go on with a stream from before; all other text keeps its digest."""
+
+    def earlier(path, *marks):
+        rows = [(path.name, hashlib.blake2b(path.read_bytes()).hexdigest())]
+        return digest(digest(rows), ("file", "text"), *marks)
+
+    for name, data, marks in (
+        ("a.txt", b"one", ()),
+        ("a.jsonl", b'{"text": "one"}', ()),
+        ("b.txt", b"\xef\xbb\xbfone", ("without byte order mark",)),
+        ("c.JSONL", b'{"text": "one"}', ("kind by suffix in any case",)),
+    ):
+        path = tmp_path / name
+        path.write_bytes(data)
+        files = TextFiles(find_files("f", str(path)), "file", "text", "f", "text_feature")
+        assert files.digest == earlier(path, *marks)
+
+
+def test_rows_without_the_text_are_left_out_for_a_reason(tmp_path):
+    rows = [{"text": "one"}, {"text": None}, {"body": "x"}, {"text": 7}, ["text"], {"text": ""}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert texts(tmp_path / "a.jsonl") == [
+        "one",
+        ("null text", "a.jsonl row 2"),
+        ("no such feature", "a.jsonl row 3"),
+        ("text that is no string", "a.jsonl row 4"),
+        ("no such feature", "a.jsonl row 5"),
+        "",
+    ]
+
+
+def test_a_name_that_no_row_has_is_refused_after_some_rows(tmp_path):
+    with (tmp_path / "a.jsonl").open("w") as f:
+        f.write('{"body": "x", "title": "y", "n": 1}\n' * 5000)
+        f.write("not JSON, and never read")
+    with pytest.raises(
+        ConfigError, match="text_feature=text: no row has such a text, .*; choose one of its texts: body, title"
+    ):
+        texts(tmp_path / "a.jsonl")
+    assert len(texts(tmp_path / "a.jsonl", text_feature="body")) == 5001
+    (tmp_path / "b.jsonl").write_text("[1]\n")
+    with pytest.raises(ConfigError, match="name files whose rows are objects with a text"):
+        texts(tmp_path / "b.jsonl")
+
+
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("a")
+    files = TextFiles(find_files("data.sources[0].files", f"{tmp_path}/a.txt"), "file", "text", "data.sources[0].files", "")
+    (tmp_path / "a.txt").unlink()
+    for read in (lambda: files.digest, lambda: list(files.documents())):
+        with pytest.raises(ConfigError, match=r"sources\[0\].files=a.txt: cannot be read: No such file"):
+            read()
 
 
 def test_splits_by_hash_do_not_overlap_and_stay_when_files_move(tmp_path):
@@ -157,6 +232,10 @@ def test_no_hold_out_at_zero_percent(tmp_path):
         ({"tfds": "python_stdlib", "files": "a.txt"}, "set one of tfds and files"),
         ({"files": "a.txt", "installed_packages": True}, "python_stdlib only"),
         ({"tfds": "no_such_data"}, r"tfds=no_such_data: is no TFDS dataset; .*data\.sources\[0\]\.files"),
+        ({"tfds": "python_stdlib:1.0.0"}, "tfds=python_stdlib:1.0.0: names a version .*; write python_stdlib$"),
+        ({"tfds": "PythonStdlib"}, "tfds=PythonStdlib: names a version .*; write python_stdlib$"),
+        ({"tfds": "python_stdlib:2.0.0"}, "tfds=python_stdlib:2.0.0: TFDS refuses it: .*; write python_stdlib$"),
+        ({"tfds": "python_stdlib", "text_feature": "body"}, "text_feature=body: is no feature of python_stdlib.*path, text"),
         ({"tfds": "mnist"}, "text_feature=text: is no feature of mnist"),
         ({"test_files": "a.txt"}, "no training text"),
     ],
@@ -209,8 +288,29 @@ def test_tfds_by_name(tmp_path, monkeypatch):
         open_one(tmp_path, **source)
     with pytest.raises(ConfigError, match="is no text but int"):
         split_texts(open_one(tmp_path, text_feature="number", **source))
+    damaged(tmp_path / "tfds/moe_jax_test_text/1.0.0")
+    with pytest.raises(ConfigError, match="its prepared files in .*1.0.0 are damaged; delete that folder"):
+        split_texts(open_one(tmp_path, 10.0, text_feature="body", **source))
+    shutil.rmtree(tmp_path / "tfds/moe_jax_test_text/1.0.0")  # the advice, followed
+    assert split_texts(open_one(tmp_path, 10.0, text_feature="body", **source)) == splits
     with pytest.raises(ConfigError, match=r"TFDS needs tensorflow to prepare it; .*data\.sources\[0\]\.files"):
         open_one(tmp_path, name="a", tfds="moe_jax_test_needs_tensorflow", text_feature="body")
+
+
+class MoeJaxTestDownload(MoeJaxTestText):
+    """Its file is on no machine: nobody listens at this port."""
+
+    def _split_generators(self, dl_manager):
+        dl_manager.download("http://127.0.0.1:9/text.txt")
+
+
+def test_a_download_without_a_network_is_one_line_within_seconds(tmp_path, monkeypatch):
+    make = tfds.builder
+    monkeypatch.setattr(tfds, "builder", lambda name: make(name, data_dir=tmp_path / "tfds"))
+    begun = time.monotonic()
+    with pytest.raises(ConfigError, match=r"tfds=moe_jax_test_download: cannot be fetched .*; export the text to files"):
+        open_one(tmp_path, name="a", tfds="moe_jax_test_download", text_feature="body")
+    assert time.monotonic() - begun < 20  # TFDS alone tries for 200 s
 
 
 @pytest.fixture
@@ -235,6 +335,25 @@ def test_stdlib_builder(tmp_path, library):
     assert found == expected and sum(len(split) for split in rows.values()) == len(expected)
     assert 40 < len(rows["train"]) < 60
     assert PythonStdlib(config=config, data_dir=tmp_path / "tfds").info.metadata["undecodable"] == 1
+
+
+def damaged(folder):
+    (path,) = folder.glob("*-train.array_record*")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_damaged_stdlib_is_prepared_again_and_said(tmp_path, library, monkeypatch, capsys):
+    config = python_stdlib_config(10.0, root=str(library))
+    monkeypatch.setattr(datasets, "python_stdlib_config", lambda *args: config)
+    source = {"name": "a", "tfds": "python_stdlib"}
+    first = split_texts(open_one(tmp_path, 10.0, **source))
+    (folder,) = (tmp_path / "cache/tfds/python_stdlib").glob("*/1.0.0")
+    damaged(folder)
+    assert split_texts(open_one(tmp_path, 10.0, **source)) == first
+    assert "is damaged and is prepared again" in capsys.readouterr().err
+    (folder / "dataset_info.json").write_text("{")
+    assert split_texts(open_one(tmp_path, 10.0, **source)) == first
+    assert not split_texts(open_one(tmp_path, 10.0, **source))["train"] == [] and not capsys.readouterr().err.count("again") > 1
 
 
 def test_stdlib_config_names_the_content(library):

@@ -1,5 +1,6 @@
 """The commands `evaluate` and `generate` over a saved run: what they print, and their one-line errors."""
 
+import gzip
 import json
 import math
 
@@ -108,20 +109,45 @@ def test_evaluate(workdir, capsys):
     assert scores["router/dropped"] == 0
 
 
-def test_evaluate_other_text(workdir, tmp_path, capsys):
+@pytest.fixture
+def odd_files(tmp_path):
+    """Three lines to score, one of them twice, and one document for each reason to leave one out."""
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    (folder / "a.txt").write_text("one\n")
+    (folder / "copy.txt").write_text("one\n")
+    (folder / "latin.txt").write_bytes("é".encode("latin-1"))
+    (folder / "rows.jsonl").write_text('{"line": "two"}\n{"line": null}\n{"text": ""}\n{"li\n{"line": ""}\n')
+    (folder / "zip.txt.gz").write_bytes(gzip.compress(b"three" * 99)[:-9])
+    return folder
+
+
+def test_evaluate_other_text(workdir, tmp_path, odd_files, capsys):
     (tmp_path / "poem.txt").write_text("one\ntwo\nthree\n")
     (tmp_path / "poem.jsonl").write_text('{"line": "four"}\n')
     flags = (f"--workdir={workdir}", "--document=line", "--text_feature=line", "--step=1")
-    sources = (f"--source=lines={tmp_path}/*.txt", f"--source=rows={tmp_path}/*.jsonl")
+    sources = [
+        f"--source={name}={files}"
+        for name, files in (("lines", tmp_path / "*.txt"), ("rows", tmp_path / "*.jsonl"), ("odd", odd_files / "*"))
+    ]
     code, out, err = run(evaluate_command, *flags, *sources, "--batches=1", "--compare", capsys=capsys)
     assert code == 0, err
     report = json.loads(out)
     assert report["step"] == 1 and "split" not in report
-    assert {name: scores["documents"] for name, scores in report["sources"].items()} == {
-        "lines": 3,
-        "rows": 1,
-    }
+    assert {name: scores["documents"] for name, scores in report["sources"].items()} == {"lines": 3, "rows": 1, "odd": 3}
     assert report["sources"]["rows"]["gzip"] == compress_bits_per_byte([b"four"])["gzip"]
+    assert report["sources"]["lines"]["left_out"] == report["sources"]["lines"]["left_out_first"] == {}
+    odd = report["sources"]["odd"]
+    assert (odd["repeated"], odd["empty"]) == (1, 1) and set(odd["left_out"].values()) == {1}
+    assert odd["left_out_first"] == {
+        "not UTF-8": "latin.txt",
+        "null text": "rows.jsonl row 2",
+        "no such feature": "rows.jsonl row 3",
+        "not JSON": "rows.jsonl row 4",
+        "gzip cut short": f"zip.txt.gz, cut at {(odd_files / 'zip.txt.gz').stat().st_size} bytes",
+    }
+    said = ", ".join(f"1 {reason} (the first: {place})" for reason, place in odd["left_out_first"].items())
+    assert f"warning: odd: left out: {said}\n" in err
 
 
 @pytest.mark.parametrize(
@@ -129,7 +155,9 @@ def test_evaluate_other_text(workdir, tmp_path, capsys):
     [
         (["--source=x"], "--source=x: not NAME=GLOB"),
         (["--source=a=b", "--source=a=c"], "the name a is there twice"),
-        (["--source=a=/nowhere/*.txt"], "matches no file"),
+        (["--source=a=/nowhere/*.txt"], "--source=/nowhere/*.txt: matches no file"),
+        (["--source=a=base/**.txt"], "--source=base/**.txt: has ** beside other characters of a name; write base/**/*.txt"),
+        (["--config.data.cache_dir=/dev/null"], "config.data.cache_dir=/dev/null: is no folder that can be made"),
         (["--step=5"], "no checkpoint of step 5"),
         (["--split=train"], "--split=train"),
         (["--config.mesh.tensor=3"], "config.mesh.tensor=3"),

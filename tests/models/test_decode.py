@@ -176,6 +176,23 @@ def test_sampling_follows_the_distribution():
     np.testing.assert_allclose(shares(1.0, 0.75), np.array([4, 0, 3, 2]) / 9, atol=0.015)
     np.testing.assert_allclose(shares(0.5, 0.65), np.array([16, 0, 9, 0]) / 25, atol=0.015)
     np.testing.assert_allclose(shares(1.0, 0.01), [1, 0, 0, 0])
+    np.testing.assert_allclose(shares(1.0, np.float32(1e-40)), [1, 0, 0, 0])  # which is 0 to the device
+
+
+def test_extreme_temperatures():
+    """The smallest give the most probable tokens, the largest any: neither overflows or divides by zero."""
+    model, variables = make()
+    run = functools.partial(generate, model, variables, PROMPTS, tokens=TOKENS, end_id=END, key=jax.random.key(2))
+    greedy = run(temperature=0.0)
+    for temperature in (1e-320, 1e-40, 1e-30):
+        np.testing.assert_array_equal(run(temperature=temperature), greedy, err_msg=str(temperature))
+        np.testing.assert_array_equal(run(temperature=temperature, top_p=0.9), greedy, err_msg=str(temperature))
+    first = np.zeros((len(PROMPTS), V), bool)
+    first[:, [3, 5]] = True
+    assert set(run(temperature=1e300, first=first)[:, 0].tolist()) <= {3, 5}
+    for bad in ({"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.5}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            run(**bad)
 
 
 def test_few_compilations():

@@ -1,5 +1,7 @@
 """Training states of a few arrays, sharded, and runs that saved them, shared by the tests of checkpoints and of starts."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,9 +76,14 @@ def save(workdir, steps=(1,), max_to_keep=5, **options):
             assert checkpoints.save(step, make_state(step), {**META, "data_position": step})
 
 
+def data_of(tokenizer: Tokenizer) -> types.SimpleNamespace:
+    """What the description of a checkpoint takes from a run's data."""
+    return types.SimpleNamespace(tokenizer=tokenizer, fingerprint="text", identity={})
+
+
 def save_run(workdir, config: Config, steps=(1,), tokenizer: Tokenizer | None = None):
     """Checkpoints with the description of a run of `config`, and of its arrays the step alone."""
     with Checkpoints(workdir, max_to_keep=5, asynchronous=False) as checkpoints:
         for step in steps:
-            meta = run_meta(config, tokenizer or ByteTokenizer(), "text", step)
+            meta = run_meta(config, data_of(tokenizer or ByteTokenizer()), step)
             checkpoints.save(step, {"step": jnp.int32(step)}, meta)

@@ -21,6 +21,7 @@ from moe_jax.train.restore import load_run
 from moe_jax.train.start import check_resume, resume, run_meta
 from moe_jax.train.state import place_state, total_bytes
 from tests.train.small import Runner, make_batch, make_config
+from tests.train.states import data_of
 
 EIGHT = {"mesh__expert": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
 DEVICES = [1, pytest.param(8, marks=pytest.mark.slow)]
@@ -238,7 +239,7 @@ def test_evaluation_reads_the_average_of_what_learns_and_the_rest_as_it_is(tmp_p
     learned = {path: leaf for path, leaf in flat(everything).items() if path != KERNEL}
     state["ema"] = everything if form != "now" else flax.traverse_util.unflatten_dict(learned, sep="/")
     with Checkpoints(tmp_path, asynchronous=False) as checkpoints:
-        checkpoints.save(3, jax.tree.map(jnp.asarray, state), run_meta(config, tokenizer, "text", 3))
+        checkpoints.save(3, jax.tree.map(jnp.asarray, state), run_meta(config, data_of(tokenizer), 3))
     got, want = flat(load_run(tmp_path, config).variables["params"]), flat(state["params"])
     assert got.keys() == want.keys()
     for path in want:

@@ -138,6 +138,17 @@ def test_resume_rule(path):
         assert path != "train.steps" or "1000 -> 7: the schedule stretches" in warnings[0]
 
 
+def test_the_place_of_the_text_may_change_on_resume():
+    """Not the text, which is compared where it is read."""
+    old, new = Config(), Config()
+    old.data.sources = (SourceConfig(files="a/*.txt", validation_files="v.txt", test_files="t.txt"),)
+    new.data.sources = (SourceConfig(files="b/*.txt", validation_files="w.txt", test_files="u.txt"),)
+    assert check_resume(old, new, []) == []
+    new.data.sources[0].document = "line"
+    with pytest.raises(ConfigError, match="document file -> line"):
+        check_resume(old, new, [])
+
+
 def test_resume_names_four_fields_and_counts_the_rest():
     new = Config(seed=7)
     for name in ("layers", "width", "heads", "ffn_width", "norm"):

@@ -5,6 +5,7 @@ import re
 from moe_jax.config.data import DataConfig, SourceConfig
 from moe_jax.config.leaf import ConfigError
 
+SMALLEST_SHARE = 1e-9
 _SOURCE_NAME = re.compile(r"[\w.-]+", re.ASCII)
 
 
@@ -19,6 +20,11 @@ def check_data(data: DataConfig) -> None:
         _check_source(f"data.sources[{i}].", source, data.held_out_percent)
     if not any(source.weight for source in data.sources):
         raise ConfigError("data.sources[0].weight", 0.0, "all weights are 0", "give one source a weight above 0")
+    largest = max(source.weight for source in data.sources)
+    for i, source in enumerate(data.sources):
+        if 0 < source.weight < SMALLEST_SHARE * largest:
+            limit = f"less than {SMALLEST_SHARE} of the largest weight, {largest}: no row of it would be drawn"
+            raise ConfigError(f"data.sources[{i}].weight", source.weight, limit, "raise it, or use 0 for evaluation only")
 
 
 def _check_source(path: str, source: SourceConfig, held_out_percent: float) -> None:
