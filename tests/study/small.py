@@ -5,7 +5,8 @@ import math
 
 from moe_jax.config import Config, SourceConfig
 from moe_jax.config.study import Arm, Study
-from moe_jax.study.plan import run_folder, save_description
+from moe_jax.study.description import save_description
+from moe_jax.study.plan import run_folder
 from moe_jax.study.timing import place
 
 LAYER = "layer_01"

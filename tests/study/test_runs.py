@@ -11,7 +11,8 @@ import time
 
 import pytest
 
-from moe_jax.study.runs import Children, Job, last_line, run_jobs, steps_done
+from moe_jax.study.runs import Children, last_line, run_jobs, steps_done
+from moe_jax.study.schedule import Job
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PLAIN = "import time; print('begin', flush=True); time.sleep(0.4); print('end')"
