@@ -69,7 +69,7 @@ def _check_arm(begun: Arm, arm: Arm) -> None:
     for name in [name for name in old if old[name] != new[name]]:
         if name == "base":  # one of them has none
             raise _changed(f"{where} base", None, "one" if begun.base else "none")
-        raise _changed(f"{where} {name}", new[name], one_line(old[name]))
+        raise _changed(f"{where} {name}", new[name], one_line(old[name]) or "none")
 
 
 def _changed(where: str, value: Any, begun: str) -> ConfigError:

@@ -112,7 +112,7 @@ def get_config(text="64"):
         ),
         (
             {"curves": (Curve("c", "t", "x", {"": {"dense": 1}}, ("speed",)),)},
-            "curve c metrics=speed: no metric of a run; use loss, usage",
+            "curve c metrics=speed: no metric of a run; use loss, bits_per_byte, usage",
         ),
         ({"full": {"model.widht": 1}, "scale": "full"}, "study full config.model.widht=1: no such field; did you mean"),
         ({"scale": "full"}, "--scale=full: the study has no settings for it"),
