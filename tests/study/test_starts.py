@@ -10,6 +10,7 @@ from moe_jax.config import Config, ConfigError, SourceConfig, to_dict
 from moe_jax.config.study import Arm, study_from_dict, study_to_dict
 from moe_jax.study import __main__ as command
 from moe_jax.study.description import check_unchanged
+from moe_jax.study.measure import open_texts
 from moe_jax.study.plan import has_sources_of_study, prepare, run_config
 from tests.study.small import make_study
 
@@ -151,6 +152,27 @@ def get_config():
     (tmp_path / "s.py").write_text(text.format(width="'wide'"))
     with pytest.raises(ConfigError, match="arm wide base config.model.width='wide': a str, not an int"):
         parse()
+
+
+def test_text_before_the_first_run(tmp_path):
+    """Until the run that another starts from is there, its text tells the tokenizer of both."""
+    for name, words in (("a", "one two three four"), ("c", "fünf sechs sieben acht")):
+        (tmp_path / f"{name}.txt").write_text("\n".join(f"{word} {i}" for i in range(60) for word in words.split()))
+    first = base(
+        sources=(SourceConfig(name="a", files=f"{tmp_path}/a.txt", document="line"),),
+        vocab_size=300,
+        sequence_length=16,
+        held_out_percent=20.0,
+        cache_dir=str(tmp_path / "cache"),
+    )
+    second, third = copy.deepcopy(first), copy.deepcopy(first)
+    second.data.sources[0].files = third.data.sources[0].files = f"{tmp_path}/c.txt"
+    third.init.include = "blocks"
+    configs = {"third": third, "second": second, "first": first, "alone": copy.deepcopy(second)}
+    texts = open_texts(configs, {}, {"third": "second", "second": "first"})
+    json_of = {name: text.tokenizer.to_json() for name, text in texts.items()}
+    assert json_of["second"] == json_of["first"] != json_of["alone"] == json_of["third"]
+    assert texts["second"].fingerprint != texts["first"].fingerprint and texts["third"] is texts["alone"]
 
 
 def test_whose_curves_compare():
