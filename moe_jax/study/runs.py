@@ -209,7 +209,7 @@ class Bar:
     def skip(self, job: Job, reason: str) -> None:
         """Counts a job that will not begin."""
         self.skipped += 1
-        self.tqdm.total -= self._left(job, self.first[job.name])
+        self.tqdm.total = max(self.tqdm.total - self._left(job, self.first[job.name]), self.finished)
         self._say(f"{job.name}: {reason}")
 
     def _say(self, line: str) -> None:
