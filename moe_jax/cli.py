@@ -57,7 +57,7 @@ def run(
       flags: defines the command's own flags on the `absl.flags.FlagValues` it is given, such as
         `lambda values: absl.flags.DEFINE_string("prompt", "", "Text to continue.", flag_values=values)`.
       config_from: "file": --config is required; "workdir": the config is the one saved in --workdir; "study":
-        `main` gets the `Study` of the --config file with the overrides in its base, or None without --config.
+        `main` gets the `Study` of the --config file with the overrides in its bases, or None without --config.
       workdir: whether there is a --workdir. It is required, and need not exist where `config_from` is "file".
 
     Raises:
@@ -130,9 +130,9 @@ def _open_study(file: str | None, overrides: Sequence[str]) -> Study | None:
             raise ConfigError("--config", None, "not given", fix)
         return None
     study = load_study(file)
-    base, paths = apply_overrides(study.base, overrides), {OVERRIDE.fullmatch(text)[2] for text in overrides}
+    paths = {OVERRIDE.fullmatch(text)[2] for text in overrides}
     full = {path: value for path, value in study.full.items() if path not in paths}
-    return dataclasses.replace(study, base=base, full=full)
+    return dataclasses.replace(study.with_bases(lambda base: apply_overrides(base, overrides)), full=full)
 
 
 def own_flags(define: Callable[[absl_flags.FlagValues], None] | None, workdir: bool = True) -> absl_flags.FlagValues:

@@ -101,7 +101,7 @@ def learning_rates() -> Study:
         arms.append(Arm(f"peer_{name}", small | group, full=full))
     line = {"": {f"peer_{name}": round(scale, 2) for name, scale in rates.items()}}
     curve = Curve(
-        "rate", "The pool's learning rate", "its learning rate / that of the rest", line, ("loss", "unevenness", "usage")
+        "rate", "The pool's learning rate", "its learning rate / that of the rest", line, ("difference", "unevenness", "usage")
     )
     return Study(
         base,
@@ -155,7 +155,7 @@ def comparison() -> Study:
                 "BatchNorm of queries": {name: pool for name in ("peer_n1", "peer_n4", "peer", "peer_n64")},
                 "no norm": {"peer_no_norm": pool},
             },
-            ("loss", "unevenness", "usage"),
+            ("difference", "unevenness", "usage"),
         ),
         Curve(
             "granularity",
@@ -164,6 +164,7 @@ def comparison() -> Study:
             {
                 "": {f"moe_{kind}_half": "model.moe.expert_width" for kind in ("8x1", "32x4", "64x8")} | {"peer_atoms_half": 1},
             },
+            ("difference",),
         ),
         Curve(
             "heads",
@@ -172,13 +173,14 @@ def comparison() -> Study:
             {
                 "": {name: "model.peer.heads" for name in ("peer_h2_half", "peer_half", "peer_h8_half")},
             },
-            ("loss", "unevenness"),
+            ("difference", "unevenness"),
         ),
         Curve(
             "budget",
             "Two budgets",
             "optimizer steps",
             {name: {f"{name}_half": "train.steps", name: "train.steps"} for name in (*main, "expert_choice_causal")},
+            ("difference",),
         ),
     )
     return Study(

@@ -58,14 +58,18 @@ def load_config(path: str | None) -> Config:
 
 
 def load_study(path: str) -> Study:
-    """`load_config` for a file whose `get_config()` returns a `Study`. Its arms are not looked at.
+    """`load_config` for a file whose `get_config()` returns a `Study`. Of its arms only their own bases are looked at.
 
     Raises:
       ConfigError: the file is missing or fails, or returns something else.
     """
     study = _load(path, Study)
-    validate_types(study.base)
-    return study
+
+    def checked(base: Config) -> Config:
+        validate_types(base)
+        return base
+
+    return study.with_bases(checked)
 
 
 def _load(path: str | None, kind: type) -> Any:

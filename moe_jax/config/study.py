@@ -4,6 +4,7 @@ A file of configs/studies/ returns one from `get_config()`; `python -m moe_jax.s
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from moe_jax.config.leaf import ConfigError
@@ -11,18 +12,27 @@ from moe_jax.config.reflect import from_dict, to_dict
 from moe_jax.config.run import Config
 
 Settings = dict[str, bool | int | float | str]
+STARTS = ("checkpoint", "upcycle_from")  # the fields of `init` that name the folder of another run
 
 
 @dataclasses.dataclass
 class Arm:
     """One variant of a study.
 
-    name: a label, also of its folder. settings: dotted config path -> value, over the study's base; taken as
-      the command line takes `--config.a.b=VALUE`. twin_of: an A/A arm: the name of the arm whose settings it
-      repeats, with other noise in its routers; it has no settings of its own. full: settings over its own with --scale=full.
-      scores: the name of an arm that this one does not train again: its runs are scored once more, with its settings and
-      those of this one over them, which change the evaluation alone. baseline: the arm that its differences are against, such
-      as one of as many steps; its own name: it is one; empty: the study's.
+    An arm is trained by settings of its own, or it repeats another arm's runs (`twin_of`), or it scores them (`scores`). The last
+    two have the base, the settings and the start of that other arm.
+
+    Attributes:
+      name: a label, also of its folder.
+      settings: dotted config path -> value, over the base; taken as the command line takes `--config.a.b=VALUE`.
+      twin_of: makes this an A/A arm: the name of the arm whose runs it repeats, with other noise in the routers.
+      full: settings over its own with --scale=full.
+      scores: the name of an arm whose runs this one scores once more and does not train: its settings change the evaluation alone.
+      baseline: the arm that its differences are against, such as one of as many steps; its own name: it is one; empty: the study's.
+      base: a config instead of the study's, such as that of another member of a family of models.
+      starts_from: the name of an arm: each run starts from that arm's finished run of the same seed; empty: from new parameters.
+      start: the field of `init` that gets the folder of that run: "checkpoint" takes its parameters and tokenizer as they are,
+        "upcycle_from" makes experts of its feed-forward layers.
     """
 
     name: str
@@ -31,9 +41,9 @@ class Arm:
     full: Settings = dataclasses.field(default_factory=dict)
     scores: str = ""
     baseline: str = ""
-
-
-METRICS = ("loss", "usage", "unevenness")
+    base: Config | None = None
+    starts_from: str = ""
+    start: str = STARTS[0]
 
 
 @dataclasses.dataclass
@@ -42,7 +52,8 @@ class Curve:
 
     name: of the picture's file. title, x: of the picture and of its axis. lines: label -> {arm: its x, a number or the
       dotted path of the config that has it}, the first one the line that the others are compared with where they share
-      an x. metrics: of METRICS; usage and unevenness are of arms with layers that retrieve one-neuron experts. log: of x.
+      an x. metrics: names in `moe_jax.study.metrics.METRICS`, such as loss, or difference: the loss minus that of the arm's
+      baseline, seed by seed. log: of x.
     """
 
     name: str
@@ -57,10 +68,14 @@ class Curve:
 class Study:
     """A paired comparison, fixed before its first run.
 
-    base: what all arms share; each seed takes the place of `base.seed`. arms, baseline: the variants, and the name of
-      the one that the differences are against. seeds: the same ones for every arm; later runs may add arms and seeds.
-      full: settings over `base` with --scale=full. target_loss: validation loss, in nats per token, whose time is
-      compared; 0: the highest last loss among the baseline's runs, which it reaches with every seed. epochs_limit:
+    All runs are scored on the validation text of the base's sources, whatever they were trained on, so losses compare. Arms with
+    other sources, or another tokenizer, may have other tokens: those are compared in bits per byte. That no arm trains on text
+    which the base's sources hold out is up to the study.
+
+    base: what the arms share that have no base of their own; each seed takes the place of `base.seed`. arms, baseline: the
+      variants, and the name of the one that the differences are against. seeds: the same ones for every arm; later runs may add
+      arms and seeds. full: settings over every base with --scale=full. target_loss: validation loss, in nats per token, whose
+      time is compared; 0: the highest last loss among the baseline's runs, which it reaches with every seed. epochs_limit:
       passes over a source's training text; a study of repetition raises it. title: of the tables. curves: arms in order of a
       quantity; they and `shown` may change at any time. shown: the arms in the pictures against steps; empty: all.
     """
@@ -80,37 +95,87 @@ class Study:
         """The arm of that name."""
         return next(arm for arm in self.arms if arm.name == name)
 
+    def defined_by(self, arm: Arm) -> Arm:
+        """The arm whose base, settings and start an arm has: the other one's of an A/A arm and of one that scores."""
+        other = arm.twin_of or arm.scores
+        return self.arm(other) if other else arm
+
+    def base_of(self, arm: Arm) -> Config:
+        """The config that an arm's settings are over."""
+        return self.defined_by(arm).base or self.base
+
     def baseline_of(self, arm: Arm) -> str:
         """The name of the arm that an arm's differences are against. An A/A arm, and one that scores, has the other's."""
-        other = arm.twin_of or arm.scores
-        return arm.baseline or (other and self.arm(other).baseline) or self.baseline
+        return arm.baseline or self.defined_by(arm).baseline or self.baseline
+
+    def needs(self, arm: Arm) -> str:
+        """The name of the arm whose run of a seed is finished before this one's of that seed begins; empty: none."""
+        return arm.scores or self.defined_by(arm).starts_from
+
+    def ancestors(self, arm: Arm) -> list[Arm]:
+        """The arms whose runs were trained before this one's could start, the nearest first."""
+        found = []
+        while start := self.defined_by(found[-1] if found else arm).starts_from:
+            found.append(self.arm(start))
+        return found
 
     def trained(self) -> list[Arm]:
         """The arms with runs of their own."""
         return [arm for arm in self.arms if not arm.scores]
 
+    def with_bases(self, change: Callable[[Config], Config]) -> "Study":
+        """The study with its base, and those of its arms, changed.
+
+        Raises:
+          ConfigError: `change` raised it; of an arm's base, it names the arm.
+        """
+
+        def changed(arm):
+            if not isinstance(arm, Arm) or not isinstance(arm.base, Config):
+                return arm
+            try:
+                return dataclasses.replace(arm, base=change(arm.base))
+            except ConfigError as error:
+                raise within(f"arm {arm.name} base", error) from None
+
+        arms = tuple(map(changed, self.arms)) if isinstance(self.arms, tuple | list) else self.arms
+        return dataclasses.replace(self, base=change(self.base), arms=arms)
+
+
+def within(where: str, error: ConfigError) -> ConfigError:
+    """The error of a config's field, with where the config is from: 'arm x config.model.width'."""
+    field = error.field if " " in error.field else f"config.{error.field}"  # it says already where
+    return ConfigError(f"{where} {field}", error.value, error.limit, error.fix)
+
 
 def study_to_dict(study: Study) -> dict[str, Any]:
     """A study as nested dicts and lists, ready for JSON."""
     own = {entry.name: getattr(study, entry.name) for entry in dataclasses.fields(study)}
-    arms = [dataclasses.asdict(arm) for arm in study.arms]
+    arms = [arm_to_dict(arm) for arm in study.arms]
     curves = [dataclasses.asdict(curve) | {"metrics": list(curve.metrics)} for curve in study.curves]
     lists = {"seeds": list(study.seeds), "shown": list(study.shown)}
     return own | {"base": to_dict(study.base), "arms": arms, "curves": curves} | lists
 
 
+def arm_to_dict(arm: Arm) -> dict[str, Any]:
+    """An arm as a dict, ready for JSON."""
+    own = {entry.name: getattr(arm, entry.name) for entry in dataclasses.fields(arm)}
+    return own | {"base": arm.base and to_dict(arm.base)}
+
+
 def study_from_dict(tree: dict[str, Any]) -> Study:
-    """The study that `study_to_dict` wrote; config fields that are missing take their defaults.
+    """The study that `study_to_dict` wrote; fields that are missing take their defaults, so older files load.
 
     Raises:
       ConfigError: `tree` is something else.
     """
     try:
         own = {entry.name: tree[entry.name] for entry in dataclasses.fields(Study) if entry.name in tree}
-        arms = tuple(Arm(**arm) for arm in tree["arms"])
+        bases = [from_dict(arm["base"]) if arm.get("base") else None for arm in tree["arms"]]
+        arms = tuple(Arm(**arm | {"base": base}) for arm, base in zip(tree["arms"], bases))
         curves = tuple(Curve(**curve | {"metrics": tuple(curve["metrics"])}) for curve in tree.get("curves", ()))
         tuples = {"seeds": tuple(tree["seeds"]), "shown": tuple(tree.get("shown", ()))}
         return Study(**own | {"base": from_dict(tree["base"]), "arms": arms, "curves": curves} | tuples)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         limit = f"not a study ({type(error).__name__} {error})"
         raise ConfigError("description of the study", None, limit, "restore the file") from None

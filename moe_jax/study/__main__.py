@@ -7,9 +7,9 @@
 First the steps of all arms are timed in turns in one process, which predicts how long everything takes; then each arm
 trains from each seed in DIR/runs/ARM/seed_N; then the steps of the trained arms are timed, whose numbers the table has.
 Results: DIR/study.json, study.md and *.png, at the end and whenever --summary asks. Interrupted (Ctrl-C, SIGTERM), the
-runs save, and the same command goes on. A run that fails is counted, the others go on, and the exit code is 1; the same
-command tries it again. The study is fixed by the first command: later ones may only add arms and seeds.
---config.a.b=VALUE sets a field of the base that all arms share.
+runs save, and the same command goes on. A run that fails is counted, those that need it are not run, the others go on, and
+the exit code is 1; the same command tries it again. The study is fixed by the first command: later ones may only add arms and
+seeds. --config.a.b=VALUE sets a field of the base that all arms share, and of those that arms have of their own.
 """
 
 import contextlib
@@ -43,7 +43,8 @@ def main(study: Study | None, flags: absl_flags.FlagValues) -> int:
     """Runs the command."""
     if "://" in flags.workdir:
         raise ConfigError("--workdir", flags.workdir, "not on this machine", "name a local folder")
-    from moe_jax.study.plan import DESCRIPTION, check_unchanged, load_description, prepare, save_description
+    from moe_jax.study.description import DESCRIPTION, check_unchanged, load_description, save_description
+    from moe_jax.study.plan import prepare
 
     if flags.summary:
         if load_description(flags.workdir) is None:
@@ -85,8 +86,7 @@ def run(study: Study, flags: absl_flags.FlagValues) -> int:
             say(line)
         pairs = [(seed, arm) for seed in study.seeds for arm in study.arms]
         todo = [pair for pair in pairs if not (run_folder(flags.workdir, pair[1].name, pair[0]) / child.VALIDATION).exists()]
-        todo.sort(key=lambda pair: bool(pair[1].scores))  # what scores the runs of others comes after them
-        jobs = [_job(flags.workdir, arm, seed, timing) for seed, arm in todo]
+        jobs = [_job(study, flags.workdir, arm, seed, timing) for seed, arm in todo]
         codes = run_jobs(jobs, flags.jobs, children, len(pairs) - len(todo)) if jobs else {}
         failed = sum(code != 0 for code in codes.values())
         if not children.signum and child.finished_folders(study, flags.workdir):
@@ -99,14 +99,15 @@ def run(study: Study, flags: absl_flags.FlagValues) -> int:
     return summarize(flags.workdir) or int(failed > 0)
 
 
-def _job(workdir: str, arm: Arm, seed: int, timing: dict):
-    from moe_jax.study.plan import run_folder
-    from moe_jax.study.runs import Job
+def _job(study: Study, workdir: str, arm: Arm, seed: int, timing: dict):
+    from moe_jax.study.plan import run_folder, run_name
+    from moe_jax.study.schedule import Job
 
     command = [sys.executable, "-m", "moe_jax.study.child", "train", workdir, arm.name, str(seed)]
     facts, folder = timing["arms"][arm.scores or arm.name], run_folder(workdir, arm.name, seed)
-    scores = bool(arm.scores)
-    return Job(f"{arm.name} seed {seed}", command, folder, facts["steps"], predicted_seconds(facts, scores), scores)
+    seconds = predicted_seconds(facts, bool(arm.scores))
+    after = (run_name(needed, seed),) if (needed := study.needs(arm)) else ()
+    return Job(run_name(arm.name, seed), command, folder, facts["steps"], seconds, after)
 
 
 def _time_arms(study: Study, flags, children, phase: str) -> int:
@@ -155,9 +156,11 @@ def announcement(study: Study, timing: dict, jobs: int) -> list[str]:
         if arm.scores:
             lines.append(f"  {arm.name}: the runs of {arm.scores}, scored once more")
             continue
+        start = study.defined_by(arm).starts_from
+        start = f"starts from {start}; " if start else ""
         step = f"cannot be timed ({f['error']})" if "error" in f else f"{f['ms']:.1f} ms a step"
         lines.append(
-            f"  {arm.name}: {f['tokens']:,} tokens, {f['epochs']:.2f} epochs; {f['training_flops_per_token'] / 1e6:.2f} "
+            f"  {arm.name}: {start}{f['tokens']:,} tokens, {f['epochs']:.2f} epochs; {f['training_flops_per_token'] / 1e6:.2f} "
             f"MFLOP a token in training, {f['router_flops_per_token'] / 1e6:.3f} of them routers; "
             f"{f['parameters']:,} parameters, {f['active_parameters']:,} active; {step}, "
             f"{_interval(seconds)} a run, {_interval(seconds * len(study.seeds))} for all seeds"

@@ -6,6 +6,7 @@
 Both read the study from DIR/description.json. Exit codes are those of train.py.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -26,7 +27,7 @@ def main(argv: list[str]) -> int:
     """Does what the arguments say; returns the exit code."""
     absl_flags.FLAGS.mark_as_parsed()  # grain reads flags of its own
     threading.Thread(target=_follow_parent, args=(os.getppid(),), daemon=True).start()
-    from moe_jax.study.plan import load_description
+    from moe_jax.study.description import load_description
 
     kind, workdir, *rest = argv
     try:
@@ -48,36 +49,40 @@ def _follow_parent(parent: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def train(study: Study, workdir: str, arm: str, seed: int) -> int:
-    """Trains a run, or goes on; then scores all of its validation text into validation.json.
+def train(study: Study, workdir: str, name: str, seed: int) -> int:
+    """Trains a run, or goes on; then scores the validation text of the study's sources into validation.json.
 
     An arm that scores the runs of another trains nothing: its folder has the scores, log.txt, and failed.json if it failed.
 
     Raises:
-      ConfigError: the other's run is not finished.
+      ConfigError: the run that it starts from, or scores, is not finished.
     """
     from moe_jax.data import open_data
+    from moe_jax.data.hashing import digest, hash64
     from moe_jax.evaluate import evaluate_sets, finite
     from moe_jax.study.plan import run_config, run_folder
     from moe_jax.train.loop import fit
     from moe_jax.train.metrics import write_whole
     from moe_jax.train.restore import load_run
 
-    config, folder = run_config(study, study.arm(arm), seed), run_folder(workdir, arm, seed)
-    if other := study.arm(arm).scores:
-        trained = run_folder(workdir, other, seed)
-        if not (trained / VALIDATION).exists():
-            raise ConfigError(f"arm {arm} scores", other, f"its run of seed {seed} is not finished", f"see {trained}")
+    arm = study.arm(name)
+    config, folder = run_config(study, arm, seed, workdir), run_folder(workdir, name, seed)
+    if other := study.needs(arm):
+        needed = run_folder(workdir, other, seed)
+        if not (needed / VALIDATION).exists():
+            field = "scores" if arm.scores else "starts_from"
+            raise ConfigError(f"arm {name} {field}", other, f"its run of seed {seed} is not finished", f"see {needed}")
+    trained = run_folder(workdir, arm.scores, seed) if arm.scores else folder
+    if arm.scores:
         folder.mkdir(parents=True, exist_ok=True)
-    else:
-        trained = folder
-        if code := fit(config, str(folder)):
-            return code
+    elif code := fit(config, str(folder)):
+        return code
     run = load_run(trained, config)
-    sets = open_data(config.data, tokenizer=run.tokenizer, splits=("validation",)).evaluation("validation")
+    data = dataclasses.replace(config.data, sources=study.base.data.sources)
+    sets = open_data(data, tokenizer=run.tokenizer, splits=("validation",)).evaluation("validation")
     scores = evaluate_sets(run, sets, show_progress=True)
-    for name, one in sets.items():
-        scores[name]["digest"] = one.digest
+    for source, one in sets.items():  # `text` does not depend on the tokenizer
+        scores[source] |= {"digest": one.digest, "text": digest(*map(hash64, one.texts()))}
     text = json.dumps(finite({"step": run.step, "sources": scores}), indent=1, allow_nan=False)
     write_whole(folder / VALIDATION, text)
     return 0
@@ -89,15 +94,18 @@ def time_arms(study: Study, workdir: str, phase: str, rounds: int) -> int:
     from moe_jax.study.plan import run_config
     from moe_jax.train.metrics import write_whole
 
-    seed = study.seeds[0]
-    configs = {arm.name: run_config(study, arm, seed) for arm in study.trained()}
-    workdirs = None
+    seed, workdirs, starts = study.seeds[0], None, {}
+    configs = {arm.name: run_config(study, arm, seed, workdir) for arm in study.trained()}
     if phase == "after":
         workdirs = finished_folders(study, workdir)
         configs = {name: config for name, config in configs.items() if name in workdirs}
-    name = timing_fingerprint(study, workdir, phase, rounds)
-    result = measure(configs, study.epochs_limit, rounds, workdirs)
-    text = json.dumps({"fingerprint": name} | result, indent=1)
+    else:  # no run is there yet to start from
+        starts = {arm.name: own.starts_from for arm in study.trained() if (own := study.defined_by(arm)).starts_from}
+        for name in starts:
+            setattr(configs[name].init, study.defined_by(study.arm(name)).start, "")
+    identity = timing_fingerprint(study, workdir, phase, rounds)
+    result = measure(configs, study.epochs_limit, rounds, workdirs, starts)
+    text = json.dumps({"fingerprint": identity} | result, indent=1)
     write_whole(pathlib.Path(workdir) / f"timing_{phase}.json", text)
     return 0
 
@@ -112,12 +120,11 @@ def finished_folders(study: Study, workdir: str) -> dict[str, str]:
 
 def timing_fingerprint(study: Study, workdir: str, phase: str, rounds: int) -> str:
     """Identifies what a timing measures: the arms, the runs, the versions and the machine."""
-    import dataclasses
-
+    from moe_jax.config.study import arm_to_dict
     from moe_jax.study.plan import fingerprint
     from moe_jax.study.timing import PACKAGES, place
 
-    arms = [dataclasses.asdict(arm) for arm in study.trained()]
+    arms = [arm_to_dict(arm) for arm in study.trained()]
     runs = sorted(finished_folders(study, workdir)) if phase == "after" else []
     return fingerprint(study.base, arms, study.seeds[0], runs, rounds, place(PACKAGES))
 

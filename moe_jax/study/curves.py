@@ -4,18 +4,34 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from moe_jax.config.study import Curve
+from moe_jax.study.metrics import METRICS
 from moe_jax.study.statistics import Interval, t_interval
 
 Runs = dict[tuple[str, int], dict[str, Any]]
 
 
+def same_tokens(run: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two finished runs were scored on the same tokens; the text is the same, their tokenizers may not be."""
+    tokens = lambda one: {name: source["digest"] for name, source in one["sources"].items()}
+    return tokens(run) == tokens(other)
+
+
 def paired(
-    runs: Runs, seeds: Sequence[int], arm: str, other: str, value: Callable[[dict[str, Any]], float | None]
+    runs: Runs,
+    seeds: Sequence[int],
+    arm: str,
+    other: str,
+    value: Callable[[dict[str, Any]], float | None],
+    per_token: bool,
 ) -> Interval | None:
-    """The interval of `value` of an arm minus that of another, over the seeds that both have finished."""
+    """The interval of `value` of an arm minus that of another, over the seeds that both have finished.
+
+    per_token: such a value compares only where the tokens are the same.
+    """
     pairs = [(runs[arm, seed], runs[other, seed]) for seed in seeds]
-    both = [(value(a), value(b)) for a, b in pairs if a["state"] == b["state"] == "done"]
-    return t_interval([a - b for a, b in both if a is not None and b is not None])
+    both = [(a, b) for a, b in pairs if a["state"] == b["state"] == "done" and (same_tokens(a, b) or not per_token)]
+    values = [(value(a), value(b)) for a, b in both]
+    return t_interval([a - b for a, b in values if a is not None and b is not None])
 
 
 def collect_curve(curve: Curve, runs: Runs, seeds: Sequence[int]) -> dict[str, Any]:
@@ -35,7 +51,8 @@ def collect_curve(curve: Curve, runs: Runs, seeds: Sequence[int]) -> dict[str, A
                 get = lambda run: run.get(metric)
                 done = [get(runs[arm, seed]) for seed in seeds if runs[arm, seed]["state"] == "done"]
                 point["value"][metric] = t_interval([value for value in done if value is not None])
-                difference = lambda other: other and paired(runs, seeds, arm, other, get)
+                per_token = METRICS[metric].per_token
+                difference = lambda other: other and paired(runs, seeds, arm, other, get, per_token)
                 point["step"][metric] = difference(before)
                 point["across"][metric] = difference(first.get(x) if lines else None)
             points.append(point)

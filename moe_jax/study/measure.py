@@ -11,14 +11,14 @@ import jax
 from absl import logging
 
 from moe_jax.config import Config, ConfigError, to_dict
-from moe_jax.data import TextData, open_data
+from moe_jax.data import TextData, Tokenizer, open_data
 from moe_jax.models import MODELS
 from moe_jax.models.flops import active_parameters, router_flops_per_token, training_flops_per_token
 from moe_jax.parallel.mesh import mesh_from_config, start_devices
 from moe_jax.parallel.rules import local_rows, put_batch
 from moe_jax.study.plan import fingerprint
 from moe_jax.study.timing import environment, interleaved, median
-from moe_jax.train.checkpoint import Checkpoints
+from moe_jax.train.checkpoint import Checkpoints, load_meta
 from moe_jax.train.evaluation import batch_count
 from moe_jax.train.start import inherited_tokenizer
 from moe_jax.train.state import abstract_state, place_state, total_bytes
@@ -59,15 +59,26 @@ class Stepper:
         return metrics["loss"]
 
 
-def open_texts(configs: dict[str, Config]) -> dict[str, TextData]:
-    """The text of every config by name, opened once where it is the same."""
+def open_texts(configs: dict[str, Config], workdirs: dict[str, str], starts: dict[str, str]) -> dict[str, TextData]:
+    """The text of every config by name, opened once where it is the same; the rest of the arguments are those of `measure`."""
     opened, texts = {}, {}
-    for name, config in configs.items():
-        key = fingerprint(to_dict(config.data), to_dict(config.init))
+
+    def text(name: str) -> TextData:
+        if name in texts:
+            return texts[name]
+        config = configs[name]
+        # Which tokenizer `init.include` leaves is known once the run has begun; until then its own stands for it.
+        if name in starts and not config.init.include:
+            tokenizer = text(starts[name]).tokenizer
+        else:
+            saved = load_meta(workdirs[name])["tokenizer"] if name in workdirs else None
+            tokenizer = Tokenizer.from_json(saved) if saved else inherited_tokenizer(config)
+        key = fingerprint(to_dict(config.data), tokenizer and tokenizer.to_json())
         if key not in opened:
-            opened[key] = open_data(config.data, tokenizer=inherited_tokenizer(config))
-        texts[name] = opened[key]
-    return texts
+            opened[key] = open_data(config.data, tokenizer=tokenizer)
+        return texts.setdefault(name, opened[key])
+
+    return {name: text(name) for name in configs}
 
 
 def epochs(config: Config, data: TextData) -> float:
@@ -109,7 +120,11 @@ def facts(config: Config, data: TextData) -> dict[str, Any]:
 
 
 def measure(
-    configs: dict[str, Config], epochs_limit: float, rounds: int, workdirs: dict[str, str] | None = None
+    configs: dict[str, Config],
+    epochs_limit: float,
+    rounds: int,
+    workdirs: dict[str, str] | None = None,
+    starts: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Facts and step times of every arm.
 
@@ -118,6 +133,7 @@ def measure(
       epochs_limit: passes over the text that no arm may exceed.
       rounds: turns of the interleaved times.
       workdirs: of finished runs by arm, whose last state is timed; None: a fresh one.
+      starts: arm -> the other one whose parameters and tokenizer its run will begin with.
 
     Returns:
       `environment`, `rounds`, and `arms`: for each the facts, `ms` (median of the interleaved steps), `runs_ms` (all),
@@ -127,7 +143,8 @@ def measure(
       ConfigError: too many epochs, a mesh that the devices do not fill, or text that cannot be read.
     """
     start_devices(next(iter(configs.values())).mesh)
-    texts = open_texts(configs)
+    workdirs = workdirs or {}
+    texts = open_texts(configs, workdirs, starts or {})
     arms = {name: facts(config, texts[name]) for name, config in configs.items()}
     for name, arm in arms.items():
         if arm["epochs"] > epochs_limit:
@@ -139,7 +156,7 @@ def measure(
     for name, config in configs.items():
         print(f"timing: compiling {name}", file=sys.stderr, flush=True)
         try:
-            steppers[name] = Stepper(config, texts[name], (workdirs or {}).get(name, ""))
+            steppers[name] = Stepper(config, texts[name], workdirs.get(name, ""))
             arms[name]["compile_seconds"] = steppers[name].compile_seconds
         except jax.errors.JaxRuntimeError as error:  # out of memory
             arms[name]["error"] = (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from moe_jax.study.summary import METRICS
+from moe_jax.study.metrics import METRICS
 
 # Okabe and Ito's colours, which most colour-blind people can tell apart, without yellow, which is hard to see on white.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -38,7 +38,7 @@ def draw(result: dict[str, Any], folder: pathlib.Path) -> list[str]:
 
 
 def style(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Colour and dashes of every arm, the same in all pictures; an A/A arm has its twin's colour, dotted."""
+    """Colour, dashes and label of every arm, the same in all pictures; an A/A arm has its twin's colour, dotted."""
     own = [row["arm"] for row in result["rows"] if not row["twin_of"]]
     styles = {
         name: {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i // len(COLOURS) % 3]} for i, name in enumerate(own)
@@ -46,6 +46,8 @@ def style(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     for row in result["rows"]:
         if row["twin_of"]:
             styles[row["arm"]] = {"color": styles[row["twin_of"]]["color"], "linestyle": ":"}
+        start = row.get("starts_from")
+        styles[row["arm"]]["label"] = f"{row['arm']} (from {start})" if start else row["arm"]
     return styles
 
 
@@ -76,7 +78,7 @@ def _plot(axis, curves: dict[str, np.ndarray], styles, scale: dict[str, float] |
             continue
         x = points[:, 0] * (scale[arm] if scale else 1.0)
         marker = "o" if len(x) < 15 else None
-        axis.plot(x, points[:, 1], label=arm, linewidth=1.6, marker=marker, markersize=3, **styles[arm])
+        axis.plot(x, points[:, 1], linewidth=1.6, marker=marker, markersize=3, **styles[arm])
         if styles[arm]["linestyle"] == ":":  # an A/A arm; its band would hide its twin's
             continue
         axis.fill_between(x, points[:, 2], points[:, 3], color=styles[arm]["color"], alpha=0.15, linewidth=0)
@@ -108,7 +110,7 @@ def loss(result: dict[str, Any]):
     axes[1].set_title("against training time", fontsize=11)
     axes[0].set_xlabel("optimizer steps")
     axes[1].set_xlabel("training time (s): steps times ms per step, timed in turns")
-    axes[0].set_ylabel("validation loss (nats per token)")
+    axes[0].set_ylabel(f"validation {METRICS['loss'].axis}")
     _title(figure, result, "Validation loss, mean and range over seeds")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=9)
@@ -172,27 +174,16 @@ def load(result: dict[str, Any]):
         axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()
     axis.set_xlabel("optimizer steps")
-    axis.set_ylabel("tokens of the fullest expert / mean of all")
+    axis.set_ylabel(METRICS["load"].axis)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper", fontsize=9)
     _title(axis, result, "Load, mean over layers; mean and range over seeds")
     return figure
 
 
 def curve(result: dict[str, Any], one: dict[str, Any]):
-    """Metrics of arms against a quantity, means and intervals over seeds.
-
-    A loss is drawn minus that of its arm's baseline, seed by seed: what a seed makes better or worse for all is no spread.
-    """
-    rows = {row["arm"]: row for row in result["rows"]}
-    own = {"mean": 0.0, "low": None, "high": None}
-
-    def interval(point, metric):
-        if metric != "loss" or not point["value"][metric]:
-            return point["value"][metric]
-        return own if rows[point["arm"]]["verdict"] == "baseline" else rows[point["arm"]]["difference"]
-
+    """Metrics of arms against a quantity, means and intervals over seeds; the numbers of the curve's table."""
     found = {
-        (i, metric): [(point["x"], value) for point in line["points"] if (value := interval(point, metric))]
+        (i, metric): [(point["x"], value) for point in line["points"] if (value := point["value"][metric])]
         for i, line in enumerate(one["lines"])
         for metric in one["metrics"]
     }
@@ -201,7 +192,7 @@ def curve(result: dict[str, Any], one: dict[str, Any]):
     count = len(one["metrics"])
     figure, axes = plt.subplots(1, count, figsize=(3 + 4 * count, 4.6), squeeze=False, layout="constrained")
     for axis, metric in zip(axes[0], one["metrics"]):
-        name, scale, _, unit = METRICS[metric]
+        scale = METRICS[metric].scale
         for i, line in enumerate(one["lines"]):
             points = found[i, metric]
             x, means = [x for x, _ in points], [scale * value["mean"] for _, value in points]
@@ -225,10 +216,10 @@ def curve(result: dict[str, Any], one: dict[str, Any]):
         axis.set_xticks(ticks, [f"{tick:,.6g}" for tick in ticks])
         axis.minorticks_off()
         axis.set_xlabel(one["x"])
-        axis.set_ylabel({"loss": "loss minus the baseline's (nats per token)"}.get(metric, f"{name}{' (%)' if unit else ''}"))
+        axis.set_ylabel(METRICS[metric].axis)
         axis.grid(color="0.9")
         axis.set_axisbelow(True)
-        if metric == "loss":
+        if METRICS[metric].minus_baseline:
             axis.axhline(0, color="0.4", linewidth=0.8)
     if len(one["lines"]) > 1:
         figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=9)

@@ -1,6 +1,5 @@
 """The child processes of a study: some at a time, with a bar over all of them; signals are passed on to them."""
 
-import collections
 import contextlib
 import json
 import os
@@ -12,10 +11,10 @@ import sys
 import threading
 import time
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
 
 import tqdm
 
+from moe_jax.study.schedule import Job, Schedule
 from moe_jax.train.metrics import FILE_NAME, write_whole
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -24,20 +23,6 @@ LOG = "log.txt"
 POLL_SECONDS = 0.1
 BAR_SECONDS = 2.0
 _STEP = re.compile(rb'^\{"step": (\d+)', re.MULTILINE)
-
-
-class Job(NamedTuple):
-    """A run to do: `command` in `folder`, of `steps` steps that are expected to take `seconds` in all.
-
-    last: it needs runs that are not: it starts once none of them is left.
-    """
-
-    name: str
-    command: list[str]
-    folder: pathlib.Path
-    steps: int
-    seconds: float
-    last: bool = False
 
 
 class Children:
@@ -115,23 +100,21 @@ def shares_of_cores(parallel: int) -> list[list[int]]:
 
 
 def run_jobs(jobs: Sequence[Job], parallel: int, children: Children, done: int = 0) -> dict[str, int]:
-    """Runs all jobs, `parallel` at a time, and returns their exit codes; those a signal kept from starting have none.
+    """Runs all jobs, `parallel` at a time, and returns the exit codes of those that began.
 
-    A job that fails leaves a failed.json in its folder, with its code and its last line; the others go on.
+    A job that fails leaves a failed.json in its folder, with its code and its last line. So does each that comes after it and can
+    not start, with the reason and no code. The others go on. After a signal no more start.
 
     Args:
-      jobs: in the order to start them; those that are `last` at the end.
+      jobs: in the order to start them, see `Schedule`.
       parallel: processes at once, each on its share of the cores.
       children: passes signals on.
       done: runs of the study that were finished before, for the bar.
     """
-    waiting, running, codes, free = collections.deque(jobs), {}, {}, shares_of_cores(parallel)
+    schedule, running, codes, free = Schedule(jobs, parallel), {}, {}, shares_of_cores(parallel)
     with Bar(jobs, done) as bar, contextlib.ExitStack() as logs:
-        while (waiting and not children.signum) or running:
-            while waiting and len(running) < parallel and not children.signum:
-                if waiting[0].last and not all(job.last for job, *_ in running.values()):
-                    break
-                job = waiting.popleft()
+        while (schedule and not children.signum) or running:
+            while len(running) < parallel and not children.signum and (job := schedule.pop()):
                 job.folder.mkdir(parents=True, exist_ok=True)
                 (job.folder / FAILED).unlink(missing_ok=True)
                 log = logs.enter_context(open(job.folder / LOG, "a"))
@@ -142,18 +125,24 @@ def run_jobs(jobs: Sequence[Job], parallel: int, children: Children, done: int =
                     job, began, cores = running.pop(process)
                     free.append(cores)
                     codes[job.name] = code
-                    if code and not children.signum:
-                        note_failure(job, code)
                     bar.finish(job, code, time.monotonic() - began)
+                    if code == 0:
+                        schedule.succeeded(job)
+                    elif not children.signum:
+                        note_failure(job, code, last_line(job.folder / LOG))
+                        for other, missing in schedule.failed(job):
+                            reason = f"not run: {missing.name} {'failed' if missing is job else 'was not run'}"
+                            note_failure(other, None, reason)
+                            bar.skip(other, reason)
             bar.update([job for job, *_ in running.values()])
             time.sleep(POLL_SECONDS)
     return codes
 
 
-def note_failure(job: Job, code: int) -> None:
-    """Writes failed.json."""
-    text = json.dumps({"code": code, "line": last_line(job.folder / LOG)})
-    write_whole(job.folder / FAILED, text)
+def note_failure(job: Job, code: int | None, line: str) -> None:
+    """Writes failed.json: why a run is not finished. code: None: it did not begin."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    write_whole(job.folder / FAILED, json.dumps({"code": code, "line": line}))
 
 
 def last_line(path: pathlib.Path) -> str:
@@ -175,14 +164,14 @@ def steps_done(folder: pathlib.Path) -> int:
 
 
 class Bar:
-    """Runs done, failed and the time left, on stderr: a bar on a terminal, elsewhere a line for each run that ends.
+    """Runs done, failed, not run and the time left, on stderr: a bar on a terminal, elsewhere a line for each run that ends.
 
     Counted in seconds that the runs are expected to take, which differ from arm to arm; what an earlier command did of
     a run is left out.
     """
 
     def __init__(self, jobs: Sequence[Job], done: int):
-        self.total, self.done, self.failed, self.looked = len(jobs) + done, done, 0, 0.0
+        self.total, self.done, self.failed, self.skipped, self.looked = len(jobs) + done, done, 0, 0, 0.0
         self.first = {job.name: steps_done(job.folder) for job in jobs}
         self.finished, self.live = 0.0, sys.stderr.isatty()
         self.tqdm = tqdm.tqdm(
@@ -214,13 +203,21 @@ class Bar:
         self.done += code == 0
         self.failed += code not in (0, 130, 143)
         self.finished += self._left(job, self.first[job.name])
+        what = "done" if code == 0 else f"exit code {code}: {last_line(job.folder / LOG)}"
+        self._say(f"{job.name}: {what}, {tqdm.tqdm.format_interval(seconds)}")
+
+    def skip(self, job: Job, reason: str) -> None:
+        """Counts a job that will not begin."""
+        self.skipped += 1
+        self.tqdm.total = max(self.tqdm.total - self._left(job, self.first[job.name]), self.finished)
+        self._say(f"{job.name}: {reason}")
+
+    def _say(self, line: str) -> None:
         self._describe()
         self._move(self.finished)
         numbers = self.tqdm.format_dict
         rate = numbers["elapsed"] / max(self.finished, 1e-9)
         left = tqdm.tqdm.format_interval(max(self.tqdm.total - self.finished, 0) * rate)
-        what = "done" if code == 0 else f"exit code {code}: {last_line(job.folder / LOG)}"
-        line = f"{job.name}: {what}, {tqdm.tqdm.format_interval(seconds)}"
         if self.live:
             self.tqdm.write(line, file=sys.stderr)
         else:
@@ -231,8 +228,9 @@ class Bar:
         return job.seconds * (1 - 0.95 * min(step / job.steps, 1))
 
     def _describe(self) -> None:
-        failed = f", {self.failed} failed" if self.failed else ""
-        self.tqdm.set_description(f"runs {self.done}/{self.total}{failed}", refresh=False)
+        counts = {"failed": self.failed, "not run": self.skipped}
+        others = "".join(f", {count} {name}" for name, count in counts.items() if count)
+        self.tqdm.set_description(f"runs {self.done}/{self.total}{others}", refresh=False)
 
     def _move(self, value: float) -> None:
         self.tqdm.update(max(value - self.tqdm.n, 0))

@@ -4,17 +4,12 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from moe_jax.study.metrics import METRICS
 from moe_jax.study.plan import flag
 from moe_jax.study.statistics import CONFIDENCE
 from moe_jax.study.timing import conditions
 
 NONE = "-"
-# Of a curve: what it is called, and how it is printed: times, format, unit.
-METRICS = {
-    "loss": ("loss", 1, ".4f", ""),
-    "usage": ("experts used", 100, ".1f", " %"),
-    "unevenness": ("unevenness, nats", 1, ".3f", ""),
-}
 
 
 def to_markdown(result: dict[str, Any], pictures: Sequence[str] = ()) -> str:
@@ -61,84 +56,67 @@ def evaluate(arm: str, settings: dict[str, Any]) -> str:
 
 
 def quality(result: dict[str, Any], rows: list[dict]) -> str:
-    """Loss, its difference, speed and time to the target."""
+    """Loss, its difference, speed, time to the target, and what it starts from."""
     study = result["study"]
     sources = list(dict.fromkeys(name for row in rows for name in row["sources"]))
     per_source = [f"loss, {name}" for name in sources] if len(sources) > 1 else []
     target = result["target"]["loss"]
     reach = f"s to loss {target:.4f} (rank)" if target is not None else "s to the target (rank)"
     percent = f"{100 * CONFIDENCE:.0f} %"
+    starts = ["starts from"] if any(row.get("starts_from") for row in rows) else []
     titles = [
         "arm",
         "seeds",
-        "loss",
+        METRICS["loss"].title,
         *per_source,
         f"difference [{percent}]",
         "",
-        "bits per byte",
+        METRICS["bits_per_byte"].title,
         "ms per step (ratio)",
         "tokens per s",
         reach,
+        *starts,
     ]
     body = []
     for row in rows:
-        extra = [number(row["sources"].get(name, {}).get("loss"), ".4f") for name in sources] if per_source else []
+        extra = [shown("loss", row["sources"].get(name, {}).get("loss")) for name in sources] if per_source else []
         ms = NONE if row["ms"] is None else f"{row['ms']:.1f}" + (f" ({row['ratio']:.2f})" if row["ratio"] else "")
         body.append(
             [
                 row["arm"],
                 str(row["runs"]),
-                number(row["loss"], ".4f"),
+                shown("loss", row["loss"]),
                 *extra,
                 differs(row, study),
                 judged(row),
-                number(row["bits_per_byte"], ".4f"),
+                shown("bits_per_byte", row["bits_per_byte"]),
                 ms,
                 number(row["tokens_per_second"], ",.0f"),
                 reached(row["time"]),
+                *([started(row)] if starts else []),
             ]
         )
     return table(titles, body)
 
 
+ROUTING = ("load", "load_worst", "dead_experts", "dropped", "entropy", "skipped")
+USE = ("usage", "unevenness")  # of one-neuron experts
+
+
 def routing(rows: list[dict]) -> str:
     """Sizes, FLOPs and what the routers did."""
-    titles = [
-        "arm",
-        "parameters, M",
-        "active, M",
-        "MFLOP a token",
-        "of them routers",
-        "load max/mean",
-        "worst layer",
-        "dead experts",
-        "dropped",
-        "entropy, nats",
-        "skipped steps",
-    ]
-    retrieves = any(row.get("usage") for row in rows)
-    titles += ["usage", "unevenness, nats"] if retrieves else []
+    metrics = ROUTING + (USE if any(row.get("usage") for row in rows) else ())
+    titles = ["arm", "parameters, M", "active, M", "MFLOP a token", "of them routers", *(METRICS[m].title for m in metrics)]
     body = []
     for row in rows:
         mega = [number(row[k] and row[k] / 1e6, ".3f") for k in ("parameters", "active_parameters")]
         flops = [number(row["training_flops_per_token"] and row["training_flops_per_token"] / 1e6, ".2f")]
         routers = row["router_flops_per_token"]
         flops.append(number(routers / 1e6 if routers else None, ".3f"))
-        worst = NONE if row["load_worst"] is None else f"{row['load_worst']:.2f} ({row['worst_layer']})"
-        body.append(
-            [
-                row["arm"],
-                *mega,
-                *flops,
-                number(row["load"], ".2f"),
-                worst,
-                number(row["dead_experts"], ".1f"),
-                NONE if row["dropped"] is None else f"{100 * row['dropped']:.2f} %",
-                number(row["entropy"], ".2f"),
-                number(row["skipped"], ".1f"),
-                *((interval(scaled(row["usage"], 100), ".1f", " %"), interval(row["unevenness"], ".3f")) if retrieves else ()),
-            ]
-        )
+        cells = {metric: shown(metric, row[metric]) for metric in metrics}
+        if row["load_worst"] is not None:
+            cells["load_worst"] += f" ({row['worst_layer']})"
+        body.append([row["arm"], *mega, *flops, *cells.values()])
     return table(titles, body)
 
 
@@ -148,17 +126,25 @@ def curve(one: dict[str, Any]) -> str:
     titles = [*(["line"] if several else []), one["x"], "arm"]
     first = one["lines"][0]["label"] if one["lines"] else ""
     for metric in one["metrics"]:
-        titles += [METRICS[metric][0], "to the point before", *([f"to {first}"] if several else [])]
+        titles += [METRICS[metric].title, "to the point before", *([f"to {first}"] if several else [])]
     body = []
     for line in one["lines"]:
         for point in line["points"]:
             cells = [*([line["label"]] if several else []), f"{point['x']:,.6g}", point["arm"]]
             for metric in one["metrics"]:
-                _, scale, form, unit = METRICS[metric]
-                show = lambda kind, sign: interval(scaled(point[kind][metric], scale), sign + form, unit)
-                cells += [show("value", ""), show("step", "+"), *([show("across", "+")] if several else [])]
+                cells += [shown(metric, point["value"][metric]), shown(metric, point["step"][metric], "+")]
+                cells += [shown(metric, point["across"][metric], "+")] if several else []
             body.append(cells)
     return f"**{one['title']}**\n\n{table(titles, body)}"
+
+
+def shown(metric: str, value: float | dict[str, Any] | None, sign: str = "") -> str:
+    """A metric's mean, or its interval, as tables print it; a difference has its sign."""
+    m = METRICS[metric]
+    form = ("+" if m.minus_baseline else sign) + m.form
+    if isinstance(value, dict):
+        return interval(scaled(value, m.scale), form, m.unit)
+    return NONE if value is None else f"{m.scale * value:{form}}{m.unit}"
 
 
 def scaled(value: dict[str, Any] | None, factor: float) -> dict[str, Any] | None:
@@ -177,13 +163,7 @@ def notes(result: dict[str, Any], study: dict[str, Any]) -> str:
         "Loss: nats per token on the whole validation text, mean over seeds. Difference: to "
         f"{study['baseline']}{other}, paired by seed, with Student's interval; not corrected for the number of arms."
     ]
-    settings = {arm["name"]: arm["settings"] for arm in study["arms"]}
-    for row in rows:
-        if row.get("scores"):
-            texts.append(
-                f"{row['arm']}: the runs of {row['scores']}, scored once more with another evaluation: "
-                f"`{evaluate(row['scores'], settings[row['arm']])}`."
-            )
+    texts += notes_of_arms(rows, study)
     twins = [row for row in rows if row["twin_of"]]
     if band is not None:
         texts.append(
@@ -211,19 +191,63 @@ def notes(result: dict[str, Any], study: dict[str, Any]) -> str:
     )
     if any(row.get("usage") for row in rows):
         texts.append(
-            "Usage: the share of one-neuron experts that any token of a source's whole validation text retrieves; "
+            "Experts used: the share of one-neuron experts that any token of a source's whole validation text retrieves; "
             "unevenness: the divergence of their shares of the gates from even ones; both means over the sources by their "
             "tokens. Their routers' FLOPs: queries, and scores of half keys."
         )
     return " ".join(texts)
 
 
+def notes_of_arms(rows: list[dict], study: dict[str, Any]) -> list[str]:
+    """What sets single arms apart: whose runs they score or start from, their text and their tokens."""
+    texts, settings = [], {arm["name"]: arm["settings"] for arm in study["arms"]}
+    for row in rows:
+        if row.get("scores"):
+            texts.append(
+                f"{row['arm']}: the runs of {row['scores']}, scored once more with another evaluation: "
+                f"`{evaluate(row['scores'], settings[row['arm']])}`."
+            )
+    if any(row.get("starts_from") for row in rows):
+        texts.append(
+            "Starts from: the arm whose finished run of the same seed a run begins with, and what the training of all runs "
+            "before its own has cost; tokens, FLOPs and seconds elsewhere are without it, and such an arm has no rank."
+        )
+    if own := [row["arm"] for row in rows if row.get("own_sources")]:
+        texts.append(
+            f"{', '.join(own)}: trained on other text, scored on that of the study's sources; what they evaluate in training is "
+            "not compared."
+        )
+    if others := [row["arm"] for row in rows if other_tokens(row)]:
+        texts.append(
+            f"{', '.join(others)}: another tokenizer than the baseline's. Losses of other tokens do not compare; bits per byte "
+            "do, without the A/A band, which is in nats per token. Pictures of losses are without these arms."
+        )
+    return texts
+
+
 def differs(row: dict[str, Any], study: dict[str, Any]) -> str:
     """The difference to the baseline; nothing for a twin of it that is the same to the last bit."""
     baseline = row.get("baseline", study["baseline"])
-    same = row["twin_of"] == baseline and row["aa"] and row["aa"]["identical"]
-    other = f" to {baseline}" if row["difference"] and baseline != study["baseline"] else ""
-    return NONE if same else interval(row["difference"], "+.4f") + other
+    if row["twin_of"] == baseline and row["aa"] and row["aa"]["identical"]:
+        return NONE
+    other = f" to {baseline}" if baseline != study["baseline"] else ""
+    if other_tokens(row):
+        return shown("bits_difference", row["bits_difference"]) + " bits per byte" + other
+    return shown("difference", row["difference"]) + (other if row["difference"] else "")
+
+
+def other_tokens(row: dict[str, Any]) -> bool:
+    """Whether an arm has other tokens than its baseline, so that they compare in bits per byte alone."""
+    return row["difference"] is None and row.get("bits_difference") is not None
+
+
+def started(row: dict[str, Any]) -> str:
+    """'dense (20,480 tokens, 0.061 TFLOP, 12.3 s)': whose run a row starts from, and what all runs before its own have cost."""
+    if not row["starts_from"]:
+        return NONE
+    cost = row["start_cost"]
+    costs = f" ({cost['tokens']:,} tokens, {cost['flops'] / 1e12:.3g} TFLOP, {cost['seconds']:.3g} s)" if cost else ""
+    return row["starts_from"] + costs
 
 
 def judged(row: dict[str, Any]) -> str:

@@ -5,7 +5,8 @@ import math
 
 from moe_jax.config import Config, SourceConfig
 from moe_jax.config.study import Arm, Study
-from moe_jax.study.plan import run_folder, save_description
+from moe_jax.study.description import save_description
+from moe_jax.study.plan import run_folder
 from moe_jax.study.timing import place
 
 LAYER = "layer_01"
@@ -18,22 +19,24 @@ def make_study(**changes) -> Study:
     return Study(**{"base": config, "arms": arms, "baseline": "routed", "seeds": (3, 5)} | changes)
 
 
-def write_run(workdir, arm, seed, loss, curve, routed=True, digest="d", use=None) -> None:
+def write_run(workdir, arm, seed, loss, curve, routed=True, digest="d", use=None, text=None, tokens=1) -> None:
     """A finished run: validation losses {source: loss} on 100 tokens of a and 300 of b, 4 bits a token at loss 4 ln 2.
 
-    use: (usage, unevenness) on b; on a they are half of it.
+    use: (usage, unevenness) on b; on a they are half of it. text: its digest, which older runs have not. tokens: a byte has this
+      many times as many.
     """
     folder = run_folder(workdir, arm, seed)
     folder.mkdir(parents=True)
     sources = {
         name: {
             "loss": loss[name],
-            "tokens": tokens,
-            "bytes": 2 * tokens,
+            "tokens": count * tokens,
+            "bytes": 2 * count,
             "digest": f"{digest} {name}",
-            "bits_per_byte": loss[name] / math.log(2) / 2,
+            "bits_per_byte": loss[name] / math.log(2) * tokens / 2,
         }
-        for name, tokens in (("a", 100), ("b", 300))
+        | ({"text": f"{text} {name}"} if text else {})
+        for name, count in (("a", 100), ("b", 300))
     }
     for name, share in (("a", 0.5), ("b", 1.0)) if use else ():
         sources[name] |= {"router/usage": share * use[0], "router/unevenness": share * use[1]}

@@ -2,18 +2,19 @@
 
 import json
 import math
+import pathlib
 
 import numpy as np
 import pytest
 from matplotlib import pyplot as plt
 
 from benchmarks import table
-from moe_jax.config import ConfigError
+from moe_jax.config import Config, ConfigError, SourceConfig
 from moe_jax.config.study import Arm, Curve
 from moe_jax.study import __main__ as command
 from moe_jax.study.collect import collect
 from moe_jax.study.plan import run_folder
-from moe_jax.study.plots import bands, curve, draw
+from moe_jax.study.plots import bands, curve, draw, style
 from moe_jax.study.summary import tables, to_markdown
 from tests.study.small import LAYER, make_study, write_run, write_study, write_timing
 
@@ -161,6 +162,125 @@ def test_other_text_is_refused(tmp_path):
         collect(tmp_path)
 
 
+def test_a_run_that_was_not_begun(tmp_path):
+    """It is missing and not failed, with the reason."""
+    study = make_study(arms=(Arm("routed"), Arm("next", starts_from="routed")))
+    write_study(tmp_path, study)
+    for arm, code, line in (("routed", 1, "error: 10 steps in a row"), ("next", None, "not run: routed seed 3 failed")):
+        folder = run_folder(tmp_path, arm, 3)
+        folder.mkdir(parents=True)
+        (folder / "failed.json").write_text(json.dumps({"code": code, "line": line}))
+    result = collect(tmp_path)
+    assert result["counts"] == {"runs": 4, "done": 0, "failed": 1, "missing": 3}
+    reasons = "routed seed 3: error: 10 steps in a row next seed 3: not run: routed seed 3 failed"
+    assert f"**3 of 4 runs are missing, 1 failed.** {reasons}" in tables(result)
+
+
+def test_what_a_start_has_cost(tmp_path):
+    """A chain of three; the A/A arm of the last has the same cost. None has a rank but what begins afresh."""
+    dense, middle = Arm("dense"), Arm("middle", starts_from="dense", start="upcycle_from")
+    arms = dense, middle, Arm("last", starts_from="middle"), Arm("again", twin_of="last"), Arm("s", scores="middle")
+    write_study(tmp_path, make_study(arms=arms, baseline="dense"))
+    times = {"dense": 100.0, "middle": 250.0, "last": 10.0, "again": 10.0}
+    for name in (*times, "s"):
+        for seed in (3, 5):
+            write_run(tmp_path, name, seed, {"a": 2.0, "b": 2.0}, [] if name == "s" else [(40, 2.0)])
+    write_timing(tmp_path, "before", times)
+    result = collect(tmp_path)
+    rows = by_arm(result)
+    # 40 steps of 20,480 tokens at 3 MFLOP each.
+    first = {"tokens": 20480, "flops": 20480 * 3e6, "seconds": 4.0}
+    both = {"tokens": 40960, "flops": 40960 * 3e6, "seconds": 14.0}
+    expected = {
+        "dense": ("", None),
+        "middle": ("dense", first),
+        "last": ("middle", both),
+        "again": ("middle", both),
+        "s": ("dense", first),
+    }
+    assert {name: (row["starts_from"], row["start_cost"]) for name, row in rows.items()} == {
+        name: (start, cost and pytest.approx(cost)) for name, (start, cost) in expected.items()
+    }
+    assert [name for name, row in rows.items() if row["time"]["rank"]] == ["dense"]
+    text = tables(result)
+    assert "(rank) | starts from |" in text and "| - |\n| middle |" in text
+    assert "| middle (40,960 tokens, 0.123 TFLOP, 14 s) |" in text and "such an arm has no rank" in text
+    assert style(result)["middle"]["label"] == "middle (from dense)" and style(result)["dense"]["label"] == "dense"
+
+
+def test_other_tokens_compare_in_bits_per_byte(tmp_path):
+    """`small` has twice the tokens of the others on the same text, so half the loss at equal bits per byte."""
+    arms = Arm("dense"), Arm("other"), Arm("small"), Arm("smaller", baseline="small")
+    lines = {"": {"dense": 1, "small": 2, "smaller": 4}}
+    curve = Curve("sizes", "Sizes", "x", lines, ("loss", "bits_per_byte", "difference", "bits_difference"))
+    write_study(tmp_path, make_study(arms=arms, baseline="dense", curves=(curve,)))
+    losses = {"dense": 3.0, "other": 2.9, "small": 1.4, "smaller": 1.3}
+    for name, loss in losses.items():
+        tokens = {"digest": "e", "tokens": 2} if name.startswith("small") else {}
+        for i, seed in enumerate((3, 5)):
+            write_run(tmp_path, name, seed, {"a": loss + i, "b": loss + i}, [(20, 9.0), (40, loss)], text="t", **tokens)
+    write_timing(tmp_path, "before", dict.fromkeys(losses, 100.0))
+    result = collect(tmp_path)
+    rows = by_arm(result)
+    bit = math.log(2)
+    assert rows["other"]["difference"]["mean"] == pytest.approx(-0.1)
+    assert rows["small"]["difference"] is None and rows["small"]["sources"]["a"]["difference"] is None
+    # 2.8 nats against 3 with the first seed, 4.8 against 4 with the second, in the bytes of one of dense's tokens.
+    assert rows["small"]["bits_difference"]["mean"] == pytest.approx((-0.2 + 0.8) / 2 / bit / 2)
+    assert rows["small"]["verdict"] == "not resolved" and rows["small"]["time"]["of"] == 0
+    assert rows["smaller"]["difference"]["mean"] == pytest.approx(-0.1) and rows["smaller"]["verdict"] == "resolved"
+    assert set(bands(result, "curve")) == {"dense", "other"}
+    points = {point["arm"]: point for point in result["curves"][0]["lines"][0]["points"]}
+    assert points["small"]["step"]["loss"] is None and points["smaller"]["step"]["loss"]["mean"] == pytest.approx(-0.1)
+    assert points["small"]["value"]["difference"] is None
+    step = points["small"]["step"]["bits_per_byte"]
+    assert step == points["small"]["step"]["bits_difference"] == pytest.approx(rows["small"]["bits_difference"])
+    text = tables(result)
+    row = next(line for line in text.splitlines() if line.startswith("| small |"))
+    assert "| 1.9000 | +0.2164 [-" in row and "] bits per byte | not resolved |" in row and row.endswith("| - |")
+    assert " small: another tokenizer than the baseline's." in text
+
+
+def test_other_text_under_any_tokens_is_refused(tmp_path):
+    write_study(tmp_path, make_study())
+    write_run(tmp_path, "routed", 3, {"a": 2.0, "b": 3.0}, [], text="t")
+    write_run(tmp_path, "dense", 3, {"a": 2.0, "b": 3.0}, [], digest="e", text="t")
+    collect(tmp_path)
+    write_run(tmp_path, "dense", 5, {"a": 2.0, "b": 3.0}, [], digest="e", text="u")
+    with pytest.raises(ConfigError, match="dense seed 5 was scored on other text of a than routed seed 3"):
+        collect(tmp_path)
+
+
+def test_an_arm_of_other_text_has_no_curve(tmp_path):
+    """It is scored on the study's; what it evaluates in training is its own."""
+    other = Config()
+    other.data.sources = (SourceConfig(name="a", files="x.txt"),)
+    arms = Arm("routed"), Arm("elsewhere", base=other), Arm("more", {"data.sources[0].weight": 2.0})
+    write_study(tmp_path, make_study(arms=arms))
+    for arm in arms:
+        for seed in (3, 5):
+            write_run(tmp_path, arm.name, seed, {"a": 2.0, "b": 3.0}, [(20, 3.0), (40, 2.5)])
+    result = collect(tmp_path)
+    rows = by_arm(result)
+    assert set(bands(result, "curve")) == {"routed", "more"}
+    assert [rows[arm.name]["time"]["of"] for arm in arms] == [2, 0, 2]
+    assert rows["elsewhere"]["difference"]["mean"] == 0
+    assert " elsewhere: trained on other text, scored on that of the study's sources" in tables(result)
+
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(
+    "name, page",
+    [("routers", "README.md"), ("peer", "benchmarks/studies/peer.md"), ("peer_rate", "benchmarks/studies/peer.md")],
+)
+def test_the_results_of_this_repository(name, page):
+    """Results of older studies can still be read, and the page that shows them has what they say."""
+    result = json.loads((ROOT / "benchmarks" / "studies" / f"{name}.json").read_text())
+    assert tables(result) in (ROOT / page).read_text()
+
+
 def write_pools(workdir, seeds=(3, 5)):
     """dense; pools of 1 and 4 of two kinds, b0 only with the larger one; a run scored twice; half as many steps."""
     half = {"train.steps": 20}
@@ -174,7 +294,10 @@ def write_pools(workdir, seeds=(3, 5)):
         Arm("a4_half", half, baseline="dense_half"),
     )
     lines = {"a": {"a4": 4, "a1": 1}, "b": {"b4": 4}}
-    curves = (Curve("pool", "Pools", "experts", lines, ("loss", "unevenness")), Curve("lone", "Alone", "x", {"": {"dense": 1}}))
+    curves = (
+        Curve("pool", "Pools", "experts", lines, ("loss", "unevenness", "difference")),
+        Curve("lone", "Alone", "x", {"": {"dense": 1}}),
+    )
     write_study(workdir, make_study(arms=arms, baseline="dense", seeds=seeds, curves=curves, shown=("dense", "a4")))
     losses = {"dense": 3.0, "a1": 2.9, "a4": 2.5, "b4": 2.6, "b4_again": 2.8, "dense_half": 3.5, "a4_half": 3.1}
     for name, loss in losses.items():
@@ -206,8 +329,14 @@ def test_curves(tmp_path):
     assert points["b4"]["across"]["unevenness"]["mean"] == pytest.approx(0.525 - 0.7)
     text = tables(result)
     assert (
-        "| line | experts | arm | loss | to the point before | to a | unevenness, nats | to the point before | to a |" in text
+        "| line | experts | arm | loss | to the point before | to a | unevenness, nats | to the point before | to a "
+        "| loss minus the baseline's | to the point before | to a |" in text
     )
+    # Against dense's 3.0 and 4.0 the differences are -0.5 and -0.6, and those to the point before those of the losses.
+    assert points["a4"]["value"]["difference"] == pytest.approx(
+        {name: value - 0.1 * (name != "n") for name, value in expected.items()}
+    )
+    assert points["a4"]["step"]["difference"] == pytest.approx(expected)
     assert "| b | 4 | b4 | 3.1000 [" in text and "| 87.5" not in text and "| 70.0 [70.0, 70.0] % |" in text
 
 
@@ -239,15 +368,22 @@ def test_pictures_of_curves(tmp_path):
     assert draw(result, tmp_path) == ["loss.png", "differences.png", "pool.png", "lone.png"]
     assert set(bands(result, "curve")) == {"dense", "a4"}  # what the study shows
     figure = curve(result, result["curves"][0])
-    left, right = figure.axes
-    assert left.get_xscale() == "log" and [text.get_text() for text in left.get_xticklabels()] == ["1", "4"]
-    a, b = left.containers
+    loss, unevenness, minus = figure.axes
+    # A picture shows the numbers of the table, and its axis says which they are.
+    assert [axis.get_ylabel() for axis in figure.axes] == [
+        "loss (nats per token)",
+        "unevenness (nats)",
+        "loss minus the baseline's (nats per token)",
+    ]
+    np.testing.assert_allclose(loss.containers[0].lines[0].get_xydata(), [[1, 3.4], [4, 2.95]])
+    assert minus.get_xscale() == "log" and [text.get_text() for text in minus.get_xticklabels()] == ["1", "4"]
+    a, b = minus.containers
     # Losses of 3.4, 2.95 and 3.1, and 3.5 of the baseline, whose seeds differ as theirs do.
     np.testing.assert_allclose(a.lines[0].get_xydata(), [[1, -0.1], [4, -0.55]])
     np.testing.assert_allclose(b.lines[0].get_xydata(), [[4, -0.4]])
     ends = [path.vertices[:, 1] for path in a.lines[2][0].get_paths()]
     np.testing.assert_allclose(ends[1], [-0.55 - 0.05 * T1, -0.55 + 0.05 * T1])
-    np.testing.assert_allclose(right.containers[0].lines[0].get_xydata()[:, 1], [0.35, 0.7])
+    np.testing.assert_allclose(unevenness.containers[0].lines[0].get_xydata()[:, 1], [0.35, 0.7])
     plt.close(figure)
     for run in result["runs"]:
         run["state"] = "missing"

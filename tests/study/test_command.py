@@ -117,8 +117,7 @@ def test_runs_scored_once_more(file, tmp_path):
     scoring.write_text(file.read_text().replace('Arm("twin", twin_of="routed")', others))
     out, err = study(f"--config={scoring}", "--config.train.steps=20", "--config.train.eval_every=10", f"--workdir={tmp_path}")
     assert "timing the steps of 2 arms" in err and "same: the runs of routed, scored once more" in err
-    assert "runs 1/4  routed seed 0: done" in err and "runs 4/4  capped seed 0: done" in err
-    assert err.index("dense seed 0: done") < err.index("same seed 0: done")
+    assert "runs 1/4  routed seed 0: done" in err and "runs 2/4  same seed 0: done" in err and "runs 4/4  dense seed 0" in err
     assert not (tmp_path / "runs" / "same" / "seed_0" / "checkpoints").exists()
     losses = {run["arm"]: run["loss"] for run in json.loads((tmp_path / "study.json").read_text())["runs"]}
     assert losses["same"] == losses["routed"] != losses["capped"]
@@ -141,3 +140,52 @@ def test_failures(file, tmp_path):
     out, err = study(f"--config={diverging}", *small, expect=1)
     assert "dense seed 0: exit code 1: error: 10 steps in a row" in err and "1 failed" in err
     assert "**0 of 2 runs are missing, 1 failed.** dense seed 0: error: 10 steps" in out
+
+
+CHAIN = """
+    other = copy.deepcopy(config)
+    other.data.sources = (c.SourceConfig(name="other", files="{folder}/other.txt", document="paragraph"),)
+    arms = (
+        Arm("tuned", {{"optimizer.learning_rate": 1e-6, "train.steps": 10}}, base=other, starts_from="upcycled"),
+        Arm("upcycled", starts_from="dense", start="upcycle_from"),
+        Arm("dense", {{"model.pattern": "dense,dense"}}),
+    )
+    return Study(config, arms, "dense", seeds=(0,))
+"""
+
+
+def test_runs_that_start_from_others(file, tmp_path):
+    """Dense, upcycled from it, and that trained further on other text."""
+    rng = np.random.default_rng(1)
+    (file.parent / "other.txt").write_text("\n\n".join(" ".join(map(str, row)) for row in rng.integers(1, 999, (2000, 12))))
+    chain = file.with_name("chain.py")
+    chain.write_text("import copy\n" + file.read_text().partition("    arms = ")[0] + CHAIN.format(folder=file.parent)[1:])
+    arguments = [f"--config={chain}", f"--workdir={tmp_path}", "--config.train.steps=20", "--config.train.eval_every=10"]
+    out, err = study(*arguments, "--jobs=2")
+    assert "tuned: starts from upcycled; " in err and "runs 3/3" in err
+    ends = [err.index(f"{name} seed 0: done") for name in ("dense", "upcycled", "tuned")]
+    assert ends == sorted(ends)
+    runs = {name: tmp_path / "runs" / name / "seed_0" for name in ("dense", "upcycled", "tuned")}
+    logs = {name: (folder / "log.txt").read_text() for name, folder in runs.items()}
+    assert f"upcycled from {runs['dense']} step 20" in logs["upcycled"] and "what the dense one does" in logs["upcycled"]
+    assert f"from {runs['upcycled']} step 20" in logs["tuned"] and "other train: " in logs["tuned"]
+
+    rows = {row["arm"]: row for row in json.loads((tmp_path / "study.json").read_text())["rows"]}
+    # All are scored on the study's text. At a rate that changes nothing the last run keeps the loss that it starts with.
+    assert [list(row["sources"]) for row in rows.values()] == [["numbers"]] * 3
+    assert rows["tuned"]["loss"] == pytest.approx(rows["upcycled"]["loss"], abs=1e-3)
+    assert rows["upcycled"]["loss"] < rows["dense"]["loss"] - 0.01
+    assert [rows[name]["starts_from"] for name in runs] == ["", "dense", "upcycled"]
+    assert [rows[name]["own_sources"] for name in runs] == [False, False, True]
+    assert rows["tuned"]["start_cost"]["tokens"] == 2 * 20 * 16 * 32 and "| dense (10,240 tokens, " in out
+
+    # Once the dense run cannot be had again, what needs it is not run.
+    for folder in runs.values():
+        (folder / "validation.json").unlink()
+    shutil.rmtree(runs["dense"] / "checkpoints")
+    (runs["dense"] / "checkpoints").write_text("no folder")
+    out, err = study(*arguments, expect=1)
+    assert (
+        "upcycled seed 0: not run: dense seed 0 failed" in err and "tuned seed 0: not run: upcycled seed 0 was not run" in err
+    )
+    assert "**2 of 3 runs are missing, 1 failed.**" in out

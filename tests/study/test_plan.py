@@ -16,7 +16,8 @@ from moe_jax.config.study import Arm, Curve, study_from_dict, study_to_dict
 from moe_jax.models.decoder import Decoder
 from moe_jax.models.flops import training_flops_per_token
 from moe_jax.study import __main__ as command
-from moe_jax.study.plan import check_unchanged, load_description, prepare, run_config
+from moe_jax.study.description import check_unchanged, load_description
+from moe_jax.study.plan import prepare, run_config
 from tests.models.small import boxed_shapes
 from tests.study.small import make_study, write_study
 
@@ -111,7 +112,7 @@ def get_config(text="64"):
         ),
         (
             {"curves": (Curve("c", "t", "x", {"": {"dense": 1}}, ("speed",)),)},
-            "curve c metrics=speed: no metric of a run; use loss, usage",
+            "curve c metrics=speed: no metric of a run; use loss, bits_per_byte, usage",
         ),
         ({"full": {"model.widht": 1}, "scale": "full"}, "study full config.model.widht=1: no such field; did you mean"),
         ({"scale": "full"}, "--scale=full: the study has no settings for it"),
@@ -134,10 +135,14 @@ def test_refused(changes, message):
         ({"model.moe.top_k": 9}, "arm x config.model.moe.top_k=9: at most model.moe.experts=8; lower top_k"),
         ({"model.moe": 9}, "arm x config.model.moe=9: a section, not a field"),
         ({"model.width": [1]}, "arm x config.model.width=[1]: a list, not a bool, int, float or str"),
-        ({"seed": 1}, "arm x config.seed=1: all arms share it; set it in the study's base"),
-        ({"noise_seed": 1}, "arm x config.noise_seed=1: an A/A arm sets it; make an Arm with twin_of"),
-        ({"data.sources[0].weight": 2.0}, "arm x config.data.sources[0].weight=2.0: all arms share it"),
-        ({"data.vocab_size": 300}, "arm x config.data.vocab_size=300: all arms share it"),
+        ({"seed": 1}, "arm x config.seed=1: all arms share it: every arm is trained from every seed; name it in the study's"),
+        (
+            {"noise_seed": 1},
+            "arm x config.noise_seed=1: all arms share it: only an A/A arm has another; make an Arm with twin_of",
+        ),
+        ({"data.sequence_length": 8}, "arm x config.data.sequence_length=8: all arms share it: a token's loss depends on"),
+        ({"data.held_out_percent": 9.0}, "arm x config.data.held_out_percent=9.0: all arms share it: it parts the text"),
+        ({"data.sources[2].weight": 2.0}, "arm x config.data.sources[2].weight=2.0: data.sources has 2 items"),
     ],
 )
 def test_settings_are_those_of_the_command_line(settings, message):

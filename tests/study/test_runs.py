@@ -11,7 +11,8 @@ import time
 
 import pytest
 
-from moe_jax.study.runs import Children, Job, last_line, run_jobs, steps_done
+from moe_jax.study.runs import Children, last_line, run_jobs, steps_done
+from moe_jax.study.schedule import Job
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PLAIN = "import time; print('begin', flush=True); time.sleep(0.4); print('end')"
@@ -73,15 +74,25 @@ def test_side_by_side_each_has_its_own_cores(tmp_path):
     assert set(map(int, (tmp_path / "d" / "log.txt").read_text().split())) == os.sched_getaffinity(0)
 
 
-def test_last_ones_wait_in_the_same_bar(tmp_path, capfd):
-    times = "import time; print(time.monotonic()); time.sleep({}); print(time.monotonic())"
-    first = jobs(tmp_path, a=DIVERGES, b=times.format(0.5))
-    late = [job._replace(last=True) for job in jobs(tmp_path, c=times.format(0.5), d=times.format(0.5))]
-    assert run(first + late, parallel=2)[0] == {"a": 1, "b": 0, "c": 0, "d": 0}
-    b, c, d = (tuple(map(float, (tmp_path / n / "log.txt").read_text().split())) for n in "bcd")
-    assert b[1] < min(c[0], d[0]) and max(c[0], d[0]) < min(c[1], d[1])
-    lines = [line.split("  ")[0] for line in capfd.readouterr().err.splitlines()]
-    assert lines == ["runs 0/4, 1 failed", *(f"runs {done}/4, 1 failed" for done in (1, 2, 3))]
+def test_a_run_waits_for_those_that_it_needs(tmp_path, capfd):
+    """What needs a run that failed is not run, and says why; what needs that neither; the same jobs try it all again."""
+    times = "import time; print(time.monotonic()); time.sleep(0.5); print(time.monotonic())"
+    a, b, c, d, e = jobs(tmp_path, a=DIVERGES, b=times, c=times, d=times, e=times)
+    todo = [d._replace(after=("b", "gone before")), e._replace(after=("c",)), c._replace(after=("a",)), a, b]
+    assert run(todo, parallel=2)[0] == {"a": 1, "b": 0, "d": 0}
+    first, second = (tuple(map(float, (tmp_path / name / "log.txt").read_text().split())) for name in "bd")
+    assert first[1] < second[0]
+    note = lambda name: json.loads((tmp_path / name / "failed.json").read_text())
+    assert note("c") == {"code": None, "line": "not run: a failed"}
+    assert note("e") == {"code": None, "line": "not run: c was not run"}
+    lines = capfd.readouterr().err.splitlines()
+    counts = [line.split("  ")[0] for line in lines]
+    assert "runs 0/5, 1 failed, 1 not run" in counts and counts[-1] == "runs 2/5, 1 failed, 2 not run"
+    assert any("c: not run: a failed" in line for line in lines)
+    assert run([job if job.name != "a" else b._replace(name="a", folder=a.folder) for job in todo])[0] == dict.fromkeys(
+        "abcde", 0
+    )
+    assert not list(tmp_path.glob("*/failed.json"))
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
