@@ -86,6 +86,11 @@ def _skipped(sources: Scores, rows: Rows) -> int | None:
     return rows[-1]["skipped"] if rows else None
 
 
+def _counted_flops(sources: Scores, rows: Rows) -> float | None:
+    values = [row["flops_per_token"] for row in rows if row.get("flops_per_token") is not None]
+    return statistics.fmean(values) if values else None
+
+
 _LOSS, _BITS = "loss (nats per token)", "bits per byte"
 METRICS = {
     # Of the whole validation text.
@@ -110,6 +115,10 @@ METRICS = {
     "dead_experts": Metric("dead experts", "dead experts, all layers", ".1f", _late("dead_experts")),
     "dropped": Metric("dropped", "dropped (%)", ".2f", _late("dropped"), scale=100, unit=" %"),
     "entropy": Metric("entropy, nats", "entropy of the router (nats)", ".2f", _late("entropy")),
+    "experts_per_token": Metric("experts a token", "experts that ran for a token", ".2f", _late("experts_per_token")),
     # Of the whole of it.
+    "flops_per_token": Metric(
+        "MFLOP a token", "training FLOPs of a token, by the experts that ran (MFLOP)", ".2f", _counted_flops, scale=1e-6
+    ),
     "skipped": Metric("skipped steps", "skipped steps", ".1f", _skipped),
 }

@@ -105,15 +105,18 @@ USE = ("usage", "unevenness")  # of one-neuron experts
 
 def routing(rows: list[dict]) -> str:
     """Sizes, FLOPs and what the routers did."""
-    metrics = ROUTING + (USE if any(row.get("usage") for row in rows) else ())
+    metrics = ROUTING + (("experts_per_token",) if any(row.get("experts_per_token") for row in rows) else ())
+    metrics += USE if any(row.get("usage") for row in rows) else ()
     titles = ["arm", "parameters, M", "active, M", "MFLOP a token", "of them routers", *(METRICS[m].title for m in metrics)]
     body = []
     for row in rows:
         mega = [number(row[k] and row[k] / 1e6, ".3f") for k in ("parameters", "active_parameters")]
-        flops = [number(row["training_flops_per_token"] and row["training_flops_per_token"] / 1e6, ".2f")]
+        # Of the experts that ran, where the router decides how many.
+        training = row.get("flops_per_token") or row["training_flops_per_token"]
+        flops = [number(training and training / 1e6, ".2f")]
         routers = row["router_flops_per_token"]
         flops.append(number(routers / 1e6 if routers else None, ".3f"))
-        cells = {metric: shown(metric, row[metric]) for metric in metrics}
+        cells = {metric: shown(metric, row.get(metric)) for metric in metrics}
         if row["load_worst"] is not None:
             cells["load_worst"] += f" ({row['worst_layer']})"
         body.append([row["arm"], *mega, *flops, *cells.values()])
@@ -185,8 +188,9 @@ def notes(result: dict[str, Any], study: dict[str, Any]) -> str:
             f"Target: {result['target']['how']}; seconds are the steps to it on the validation curve of training, "
             "interpolated, times ms per step."
         )
+    counted = ", or as many as ran where the router decides" if any(row.get("flops_per_token") for row in rows) else ""
     texts.append(
-        "FLOPs: forward and backward, K experts a token; routers D x E a routed layer. Load, dead experts (all layers), "
+        f"FLOPs: forward and backward, K experts a token{counted}; routers D x E a routed layer. Load, dead experts (all layers), "
         "dropped and entropy: means over the last quarter of training."
     )
     if any(row.get("usage") for row in rows):

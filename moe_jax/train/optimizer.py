@@ -74,7 +74,7 @@ def group_factors(config: OptimizerConfig, params: Any) -> tuple[Any, Any]:
         of_group, name = group_settings(config, path)[1], path.rsplit("/", 1)[-1]
         if of_group >= 0:
             return of_group
-        pool = re.search(r"(^|/)(peer|pool)/experts$", path)
+        pool = re.search(r"(^|/)(peer|pool|pool_\w+)/experts$", path)
         return 0.0 if pool or name in ("scale", "bias") or name.startswith("b_") else config.weight_decay
 
     paths = leaf_paths(params)

@@ -13,6 +13,7 @@ from moe_jax.config import Config, ConfigError, SourceConfig
 from moe_jax.config.study import Arm, Curve
 from moe_jax.study import __main__ as command
 from moe_jax.study.collect import collect
+from moe_jax.study.metrics import METRICS
 from moe_jax.study.plan import run_folder
 from moe_jax.study.plots import bands, curve, draw, style
 from moe_jax.study.summary import tables, to_markdown
@@ -427,3 +428,12 @@ def test_into_a_readme(tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             table.main([*arguments, f"--readme={readme}"])
         assert stop.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_flops_follow_the_experts_that_ran():
+    """Over all of training, where the rows have them; else the table has what the config plans."""
+    rows = [{"step": step, "router/load_max_over_mean": 1.0} for step in range(1, 9)]
+    read = lambda name, rows: METRICS[name].read({}, rows)
+    assert read("flops_per_token", rows) is None and read("experts_per_token", rows) is None
+    counted = [row | {"flops_per_token": 1e6 * row["step"], "router/experts_per_token": 0.5 * row["step"]} for row in rows]
+    assert read("flops_per_token", counted) == 4.5e6 and read("experts_per_token", counted) == pytest.approx(0.5 * 7.5)
