@@ -28,7 +28,7 @@ RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
 # JAX's moving parts outside compat.py, each with its reason.
 MOVING = {
     # The TPU kernel, imported where it is called, and a map over the mesh without the replication check.
-    "layers/attention.py": ("jax.experimental.pallas.ops.tpu.splash_attention", "jax.shard_map"),
+    "layers/attention_kernels.py": ("jax.experimental.pallas.ops.tpu.splash_attention", "jax.shard_map"),
     # Barriers and broadcasts between processes, imported only where there are several.
     "train/interrupt.py": ("jax.experimental.multihost_utils",),
     "train/checkpoint.py": ("jax.experimental.multihost_utils",),
@@ -142,7 +142,7 @@ def test_the_arrows():
         ("routing/x.py", "from jax.experimental.shard_map import shard_map"),
         ("routing/x.py", "import jax\njax.shard_map(f)"),
         ("layers/x.py", "from jax.experimental import pallas"),
-        ("layers/attention.py", "from jax.experimental import pallas"),
+        ("layers/attention_kernels.py", "from jax.experimental import pallas"),
         ("parallel/x.py", "from jax.sharding import AxisType"),
         ("novel/x.py", "import jax"),
         ("layers/x.py", "from moe_jax import MoE"),

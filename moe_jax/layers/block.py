@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from moe_jax.config import FFNConfig, ModelConfig, MoEConfig
 from moe_jax.config.blocks import expert_width
-from moe_jax.layers.attention import Attention, KVCache
+from moe_jax.layers.attention import Attention
 from moe_jax.layers.ffn import FeedForward
+from moe_jax.layers.kv_cache import KVCache
 from moe_jax.layers.moe import MoE
 from moe_jax.layers.norms import make_norm
 from moe_jax.layers.peer import PEER

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from moe_jax import compat
 from moe_jax.config import ModelConfig
 from moe_jax.config.blocks import RETRIEVING, distinct_layers, parse_inserts, parse_pattern
-from moe_jax.layers.attention import init_cache
 from moe_jax.layers.block import Block, BlockInputs
+from moe_jax.layers.kv_cache import init_cache
 from moe_jax.models.places import MODULES, shared_pool, stacked_places
 from moe_jax.types import Aux
 

@@ -16,7 +16,7 @@ from moe_jax.report.routing_facts import (
     most_specific,
     pair_lift,
 )
-from moe_jax.train.metrics import routing_metrics
+from moe_jax.train.routing_metrics import routing_metrics
 
 MINIMUM = 5  # assignments of a piece to an expert, and tokens of a piece, before it is named
 

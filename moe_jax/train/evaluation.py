@@ -15,7 +15,7 @@ from moe_jax.data.pipeline import EvaluationSet
 from moe_jax.models.losses import per_token_cross_entropy
 from moe_jax.models.places import by_layer
 from moe_jax.parallel.rules import local_rows, put_batch
-from moe_jax.train.metrics import routing_metrics
+from moe_jax.train.routing_metrics import routing_metrics
 
 EvaluationStep = Callable[[dict[str, Any], dict[str, jax.Array]], dict[str, Any]]
 

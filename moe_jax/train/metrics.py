@@ -1,4 +1,4 @@
-"""Where a run's numbers go, workdir/metrics.jsonl and TensorBoard, and what its routing sums mean."""
+"""Where a run's numbers go: workdir/metrics.jsonl and TensorBoard."""
 
 import json
 import math
@@ -14,8 +14,6 @@ from etils import epath
 
 from moe_jax.config import ConfigError
 from moe_jax.config.load import run_folder
-from moe_jax.routing.product_keys import usage
-from moe_jax.routing.statistics import Histogram
 from moe_jax.train.workdir import is_local
 
 FILE_NAME = "metrics.jsonl"
@@ -182,105 +180,3 @@ def read_metrics(workdir) -> list[dict[str, Any]]:
             limit = f"{path} line {number}: {error}"
             raise ConfigError("--workdir", str(workdir), limit, "mend or delete that line") from error
     return rows
-
-
-def routing_metrics(stats: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What a step's routing sums say, by layer and over all layers.
-
-    Args:
-      stats: for each routed layer its sums over the step: `counts` [E], assignments per expert as the router
-        chose them, before any drop; `dropped` assignments; `entropy_sum` of the router's distribution in
-        nats; `tokens`, the valid ones. Other scalars are passed through as they are.
-
-    Returns:
-      For each layer, under router/<layer>/: `load_max_over_mean` (1: balanced, E: one expert has all),
-      `entropy` (nats per token), `dropped` (share of the assignments), `dead_experts` (experts without a
-      token), `load` (list of E shares), a router's own histogram (list of the bins' shares), `virtual_share` (of all assignments, those of zero, copy and constant experts, where there
-      are any) and the other sums. A layer that retrieves one-neuron experts has no counts: of it come `gate_entropy` (nats)
-      of a head's gates and, in evaluation, `usage` and `unevenness` (`routing.product_keys.usage`). Under router/: shares, entropy,
-      load_max_over_mean, gate_entropy, usage and unevenness as means over the layers that have them, dead_experts and the other sums as
-      totals. A layer without assignments counts as balanced, with all experts dead. Empty without layers.
-    """
-    if not stats:
-        return {}
-    row, columns = {}, {}
-    for layer, sums in sorted(stats.items()):
-        for name, value in _layer_metrics(sums).items():
-            row[f"router/{layer}/{name}"] = value
-            columns.setdefault(name, []).append(value)
-    means = ("load_max_over_mean", "entropy", "dropped", "virtual_share", "gate_entropy", "usage", "unevenness")
-    totals = {
-        f"router/{name}": sum(values) / len(values) if name in means else sum(values)
-        for name, values in columns.items()
-        if not isinstance(values[0], list)
-    }
-    return {**totals, **row}
-
-
-def _layer_metrics(sums: dict[str, Any]) -> dict[str, Any]:
-    if "counts" not in sums:
-        return _retrieval_metrics(sums)
-    counts = np.asarray(sums["counts"], np.float64)
-    total = float(counts.sum())
-    tokens = max(float(sums["tokens"]), 1.0)
-    known = ("counts", "dropped", "entropy_sum", "tokens")
-    virtual = float(np.sum(sums.get("virtual_counts", 0.0)))
-    return {
-        **({"virtual_share": virtual / max(total + virtual, 1.0)} if "virtual_counts" in sums else {}),
-        "load_max_over_mean": float(counts.max()) * len(counts) / total if total else 1.0,
-        "entropy": float(sums["entropy_sum"]) / tokens,
-        "dropped": float(sums["dropped"]) / max(total, 1.0),
-        "dead_experts": int((counts == 0).sum()),
-        "load": (counts / max(total, 1.0)).tolist(),
-        **{name: _plain_statistic(value) for name, value in sums.items() if name not in known and _can_be_shown(value)},
-    }
-
-
-def _can_be_shown(value: Any) -> bool:
-    """Whether a router's own statistic has a figure of its own: a scalar, or one histogram."""
-    return value.counts.ndim == 1 if isinstance(value, Histogram) else np.ndim(value) == 0
-
-
-def _plain_statistic(value: Any) -> Any:
-    """A scalar, or the shares of a histogram's bins."""
-    if isinstance(value, Histogram):
-        counts = np.asarray(value.counts, np.float64)
-        return (counts / max(counts.sum(), 1.0)).tolist()
-    return float(value)
-
-
-def _retrieval_metrics(sums: dict[str, Any]) -> dict[str, float]:
-    row = {
-        "gate_entropy": float(sums["entropy_sum"]) / max(float(sums["tokens"]), 1.0),
-        "nonfinite": float(sums["nonfinite"]),
-    }
-    return row | (usage(np.asarray(sums["mass"])) if "mass" in sums else {})
-
-
-# Dense bfloat16 peaks of one JAX device, from the vendors' data sheets; the first name that occurs in
-# device_kind counts. A chip of TPU v2, v3 or 7x shows up as two devices, so half of the chip's peak stands
-# here.
-_PEAKS = (
-    ("tpu v2", 45e12 / 2),
-    ("tpu v3", 123e12 / 2),
-    ("tpu v4 lite", 138e12),
-    ("tpu v4", 275e12),
-    ("tpu v5 lite", 197e12),
-    ("tpu v5e", 197e12),
-    ("tpu v5", 459e12),
-    ("tpu v6", 918e12),
-    ("tpu7x", 2307e12 / 2),
-    ("tpu v7x", 2307e12 / 2),
-    ("a100", 312e12),
-    ("h100 pcie", 756e12),
-    ("h100 nvl", 835e12),
-    ("h100", 989e12),
-    ("h200", 989e12),
-    ("gb200", 2500e12),
-    ("b200", 2250e12),
-)
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 FLOP/s of one device, by `jax.devices()[0].device_kind`; None if it is not known."""
-    return next((peak for name, peak in _PEAKS if name in device_kind.lower()), None)

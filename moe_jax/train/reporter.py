@@ -10,8 +10,10 @@ from etils import epath
 from moe_jax.config import Config
 from moe_jax.models.flops import experts_run, training_flops_per_token
 from moe_jax.models.places import by_layer
-from moe_jax.train.metrics import MetricsWriter, peak_flops, routing_metrics
+from moe_jax.train.metrics import MetricsWriter
+from moe_jax.train.peaks import peak_flops
 from moe_jax.train.progress import ProgressBar
+from moe_jax.train.routing_metrics import routing_metrics
 
 
 class Reporter:

@@ -8,7 +8,7 @@ import pytest
 from flax import linen as nn
 
 from moe_jax import compat
-from moe_jax.layers import attention
+from moe_jax.layers import attention_kernels, kv_cache
 from moe_jax.layers.attention import Attention
 from moe_jax.layers.rotary import Rotary
 
@@ -51,7 +51,7 @@ def _qkv(heads, kv_heads, width=4, batch=B, length=S, dtype=jnp.float32):
 def test_values(heads, kv_heads, causal, segmented):
     q, k, v = _qkv(heads, kv_heads)
     segments = SEGMENTS if segmented else None
-    f = jax.jit(functools.partial(attention.dot_product_attention, causal=causal))
+    f = jax.jit(functools.partial(attention_kernels.dot_product_attention, causal=causal))
     y = f(q, k, v, segment_ids=segments)
     expected = _reference(q, k, v, _allowed(causal, segments))
     np.testing.assert_allclose(y, expected, atol=1e-6)
@@ -64,7 +64,7 @@ def test_values(heads, kv_heads, causal, segmented):
 
 @jax.jit
 def _attention_gradients(q, k, v):
-    loss = lambda q, k, v: jnp.sum(jnp.sin(attention.dot_product_attention(q, k, v, segment_ids=SEGMENTS)))
+    loss = lambda q, k, v: jnp.sum(jnp.sin(attention_kernels.dot_product_attention(q, k, v, segment_ids=SEGMENTS)))
     return jax.value_and_grad(loss, (0, 1, 2))(q, k, v)
 
 
@@ -84,8 +84,8 @@ def test_splash_kernel_interpreted():
     def gradients(f):
         return jax.jit(jax.value_and_grad(lambda *x: jnp.sum(f(*x, segment_ids=segments) * target), (0, 1, 2)))
 
-    expected = gradients(attention.dot_product_attention)(q, k, v)
-    splash = functools.partial(attention.splash_attention, interpret=True)
+    expected = gradients(attention_kernels.dot_product_attention)(q, k, v)
+    splash = functools.partial(attention_kernels.splash_attention, interpret=True)
     value = jnp.sum(jax.jit(splash)(q, k, v, segment_ids=segments) * target)
     chex.assert_trees_all_close(value, expected[0], rtol=1e-4)
     # Two batch shards, and four shards of heads, for which there are too few key heads.
@@ -116,29 +116,29 @@ SHAPE, SHORT, ODD = (8, 256, 4, 64), (8, 100, 4, 64), (8, 101, 4, 64)
     ],
 )
 def test_choice_of_kernel(platform, shape, dtype, options, choice, reason):
-    chosen, why = attention.choose_backend("auto", platform, shape, shape, dtype, **options)
+    chosen, why = attention_kernels.choose_backend("auto", platform, shape, shape, dtype, **options)
     assert chosen == choice and reason in why
-    assert attention.choose_backend("xla", platform, shape, shape, dtype, **options) == ("xla", "requested")
+    assert attention_kernels.choose_backend("xla", platform, shape, shape, dtype, **options) == ("xla", "requested")
     wanted = {"gpu": "cudnn", "tpu": "splash"}.get(platform, "cudnn")
     if choice == wanted:
-        assert attention.choose_backend(wanted, platform, shape, shape, dtype, **options) == (
+        assert attention_kernels.choose_backend(wanted, platform, shape, shape, dtype, **options) == (
             wanted,
             "requested",
         )
     else:
         with pytest.raises(ValueError, match=f"attention='{wanted}' cannot run here: .*; use attention='auto'") as error:
-            attention.choose_backend(wanted, platform, shape, shape, dtype, **options)
+            attention_kernels.choose_backend(wanted, platform, shape, shape, dtype, **options)
         assert "\n" not in str(error.value)
 
 
 def test_choice_is_logged_once(caplog):
-    attention._log_choice.cache_clear()
+    attention_kernels._log_choice.cache_clear()
     with caplog.at_level("INFO"):
         for _ in range(2):
-            jax.eval_shape(attention.dot_product_attention, *_qkv(2, 2))
+            jax.eval_shape(attention_kernels.dot_product_attention, *_qkv(2, 2))
     assert [r.message for r in caplog.records if "attention" in r.message] == ["attention kernel: xla (the platform is cpu)"]
     with pytest.raises(ValueError, match="attention='flash' is unknown"):
-        attention.choose_backend("flash", "cpu", SHAPE, SHAPE, jnp.float32)
+        attention_kernels.choose_backend("flash", "cpu", SHAPE, SHAPE, jnp.float32)
 
 
 FULL = dict(heads=4, kv_heads=2, head_width=6, rotary=Rotary(), qk_norm=True, qkv_bias=True, output_bias=True)
@@ -231,7 +231,7 @@ def test_bfloat16_keeps_parameters():
 
 def _decode(apply, x, lengths, prompt, padding):
     """Outputs [B, S, D] by a cache: prompts of `lengths` padded to `prompt`, then one token at a time."""
-    cache = attention.init_cache(B, S + 1, 2, 6)
+    cache = kv_cache.init_cache(B, S + 1, 2, 6)
     lengths, outputs = np.array(lengths), np.zeros(x.shape)
     slots = np.arange(prompt)[None] - (0 if padding == "right" else prompt - lengths[:, None])
     real = (slots >= 0) & (slots < lengths[:, None])
@@ -261,9 +261,9 @@ def test_cached_is_uncached(lengths, padding):
 
 
 def test_cache_reports_overflow_and_keeps_what_it_has():
-    cache = attention.init_cache(1, 2, 1, 1)
+    cache = kv_cache.init_cache(1, 2, 1, 1)
     new = jnp.arange(1.0, 4.0).reshape(1, 3, 1, 1)
-    cache, slot = attention.update_cache(cache, new, new, jnp.ones((1, 3), jnp.int32))
+    cache, slot = kv_cache.update_cache(cache, new, new, jnp.ones((1, 3), jnp.int32))
     np.testing.assert_array_equal(cache.k[0, :, 0, 0], [1, 2])
     assert cache.length[0] == 3 and slot.tolist() == [[0, 1, 2]]
 
@@ -277,7 +277,7 @@ def test_refusals():
     ):
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(Attention(**options).init, jax.random.key(0), x, positions)
-    cache = attention.init_cache(1, 2, 2, 3)
+    cache = kv_cache.init_cache(1, 2, 2, 3)
     with pytest.raises(ValueError, match="a cache needs causal=True"):
         Attention(heads=2, causal=False).init(jax.random.key(0), x, positions, None, cache)
     # Initialisation needs no kernel, so a model for another machine can be initialised anywhere.

@@ -1,7 +1,7 @@
 import pytest
 
 from moe_jax.plan.roofline import CHIPS, Chip, roofline
-from moe_jax.train.metrics import peak_flops
+from moe_jax.train.peaks import peak_flops
 
 
 @pytest.mark.smoke

@@ -24,8 +24,9 @@ from moe_jax.report.history import Series, evaluations, other_sums, series, thin
 from moe_jax.report.page import number, percent, text
 from moe_jax.report.passages import colours
 from moe_jax.train.checkpoint import Checkpoints
-from moe_jax.train.metrics import MetricsWriter, routing_metrics
+from moe_jax.train.metrics import MetricsWriter
 from moe_jax.train.restore import load_run
+from moe_jax.train.routing_metrics import routing_metrics
 from tests.models.small import random_variables
 
 pytestmark = [

@@ -11,7 +11,9 @@ from tensorboardX.proto import event_pb2
 
 from moe_jax.config import ConfigError
 from moe_jax.train import metrics
-from moe_jax.train.metrics import MetricsWriter, peak_flops, read_metrics, routing_metrics
+from moe_jax.train.metrics import MetricsWriter, read_metrics
+from moe_jax.train.peaks import peak_flops
+from moe_jax.train.routing_metrics import routing_metrics
 
 
 def events(workdir):

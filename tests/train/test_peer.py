@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from moe_jax.models.places import by_layer
-from moe_jax.train.metrics import routing_metrics
+from moe_jax.train.routing_metrics import routing_metrics
 from tests.train.small import BATCH, LENGTH, Runner, make_batch, make_config
 
 INSERT = {"model__pattern": "dense", "model__layers": 1, "model__inserts": "middle=peer@1"}

@@ -9,7 +9,7 @@ import pytest
 from moe_jax.config import ParameterGroup
 from moe_jax.models.places import by_layer
 from moe_jax.train import step as train_step
-from moe_jax.train.metrics import routing_metrics
+from moe_jax.train.routing_metrics import routing_metrics
 from moe_jax.train.step import make_train_step
 from tests.train.small import BATCH, LENGTH, VOCABULARY, Runner, make_batch, make_config
 

@@ -1,0 +1,81 @@
+"""What the statistics of a step's routers say."""
+
+from typing import Any
+
+import numpy as np
+
+from moe_jax.routing.product_keys import usage
+from moe_jax.routing.statistics import Histogram
+
+
+def routing_metrics(stats: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What a step's routing sums say, by layer and over all layers.
+
+    Args:
+      stats: for each routed layer its sums over the step: `counts` [E], assignments per expert as the router
+        chose them, before any drop; `dropped` assignments; `entropy_sum` of the router's distribution in
+        nats; `tokens`, the valid ones. Other scalars are passed through as they are.
+
+    Returns:
+      For each layer, under router/<layer>/: `load_max_over_mean` (1: balanced, E: one expert has all),
+      `entropy` (nats per token), `dropped` (share of the assignments), `dead_experts` (experts without a
+      token), `load` (list of E shares), a router's own histogram (list of the bins' shares), `virtual_share` (of all assignments, those of zero, copy and constant experts, where there
+      are any) and the other sums. A layer that retrieves one-neuron experts has no counts: of it come `gate_entropy` (nats)
+      of a head's gates and, in evaluation, `usage` and `unevenness` (`routing.product_keys.usage`). Under router/: shares, entropy,
+      load_max_over_mean, gate_entropy, usage and unevenness as means over the layers that have them, dead_experts and the other sums as
+      totals. A layer without assignments counts as balanced, with all experts dead. Empty without layers.
+    """
+    if not stats:
+        return {}
+    row, columns = {}, {}
+    for layer, sums in sorted(stats.items()):
+        for name, value in _layer_metrics(sums).items():
+            row[f"router/{layer}/{name}"] = value
+            columns.setdefault(name, []).append(value)
+    means = ("load_max_over_mean", "entropy", "dropped", "virtual_share", "gate_entropy", "usage", "unevenness")
+    totals = {
+        f"router/{name}": sum(values) / len(values) if name in means else sum(values)
+        for name, values in columns.items()
+        if not isinstance(values[0], list)
+    }
+    return {**totals, **row}
+
+
+def _layer_metrics(sums: dict[str, Any]) -> dict[str, Any]:
+    if "counts" not in sums:
+        return _retrieval_metrics(sums)
+    counts = np.asarray(sums["counts"], np.float64)
+    total = float(counts.sum())
+    tokens = max(float(sums["tokens"]), 1.0)
+    known = ("counts", "dropped", "entropy_sum", "tokens")
+    virtual = float(np.sum(sums.get("virtual_counts", 0.0)))
+    return {
+        **({"virtual_share": virtual / max(total + virtual, 1.0)} if "virtual_counts" in sums else {}),
+        "load_max_over_mean": float(counts.max()) * len(counts) / total if total else 1.0,
+        "entropy": float(sums["entropy_sum"]) / tokens,
+        "dropped": float(sums["dropped"]) / max(total, 1.0),
+        "dead_experts": int((counts == 0).sum()),
+        "load": (counts / max(total, 1.0)).tolist(),
+        **{name: _plain_statistic(value) for name, value in sums.items() if name not in known and _can_be_shown(value)},
+    }
+
+
+def _can_be_shown(value: Any) -> bool:
+    """Whether a router's own statistic has a figure of its own: a scalar, or one histogram."""
+    return value.counts.ndim == 1 if isinstance(value, Histogram) else np.ndim(value) == 0
+
+
+def _plain_statistic(value: Any) -> Any:
+    """A scalar, or the shares of a histogram's bins."""
+    if isinstance(value, Histogram):
+        counts = np.asarray(value.counts, np.float64)
+        return (counts / max(counts.sum(), 1.0)).tolist()
+    return float(value)
+
+
+def _retrieval_metrics(sums: dict[str, Any]) -> dict[str, float]:
+    row = {
+        "gate_entropy": float(sums["entropy_sum"]) / max(float(sums["tokens"]), 1.0),
+        "nonfinite": float(sums["nonfinite"]),
+    }
+    return row | (usage(np.asarray(sums["mass"])) if "mass" in sums else {})
