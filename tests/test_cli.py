@@ -235,13 +235,13 @@ BAD_OVERRIDES = [
     ),
     # Combinations: the blocks.
     (["--config.model.layers=3"], "config.model.layers=3", "use 2"),
-    (["--config.model.pattern=dense,sparse"], "config.model.pattern=dense,sparse", "use dense and routed"),
-    (["--config.model.pattern="], "config.model.pattern=''", "use dense and routed"),
-    (["--config.model.inserts=dense@0"], "config.model.inserts=dense@0", "write name=kind@block"),
+    (["--config.model.pattern=dense,sparse"], "config.model.pattern=dense,sparse", "use dense, routed, peer, pkm, separated by commas"),
+    (["--config.model.pattern="], "config.model.pattern=''", "use dense, routed, peer, pkm, separated by commas"),
+    (["--config.model.inserts=dense@0"], "config.model.inserts=dense@0", "write name=layer@block"),
     (["--config.model.inserts=groups=dense@0"], "config.model.inserts=groups=dense@0", "such as first"),
     (["--config.model.inserts=counts=routed@0"], "config.model.inserts=counts=routed@0", "such as first"),
     (["--config.model.inserts=layer_00=dense@0"], "config.model.inserts=layer_00=dense@0", "such as first"),
-    (["--config.model.inserts=a=mlp@0"], "config.model.inserts=a=mlp@0", "kind dense or routed"),
+    (["--config.model.inserts=a=mlp@0"], "config.model.inserts=a=mlp@0", "layer one of dense, routed, peer, pkm"),
     (
         ["--config.model.inserts=a=dense@1"],
         "config.model.inserts=a=dense@1",
@@ -255,7 +255,7 @@ BAD_OVERRIDES = [
     ),
     (
         ["--config.model.insert_width=64", "--config.model.inserts=a=routed@0"],
-        "config.model.insert_width=64: there is no insert of kind dense in model.inserts='a=routed@0'",
+        "config.model.insert_width=64: there is no insert of the layer dense in model.inserts='a=routed@0'",
         "use 0, or add one",
     ),
     (["--config.model.kv_heads=3"], "config.model.kv_heads=3: does not divide model.heads=4", "multiple of"),

@@ -81,7 +81,8 @@ def check_limits(path: str, value: Any, limits: Any) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(path, value, "not a finite number", "write a finite number")
     if isinstance(value, float) and abs(value) > FLOAT32_MAX:
-        raise ConfigError(path, value, f"at most {FLOAT32_MAX:.2g}, the largest float32", "lower it")
+        fix = f"lower it to {FLOAT32_MAX:.2g} or less"
+        raise ConfigError(path, value, f"at most {FLOAT32_MAX:.2g}, the largest float32", fix)
     low, high, choices = limits["low"], limits["high"], limits["choices"]
     if choices and value not in choices:
         raise ConfigError(path, value, "not a choice", f"choose {' or '.join(map(str, choices))}")
