@@ -126,6 +126,15 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counters(where):
         assert [int(runner.state[name]) for name in counters] == [3, 1, 0]
 
 
+def test_a_gradient_that_is_not_finite_skips_the_step_too():
+    """Of a finite loss whose gradient is too large for the square of its norm."""
+    runner = Runner(make_config(model__moe__routers__top_k__z_loss=1e25))
+    before = jax.device_get(runner.state["params"])
+    metrics = runner.step(make_batch(0))
+    assert np.isfinite(metrics["total_loss"]) and np.isinf(metrics["gradient_norm"]) and metrics["skipped"] == 1
+    chex.assert_trees_all_equal(jax.device_get(runner.state["params"]), before)
+
+
 def test_clipping_bounds_the_norm_that_is_applied():
     """The first moments show the gradient as Adam gets it: its norm is the limit, and half the limit gives half of it."""
     moments = []
