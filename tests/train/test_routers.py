@@ -102,7 +102,6 @@ def test_eight_devices_are_one(router):
     chex.assert_trees_all_close(router_state(eight), router_state(one), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.fused
 @pytest.mark.slow
 @pytest.mark.parametrize("router", ["top_k", "remoe"])
 @pytest.mark.parametrize("change", ["model__remat", "model__scan", "train__microbatches"])
