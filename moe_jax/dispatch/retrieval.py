@@ -4,10 +4,10 @@
            even whatever is retrieved. All-gather of ids and gates, all-to-all of x and y, all-reduce of the
            pre-activations [T, R, M-1]; backward the same with gradients.
   experts  every device has whole rows of some experts. All-gather of x, ids and gates, reduce-scatter of y and the
-           pre-activations. Every device goes through all pairs of its group, those of others with a gate of 0: it saves
-           memory, not work, and is not meant to be fast.
+           pre-activations. Every device goes through all pairs of its group; pairs with another device's expert have a
+           gate of 0. This saves memory, not work, and is not meant to be fast.
 
-Both run both passes' collectives by hand, so that what lies between the passes is the same as on one device.
+Both write out the collectives of the forward and the backward pass, so that the residuals are those of one device.
 """
 
 import functools

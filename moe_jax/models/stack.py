@@ -31,9 +31,11 @@ class StackOutput(NamedTuple):
 
 
 class Stack(nn.Module):
-    """All blocks of a model. Collections `params` and `router_state` hold `groups` {block_i: arrays [G, ...]} and the inserts;
-    with `peer.share_pool` `params` also `pool` (of a layer of `model.ffns`: `pool_NAME`) {experts: [N, M, D]}, in place of the pools
-    of the blocks.
+    """All blocks of a model.
+
+    The collections `params` and `router_state` hold `groups` {block_i: arrays [G, ...]} and the inserts. With `peer.share_pool`
+    blocks have no pool of their own: `params` holds `pool` {experts: [N, M, D]}, or `pool_NAME` for the layer NAME of
+    `model.ffns`.
     """
 
     config: ModelConfig

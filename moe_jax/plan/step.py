@@ -70,8 +70,8 @@ class Plan(NamedTuple):
     def retrieved_bytes(self) -> float:
         """Those of `hbm_bytes` that kernels of retrieval move: rows of experts, and their own inputs and results.
 
-        Rows are fetched once a pass, or twice where the pool's width is split. With split=experts it is a bound: of all pairs of a
-        group, as if a device had all their experts.
+        Rows are fetched once a pass, or twice where the pool's width is split. With split=experts it is a bound: of
+        all pairs of a group, as if a device had all their experts.
         """
         return sum(kernel.bytes for kernel in self.kernels if kernel.kind == "retrieval")
 

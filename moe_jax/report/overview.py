@@ -59,8 +59,8 @@ def lead(m: Material, workdir: str, split: str) -> str:
     rows, length = m.observed.batch
     return paragraph(
         f"Run <code>{text(workdir)}</code>, checkpoint of step {m.run.step:,}. Choices were recorded on held-out text"
-        f"{f' (the {split} split)' if split else ''}, in whole batches of {rows} x {length} tokens spread evenly over it. Tokens: "
-        f"{per_source}.",
+        f"{f' (the {split} split)' if split else ''}, in whole batches of {rows} x {length} tokens spread evenly "
+        f"over it. Tokens: {per_source}.",
         note=True,
     )
 
@@ -99,15 +99,15 @@ def summary(m: Material) -> str:
     out += table(head, rows, kinds=".nnnnnnn")
     limits = " or ".join(f"ln {n} = {math.log(n):.3f}" for n in sorted({len(names) for names in m.columns.values()}))
     out += paragraph(
-        "max/mean load: 1 is balanced, E is everything to one expert. entropy: of the router's distribution over experts, mean over "
-        f"tokens, at most {limits} nats. I(expert; piece): what a token's piece tells of "
+        "max/mean load: 1 is balanced, E is everything to one expert. entropy: of the router's distribution over "
+        f"experts, mean over tokens, at most {limits} nats. I(expert; piece): what a token's piece tells of "
         'its expert, and the share of what it could tell, corrected for chance; see <a href="#pieces">token pieces</a>.',
         note=True,
     )
     if m.observed.dense:
         out += paragraph(
-            f"The router's matrix is dense{_of_some(m)}: a token is a mixture of all experts' outputs. Below, the expert with the largest "
-            "weight counts as its choice; loads are sums of the weights.",
+            f"The router's matrix is dense{_of_some(m)}: a token is a mixture of all experts' outputs. Below, the "
+            "expert with the largest weight counts as its choice; loads are sums of the weights.",
             note=True,
         )
     return out

@@ -36,7 +36,8 @@ document.querySelectorAll('.legend button').forEach(function(b){b.onclick=functi
 var on=b.getAttribute('aria-pressed')!=='true',style=document.getElementById('only');
 document.querySelectorAll('.legend button').forEach(function(o){o.setAttribute('aria-pressed','false')});
 b.setAttribute('aria-pressed',on?'true':'false');
-style.textContent=on?'.passage span:not(.'+b.dataset.e+'):not(.s'+b.dataset.e.slice(1)+'){background:none;box-shadow:none;color:#9aa2aa}':'';
+style.textContent=on?'.passage span:not(.'+b.dataset.e+
+'):not(.s'+b.dataset.e.slice(1)+'){background:none;box-shadow:none;color:#9aa2aa}':'';
 }});
 </script>
 """

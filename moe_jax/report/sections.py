@@ -112,16 +112,16 @@ def pieces(m: Material, limit: int, experts: int) -> str:
         for name, f in m.facts.items()
     ]
     out = table(head, rows, kinds=".nnnnn") + paragraph(
-        "Mutual information of a token's expert and its piece, over assignments (pairs of token and expert). by chance: with the "
-        "pieces dealt out anew among the same tokens, mean of 3 shuffles, which is what so few tokens show without any link. most "
-        "it could tell: H(expert), less what stays open because a token has several experts. share: (I - chance) / (most - "
-        "chance); 0 %: the piece says nothing; 100 %: it decides.",
+        "Mutual information of a token's expert and its piece, over assignments (pairs of token and expert). by "
+        "chance: with the pieces dealt out anew among the same tokens, mean of 3 shuffles, which is what so few "
+        "tokens show without any link. most it could tell: H(expert), less what stays open because a token has "
+        "several experts. share: (I - chance) / (most - chance); 0 %: the piece says nothing; 100 %: it decides.",
         note=True,
     )
     out += paragraph(
-        f"The pieces that belong most to each expert: by lift, with 10 assignments of an average piece added so that rare ones do "
-        f"not win, among pieces of which at least {MINIMUM} tokens go there. The figures: the piece's tokens that have this expert / all of them."
-        + _only(m.detailed, list(m.facts))
+        "The pieces that belong most to each expert: by lift, with 10 assignments of an average piece added so that "
+        f"rare ones do not win, among pieces of which at least {MINIMUM} tokens go there. The figures: the piece's "
+        "tokens that have this expert / all of them." + _only(m.detailed, list(m.facts))
     )
     for i, name in enumerate(m.detailed):
         f = m.facts[name]
@@ -172,8 +172,8 @@ def pairs(m: Material) -> str:
         why = "there are fewer than three experts" if lifts else "every token has at most one expert"
         return paragraph(f"Left out: {why}.")
     caption = (
-        "How often two experts have the same token, over how often they would if each expert kept its number of pairs and partners "
-        "were drawn independently. Orange: together more often; purple: less; grey: none expected."
+        "How often two experts have the same token, over how often they would if each expert kept its number of "
+        "pairs and partners were drawn independently. Orange: together more often; purple: less; grey: none expected."
         + _only(shown, list(m.facts))
     )
     return "".join(
@@ -236,7 +236,7 @@ def passages(m: Material, spans: int) -> str:
 
 
 def build(m: Material, size: int) -> list[tuple[str, str, str]]:
-    """(anchor, title, HTML) of each section; the tables of pieces and the passages are thinned until all is below `size` bytes."""
+    """(anchor, title, HTML) of each section; tables of pieces and passages are thinned until the page is below `size` bytes."""
     found = [("summary", "The run", summary(m)), ("training", "Training", training(m))]
     if m.observed.retrieved:
         found.append(("retrieval", "One-neuron experts", retrieval(m)))

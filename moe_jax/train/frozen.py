@@ -1,8 +1,9 @@
 """What does not learn: the parameters of a group of scale 0, and the leaves that a router freezes while the run goes on.
 
-A frozen parameter has no gradient, no share of the gradient's norm, no moments, no weight decay, no average and no update. Those of
-a group are known before the step is compiled: they are not differentiated, and the optimizer's state has no leaf for them. Those of a
-router depend on its state: a traced flag selects, so that the leaf, its moments and its average keep their bits.
+A frozen parameter has no gradient, no share of the gradient's norm, no moments, no weight decay, no average and no
+update. Those of a group are known before the step is compiled: they are not differentiated, and the optimizer's
+state has no leaf for them. Those of a router depend on its state: a traced flag selects the old values, so that the
+leaf, its moments and its average keep their bits.
 """
 
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""What routers learn outside the gradient: before the first step from the data, after each step from its statistics."""
+"""What routers learn without a gradient: from the data before the first step, and from the statistics of each step."""
 
 from collections.abc import Callable
 from typing import Any

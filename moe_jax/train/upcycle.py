@@ -5,9 +5,9 @@ depth; routers are fresh; the rest is copied. With an `expert_width` of ffn_widt
 (arXiv:2410.07524): expert copy * G + s holds the hidden units of shard s, and the router's columns of one copy start equal, a
 "virtual group". Equal scores go to the lower index, so the K best are then K / G whole copies, and every shard is in them.
 
-A copy's G gates are equal. Where all K sum to a number c, those of its copies sum to c / G, which is what the whole layer would be
-multiplied by: w_out times G / c and b_out by 1 / c give the dense layer. The router's options know c (`RouterOptions.gate_sum`).
-Without drops and virtual experts the step-0 function is then that of the dense run up to
+A copy's G gates are equal. Where all K sum to a number c, those of its copies sum to c / G, which is what the whole
+layer would be multiplied by: w_out times G / c and b_out by 1 / c give the dense layer. The router's options know c
+(`RouterOptions.gate_sum`). Without drops and virtual experts the step-0 function is then that of the dense run up to
 rounding. Elsewhere it is not, c counts as 1, and `departures` says why.
 
 Shared experts start with an output of 0, which changes nothing and learns.

@@ -5,11 +5,11 @@ Both passes have the same form, so that a backend (`triton`, `mosaic`) is one fu
     run(x [T, D], ids [T, R], pairs, table [N, M, D], outputs=k, inner=f, project=(m, ...), combine=(m, ...))
         -> (y [T, D] or None, tuple of k arrays [T, R])
 
-For every token it fetches its R experts, dots the rows `project` with x in float32, hands the dots and the arrays `pairs` [T, R],
-which it holds in float32, to the elementwise `inner(dots, pairs) -> (k outputs, weights)`, and adds up weights times the rows
-`combine` in float32. x is None without `project`, and y without `combine`. No [T, R, D] is formed. Every sum runs over the R
-places of a token in one fixed order inside one program, without atomics, so that equal inputs give equal bits. A place with an id
-of N or more fetches nothing; its dots are 0.
+For every token it fetches its R experts and computes in float32: the dots, products of the rows `project` with x; from them and
+the arrays `pairs` [T, R], elementwise, `inner(dots, pairs) -> (k outputs, weights)`; y, the sum of weights times the rows
+`combine`. x is None without `project`, and y without `combine`. No [T, R, D] is formed. Every sum runs over the R
+places of a token in one fixed order inside one program, without atomics, so that equal inputs give equal bits. A
+place with an id of N or more fetches nothing; its dots are 0.
 """
 
 import functools

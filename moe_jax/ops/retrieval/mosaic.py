@@ -1,8 +1,9 @@
 """Retrieval on TPUs: a Pallas kernel that Mosaic compiles; interpreted (slowly) on any other platform.
 
-A program takes a few tokens, whose ids lie in scalar memory. While it works on the experts of one token, those of the next are on
-their way from HBM to VMEM, a copy of [M, D] values for each, all at once; an expert is always fetched whole. D is a multiple of
-128. See `fused` for what it computes; products are in float32, or in bfloat16 with sums in float32 where x and the table are.
+A program takes a few tokens, whose ids lie in scalar memory. While it works on the experts of one token, those of
+the next are on their way from HBM to VMEM, a copy of [M, D] values for each, all at once; an expert is always
+fetched whole. D is a multiple of 128. See `fused` for what it computes; products are in float32, or in bfloat16 with
+sums in float32 where x and the table are.
 
 Of M = 3 rows the compiler makes a copy of the table, in rows of four, once a call of the program: outside of kernels XLA keeps
 [N, 3, D] with N inside (libtpu 0.0.42), and copies it for `blocks` too.

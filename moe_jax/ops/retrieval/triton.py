@@ -1,8 +1,8 @@
 """Retrieval on NVIDIA GPUs: a Pallas kernel that Triton compiles; interpreted (slowly) on any other platform.
 
-One program a token. It goes through the token's places a few at a time, loads those experts (their rows of D values lie side by side
-in memory), and keeps x and the sum in registers. Widths that are no power of two are masked; addresses of tables beyond
-4 GiB are computed in 64 bits. See `fused` for what it computes.
+There is one program a token. It goes through the token's places a few at a time, loads those experts, whose rows of
+D values lie side by side in memory, and keeps x and the sum in registers. Widths that are no power of two are
+masked; addresses of tables beyond 4 GiB are computed in 64 bits. See `fused` for what it computes.
 """
 
 import functools
