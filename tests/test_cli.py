@@ -237,7 +237,11 @@ BAD_OVERRIDES = [
     ),
     # Combinations: the blocks.
     (["--config.model.layers=3"], "config.model.layers=3", "use 2"),
-    (["--config.model.pattern=dense,sparse"], "config.model.pattern=dense,sparse", "use dense, routed, peer, pkm, separated by commas"),
+    (
+        ["--config.model.pattern=dense,sparse"],
+        "config.model.pattern=dense,sparse",
+        "use dense, routed, peer, pkm, separated by commas",
+    ),
     (["--config.model.pattern="], "config.model.pattern=''", "use dense, routed, peer, pkm, separated by commas"),
     (["--config.model.inserts=dense@0"], "config.model.inserts=dense@0", "write name=layer@block"),
     (["--config.model.inserts=groups=dense@0"], "config.model.inserts=groups=dense@0", "such as first"),

@@ -149,15 +149,15 @@ class MoE(nn.Module):
 
     def _check_router(self, choice, stats, virtual):
         """Refuses an assignment that this layer would carry out otherwise than the router means it."""
-        found = {"experts": self.experts, "virtual experts": virtual}
+        built_for = {"experts": self.experts, "virtual experts": virtual}
         if isinstance(choice, ExpertChoice):
-            found["experts"] = choice.token_ids.shape[0]
+            built_for["experts"] = choice.token_ids.shape[0]
         elif isinstance(choice, SlotMix):
-            found["experts"] = choice.dispatch.shape[1]
+            built_for["experts"] = choice.dispatch.shape[1]
         elif "counts" in stats:
-            found["experts"] = stats["counts"].shape[0]
-            found["virtual experts"] = stats["virtual_counts"].shape[0] if "virtual_counts" in stats else 0
-        for (name, built), own in zip(found.items(), (self.experts, virtual), strict=True):
+            built_for["experts"] = stats["counts"].shape[0]
+            built_for["virtual experts"] = stats["virtual_counts"].shape[0] if "virtual_counts" in stats else 0
+        for (name, built), own in zip(built_for.items(), (self.experts, virtual), strict=True):
             if built != own:
                 limit = f"its router was built for {built} {name}"
                 argument = "experts" if name == "experts" else "zero_experts + copy_experts + constant_experts"

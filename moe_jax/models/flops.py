@@ -86,12 +86,12 @@ def experts_run(config: ModelConfig, stats: Mapping[str, Mapping[str, Any]]) -> 
       config: the model's.
       stats: statistics by block (`by_layer`), on the host.
     """
-    found = {}
+    experts = {}
     for place in places(config, "routed"):
         sums = stats.get(place.name)
         if sums and place.ffn.moe.options.varies(place.ffn.moe):
-            found[place.name] = float((sums["counts"].sum() - sums["dropped"]) / max(float(sums["tokens"]), 1.0))
-    return found
+            experts[place.name] = float((sums["counts"].sum() - sums["dropped"]) / max(float(sums["tokens"]), 1.0))
+    return experts
 
 
 def active_parameters(config: ModelConfig, params: Any) -> int:

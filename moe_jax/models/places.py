@@ -83,9 +83,9 @@ def shared_pool(ffn: FFNConfig) -> str:
 
 def by_layer(tree: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
     """{"groups": {"block_i": leaves [G, ...]}, name: leaves} -> {"layer_07": leaves, name: leaves}, in order of depth."""
-    found = ((place, place.find(tree)) for place in places(config))
+    placed = ((place, place.find(tree)) for place in places(config))
     return {
         place.name: leaves if place.group is None else jax.tree.map(lambda a, g=place.group: a[g], leaves)
-        for place, leaves in found
+        for place, leaves in placed
         if leaves is not None
     }

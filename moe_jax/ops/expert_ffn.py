@@ -226,9 +226,9 @@ class _OfBlock:
 
     def vectors(self, prefix):
         """{name: [m, X]} of those that there are, the same in each row, in float32 at least."""
-        found = {name: self.block.of_group(v) for name, v in self.weights.items() if name.startswith(prefix)}
+        vectors = {name: self.block.of_group(v) for name, v in self.weights.items() if name.startswith(prefix)}
         return {
-            name: jnp.broadcast_to(v, (self.block.size, v.shape[0])).astype(accumulator(v.dtype)) for name, v in found.items()
+            name: jnp.broadcast_to(v, (self.block.size, v.shape[0])).astype(accumulator(v.dtype)) for name, v in vectors.items()
         }
 
     def add(self, name, a, b):
@@ -263,8 +263,8 @@ class _OfAll:
         return self.rows_times_groups(rows, self.weights[name], self.group_sizes, out, transposed=True)
 
     def vectors(self, prefix):
-        found = {name: v for name, v in self.weights.items() if name.startswith(prefix)}
-        return {name: jnp.where(self.real, v.astype(accumulator(v.dtype))[self.group], 0) for name, v in found.items()}
+        vectors = {name: v for name, v in self.weights.items() if name.startswith(prefix)}
+        return {name: jnp.where(self.real, v.astype(accumulator(v.dtype))[self.group], 0) for name, v in vectors.items()}
 
     def add(self, name, a, b):
         self.grads[name] = self.group_products(a, b, self.group_sizes, self.weights[name].dtype)

@@ -70,12 +70,12 @@ def _search_backward(top_k, blocks, residuals, cotangents):
     if blocks == 1:
         return block(*parts)
 
-    def one(d_keys, part):
+    def add_block(d_keys, part):
         d_queries, more = block(*part)
         return d_keys + more, d_queries
 
     zeros = compat.vary(jnp.zeros_like(keys), compat.varying_axes(*parts))
-    d_keys, d_queries = jax.lax.scan(one, zeros, tuple(_split(a, blocks) for a in parts))
+    d_keys, d_queries = jax.lax.scan(add_block, zeros, tuple(_split(a, blocks) for a in parts))
     return _join(d_queries, len(queries)), d_keys
 
 

@@ -87,7 +87,7 @@ def fold_rows(step: Callable[[Any, jax.Array, jax.Array], Any], carry: Any, rows
     retrieved = rows.weights.shape[0] // max(rows.vectors.shape[0], 1)
     dtype = jnp.result_type(rows.weights, rows.vectors)
 
-    def one(carried, block):
+    def add_block(carried, block):
         carry, open_row = carried
         ids, slots, places = block
         shares = rows.weights[places][:, :, None] * rows.vectors[places // retrieved]
@@ -97,7 +97,7 @@ def fold_rows(step: Callable[[Any, jax.Array, jax.Array], Any], carry: Any, rows
     start = (carry, jnp.zeros((m, rows.vectors.shape[2]), dtype))
     axes = compat.varying_axes(*rows)
     start = jax.tree.map(lambda a: compat.vary(a, axes), start)
-    return jax.lax.scan(one, start, (rows.ids, rows.slots, rows.places))[0][0]
+    return jax.lax.scan(add_block, start, (rows.ids, rows.slots, rows.places))[0][0]
 
 
 def squared_norm(rows: SortedRows, table_rows: int) -> jax.Array:

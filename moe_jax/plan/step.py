@@ -155,7 +155,7 @@ def analyse(config: Config, topology: Topology, compiled: Any, seconds: float) -
     shape = {name: mesh.shape[name] for name in AXES}
     rows = tokens // config.train.microbatches // compat.axis_size(mesh, *compat.BATCH_AXES)
     rows *= experts_per_token(config)
-    found = [
+    kernels_of_chip = [
         k._replace(flops=k.flops * per_chip, useful=k.useful * per_chip, bytes=k.bytes * per_chip)
         for k in kernels(program, balanced_rows=rows)
     ]
@@ -170,7 +170,7 @@ def analyse(config: Config, topology: Topology, compiled: Any, seconds: float) -
         tokens=tokens,
         memory={name: size * per_chip for name, size in memory.items()},
         product_flops=product_flops(program) * per_chip,
-        kernels=found,
+        kernels=kernels_of_chip,
         model_flops=training * tokens / topology.chips,
         expected_flops=(training + again) * tokens / topology.chips,
         collectives=links,

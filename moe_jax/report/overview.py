@@ -10,7 +10,7 @@ import numpy as np
 from moe_jax.config import FFNConfig, ModelConfig
 from moe_jax.config.blocks import BUILT_IN, RETRIEVING, distinct_layers, expert_width
 from moe_jax.models.places import places
-from moe_jax.report.analysis import LayerFacts
+from moe_jax.report.analysis import LayerAnalysis
 from moe_jax.report.collect import Observed, column_names
 from moe_jax.report.history import Row, evaluations, series
 from moe_jax.report.page import number, paragraph, percent, table, text
@@ -20,14 +20,14 @@ from moe_jax.train.restore import LoadedRun
 class Material(NamedTuple):
     """What the page is made from.
 
-    rows: of metrics.jsonl. facts: by layer, in order of depth; {} of a dense model. detailed: the layers with pieces and
+    rows: of metrics.jsonl. analyses: by layer, in order of depth; {} of a dense model. detailed: the layers with pieces and
     passages. older: what the choices are compared with, in words; "": nothing, and `no_older` says why.
     """
 
     run: LoadedRun
     rows: list[Row]
     observed: Observed
-    facts: dict[str, LayerFacts]
+    analyses: dict[str, LayerAnalysis]
     detailed: list[str]
     older: str
     no_older: str
@@ -69,7 +69,7 @@ def summary(m: Material) -> str:
     """The tables up front."""
     out = table(["", ""], [(f"<b>{text(k)}</b>", v) for k, v in _run_facts(m)])
     out += "<h3>Losses</h3>\n" + _losses(m)
-    if not m.facts:
+    if not m.analyses:
         none = "This model has no routed layers" + ("." if m.observed.retrieved else ": there is nothing to say of routers.")
         return out + paragraph(none)
     out += "<h3>Routed layers on the held-out tokens</h3>\n"
@@ -94,7 +94,7 @@ def summary(m: Material) -> str:
             bits(f.piece.bits),
             percent(f.piece.share, 0),
         )
-        for name, f in m.facts.items()
+        for name, f in m.analyses.items()
     ]
     out += table(head, rows, kinds=".nnnnnnn")
     limits = " or ".join(f"ln {n} = {math.log(n):.3f}" for n in sorted({len(names) for names in m.columns.values()}))
@@ -114,7 +114,7 @@ def summary(m: Material) -> str:
 
 
 def _of_some(m: Material) -> str:
-    return "" if len(m.observed.dense) == len(m.facts) else f" in {text(', '.join(sorted(m.observed.dense)))}"
+    return "" if len(m.observed.dense) == len(m.analyses) else f" in {text(', '.join(sorted(m.observed.dense)))}"
 
 
 def bits(value: float) -> str:

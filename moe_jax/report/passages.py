@@ -48,8 +48,8 @@ def colours(count: int) -> list[str]:
     if count <= len(_PALETTE):
         return list(_PALETTE[:count])
     lights = (0.80, 0.70, 0.87)
-    found = [colorsys.hls_to_rgb(i * _GOLDEN % 1, lights[i % 3], 0.75) for i in range(count)]
-    return ["#" + "".join(f"{round(255 * c):02x}" for c in rgb) for rgb in found]
+    shades = [colorsys.hls_to_rgb(i * _GOLDEN % 1, lights[i % 3], 0.75) for i in range(count)]
+    return ["#" + "".join(f"{round(255 * c):02x}" for c in rgb) for rgb in shades]
 
 
 def _darker(colour: str) -> str:

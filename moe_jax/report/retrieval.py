@@ -32,7 +32,7 @@ def retrieval(m: Material) -> str:
     rows, shares = [], {}
     for name, sums in m.observed.retrieved.items():
         peer, mass, tokens = peers[name], sums["mass"], max(float(sums["tokens"]), 1.0)
-        found, count = usage(mass), len(mass)
+        measures, count = usage(mass), len(mass)
         shares[name] = mass / max(mass.sum(), 1e-300)
         top = np.sort(shares[name])[::-1][: max(int(TOP * count), 1)].sum()
         # Of N equally likely experts, after so many independent draws.
@@ -41,10 +41,10 @@ def retrieval(m: Material) -> str:
             (
                 text(name),
                 f"{count:,}",
-                percent(found["usage"]),
+                percent(measures["usage"]),
                 percent(even),
-                f"{number(found['unevenness'])} nats",
-                number(count * math.exp(-found["unevenness"]), 0),
+                f"{number(measures['unevenness'])} nats",
+                number(count * math.exp(-measures["unevenness"]), 0),
                 percent(top),
                 f"{number(sums['entropy_sum'] / tokens)} nats",
             )

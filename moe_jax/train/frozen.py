@@ -32,7 +32,7 @@ def frozen_by_routers(config: ModelConfig, router_state: Any, params: Any) -> di
     Raises:
       ValueError: a router names a leaf that is no parameter of it.
     """
-    found, shapes = {}, flax.traverse_util.flatten_dict(params, sep="/")
+    flag_of, shapes = {}, flax.traverse_util.flatten_dict(params, sep="/")
     for place in stacked_places(config, "routed"):
         name, state = place.ffn.moe.router, place.find(router_state.get("stack"))
         frozen = ROUTERS[name].frozen
@@ -43,8 +43,8 @@ def frozen_by_routers(config: ModelConfig, router_state: Any, params: Any) -> di
             path = f"{place.prefix}/{place.module}/router/{leaf}"
             if path not in shapes:
                 raise ValueError(f"ROUTER.frozen of {name} names {path}, which is no parameter")
-            found[path] = jnp.reshape(flag, flag.shape + (1,) * (shapes[path].ndim - flag.ndim))
-    return found
+            flag_of[path] = jnp.reshape(flag, flag.shape + (1,) * (shapes[path].ndim - flag.ndim))
+    return flag_of
 
 
 def keep_frozen(frozen: dict[str, jax.Array], old: Any, new: Any) -> Any:

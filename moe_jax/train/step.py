@@ -178,8 +178,8 @@ def make_update(config: Config):
 
 def losses_by_name(losses: dict[str, dict[str, jax.Array]]) -> dict[str, jax.Array]:
     """Router losses by feed-forward layer -> {name: their sum over the layers, the mean over blocks}."""
-    names = sorted({name for mine in losses.values() for name in mine})
-    return {name: sum(mine[name] for mine in losses.values() if name in mine) for name in names}
+    names = sorted({name for layer_losses in losses.values() for name in layer_losses})
+    return {name: sum(layer_losses[name] for layer_losses in losses.values() if name in layer_losses) for name in names}
 
 
 def make_train_step(model: nn.Module, config: Config):

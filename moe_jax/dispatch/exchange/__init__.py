@@ -75,7 +75,7 @@ def run_sharded(
       check: whether shard_map checks what is the same on all shards; it cannot see into kernels.
 
     Returns:
-      y, and if `expert` has more than one shard the float32 sums over the mesh of `Sent`, by name.
+      y, and if `expert` has more than one shard the float32 sums over the mesh of `ExchangeStatistics`, by name.
 
     Raises:
       ValueError: the exchange is unknown; buffer_factor is negative.

@@ -32,7 +32,7 @@ class Group(NamedTuple):
     copies: int
 
 
-class Sent(NamedTuple):
+class ExchangeStatistics(NamedTuple):
     """Float32 scalars of one call, the same on all shards: 1 if the call fell back to the gather exchange, else 0;
     rows that no buffer had room for; bytes of activations sent forward between different shards of the mesh."""
 
@@ -78,7 +78,7 @@ def starts(sizes: jax.Array) -> jax.Array:
     return jnp.cumsum(sizes, axis=-1, dtype=jnp.int32) - sizes
 
 
-def bounded(run, fallback, over: jax.Array, away: jax.Array, may_overflow: bool, group: Group):
+def run_or_fall_back(run, fallback, over: jax.Array, away: jax.Array, may_overflow: bool, group: Group):
     """`run()`, or `fallback()` where any shard of the mesh has rows that found no room.
 
     Args:

@@ -26,7 +26,7 @@ from moe_jax.ops.retrieval import blocks, mosaic, triton
 from moe_jax.ops.row_gradient import RowGradient, RowSink, dense_rows
 
 
-class Passes(NamedTuple):
+class RetrievalPasses(NamedTuple):
     """`forward` and `backward`, with the signatures of `blocks`; over several devices they have no `reduce`."""
 
     forward: Callable
@@ -34,9 +34,9 @@ class Passes(NamedTuple):
 
 
 BACKENDS = {
-    "blocks": Passes(blocks.forward, blocks.backward),
-    "triton": Passes(triton.forward, triton.backward),
-    "mosaic": Passes(mosaic.forward, mosaic.backward),
+    "blocks": RetrievalPasses(blocks.forward, blocks.backward),
+    "triton": RetrievalPasses(triton.forward, triton.backward),
+    "mosaic": RetrievalPasses(mosaic.forward, mosaic.backward),
 }
 _logged: set[str] = set()
 
@@ -73,7 +73,7 @@ def retrieve(
     sink: RowSink | None = None,
     *,
     activation: str | None = "gelu",
-    passes: Passes | None = None,
+    passes: RetrievalPasses | None = None,
 ) -> jax.Array:
     """The gated sum of each token's experts.
 

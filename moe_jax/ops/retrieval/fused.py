@@ -51,13 +51,13 @@ def backward(run: Callable, d_y, x, ids, gates, hidden, table, activation, reduc
 
     pairs, outputs = (gates, *_unstack(hidden)), 1 + table.shape[1]
     if reduce is None:
-        d_x, found = run(d_y, ids, pairs, table, outputs=outputs, inner=inner, project=output, combine=inputs)
+        d_x, results = run(d_y, ids, pairs, table, outputs=outputs, inner=inner, project=output, combine=inputs)
     else:
         _, (d_h,) = run(d_y, ids, (), table, outputs=1, inner=lambda dots, _: (dots, ()), project=output, combine=())
-        found, d_hidden = inner((reduce(d_h[..., None])[..., 0],), pairs)
+        results, d_hidden = inner((reduce(d_h[..., None])[..., 0],), pairs)
         d_x = _combine(run, ids, d_hidden, table, inputs)
     d_x = jnp.zeros(x.shape, gates.dtype) if d_x is None else d_x
-    return d_x, found[0], _stack(found[1:], gates)
+    return d_x, results[0], _stack(results[1:], gates)
 
 
 def _combine(run, ids, weights, table, rows):

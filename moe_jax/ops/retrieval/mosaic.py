@@ -50,7 +50,7 @@ def run(x, ids, pairs, table, *, outputs, inner, project, combine):
         table_ref, *outs, buffer, semaphores = refs[bool(project) + len(pairs) :]
 
         def fetch(part, slot, start):
-            def one(place, _):
+            def fetch_expert(place, _):
                 expert = ids_ref[part, place]
                 copy = tpu.make_async_copy(
                     table_ref.at[jnp.minimum(expert, experts - 1)], buffer.at[slot, place], semaphores.at[slot]
@@ -64,7 +64,7 @@ def run(x, ids, pairs, table, *, outputs, inner, project, combine):
 
                 return 0
 
-            jax.lax.fori_loop(0, places, one, 0)
+            jax.lax.fori_loop(0, places, fetch_expert, 0)
 
         fetch(0, 0, start=True)
 
@@ -74,8 +74,8 @@ def run(x, ids, pairs, table, *, outputs, inner, project, combine):
             fetch(part, slot, start=False)
             row = lambda m: buffer[slot, :, m, :].astype(native)
             dots = tuple(_dot(x_ref[pl.ds(token, 1)].astype(native), row(m), 1) for m in project)
-            found, weights = inner(dots, tuple(ref[pl.ds(part, 1)] for ref in pair_refs))
-            for ref, value in zip(outs[len(outs) - outputs :], found, strict=True):
+            values, weights = inner(dots, tuple(ref[pl.ds(part, 1)] for ref in pair_refs))
+            for ref, value in zip(outs[len(outs) - outputs :], values, strict=True):
                 ref[pl.ds(part, 1)] = value
             if combine:
                 y = sum(_dot(weight.astype(native), row(m), 0) for m, weight in zip(combine, weights, strict=True))
@@ -93,7 +93,7 @@ def run(x, ids, pairs, table, *, outputs, inner, project, combine):
     shapes += [jax.ShapeDtypeStruct((padded * parts, places), jnp.float32)] * outputs
     inputs = [split(ids, experts), *given, *map(split, pairs)]
     moved = sum(math.prod(a.shape) * a.dtype.itemsize for a in (*inputs, *shapes))
-    found = pl.pallas_call(
+    results = pl.pallas_call(
         kernel,
         out_shape=shapes,
         grid=(padded // TOKENS,),
@@ -113,8 +113,8 @@ def run(x, ids, pairs, table, *, outputs, inner, project, combine):
         ),
         interpret=compat.target_platform() != "tpu",
     )(*inputs, table)
-    y, found = (found[0][:tokens], found[1:]) if combine else (None, found)
-    return y, tuple(a.reshape(padded, -1)[:tokens, :retrieved] for a in found)
+    y, results = (results[0][:tokens], results[1:]) if combine else (None, results)
+    return y, tuple(a.reshape(padded, -1)[:tokens, :retrieved] for a in results)
 
 
 def _dot(a, rows, axis):
