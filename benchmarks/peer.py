@@ -2,11 +2,12 @@
 
     python benchmarks/peer.py [--json FILE] [--cases pool,scaling] [--rounds 5] [--plot FILE.png]
 
-A step is forward, backward, clipping by the global norm and Adam's update. `pool`: a million experts; the ways take turns on one state in one process.
-`scaling`: steps of layers whose pool grows while a token retrieves as much, and of dense feed-forward layers that grow, with
-the memory that the compiler plans beside parameters and optimizer state. Rows have case, backend, ms, and for `pool` the bytes that
-the arithmetic needs, over the time, beside a plain copy's. `kernels`: the retrieval alone in bfloat16, forward and with its gradient in
-factors, by the kernel `triton` and in plain JAX (`blocks`), beside a copy; on an NVIDIA GPU, elsewhere "not measured".
+A step is forward, backward, clipping by the global norm and Adam's update. `pool`: a million experts; the ways take
+turns on one state in one process. `scaling`: steps of layers whose pool grows while a token retrieves as much, and
+of dense feed-forward layers that grow, with the memory that the compiler plans beside parameters and optimizer
+state. Rows have case, backend, ms, and for `pool` the bytes that the arithmetic needs, over the time, beside a plain
+copy's. `kernels`: the retrieval alone in bfloat16, forward and with its gradient in factors, by the kernel `triton`
+and in plain JAX (`blocks`), beside a copy; on an NVIDIA GPU, elsewhere "not measured".
 """
 
 import argparse
@@ -179,7 +180,7 @@ def torch_step(case: Case):
 
 
 def bytes_needed(case: Case, ids: jax.Array) -> int:
-    """Bytes of rows that a step must move: fetched forward and backward, then each touched row with its moments read and written."""
+    """Bytes of rows that a step must move: two fetches, then each touched row with its moments, read and written."""
     row, touched = 2 * case.width * 4, len(jnp.unique(ids))
     return 2 * case.tokens * case.retrieved * row + 6 * touched * row
 
@@ -265,8 +266,10 @@ def measure_scaling(cases: list[Case], widths: tuple[int, ...], rounds: int, pro
 
 
 def measure_kernels(case: Case, rounds: int, progress: bool = True, on_gpu: bool | None = None) -> list[dict]:
-    """Rows of `retrieve` alone, with ids drawn evenly from all experts. Bytes: a row of 2 D values for every pair, twice with the
-    gradient."""
+    """Rows of `retrieve` alone, with ids drawn evenly from all experts.
+
+    Bytes: a row of 2 D values for every pair, twice with the gradient.
+    """
     fetched = case.tokens * case.retrieved * 2 * case.width * 2
     moved = {"forward": fetched, "gradient": 2 * fetched}
     times, errors, names = {}, {}, [f"{part} {backend}" for part in moved for backend in ("triton", "blocks")]

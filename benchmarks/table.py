@@ -133,8 +133,9 @@ def peer(result: dict) -> str:
             names = [row["parameters"] // (2 * width) for row in (first, last)]
             memory = [row["temporary_bytes"] / 1e6 for row in (first, last)]
             parts.append(
-                f"{'PEER' if kind == 'peer' else 'A dense layer'} from {size}={names[0]:,} to {names[1]:,}: {number(first['ms'])} to "
-                f"{number(last['ms'])} ms, {number(memory[0])} to {number(memory[1])} MB beside parameters and optimizer state."
+                f"{'PEER' if kind == 'peer' else 'A dense layer'} from {size}={names[0]:,} to {names[1]:,}: "
+                f"{number(first['ms'])} to {number(last['ms'])} ms, {number(memory[0])} to {number(memory[1])} MB "
+                "beside parameters and optimizer state."
             )
     return "\n\n".join(parts)
 

@@ -1,4 +1,4 @@
-"""The only place that touches moving JAX APIs: meshes, axis types, shard_map and its varying-axes types, Pallas, TPU topologies."""
+"""The only place that touches moving JAX APIs: meshes, shard_map and its varying axes, Pallas, TPU topologies."""
 
 import importlib
 import os

@@ -72,8 +72,10 @@ class Aux(NamedTuple):
     losses: float32 scalars, unweighted, by name.
     stats: sums over the valid tokens of this call, so that they may be added over microbatches: `counts` [E]
     of assignments, `dropped` assignments, `entropy_sum` in nats, `tokens`, `nonfinite` tokens; where experts are on
-    several shards also `exchange_fallback`, `exchange_overflow` and `exchange_bytes`. Of layers that retrieve see `ProductKeys`.
-    row_ids: int32 [T, R], N for "no row", for each pool [N, M, D] whose gradient is wanted by rows, by the parameter's name.
+    several shards also `exchange_fallback`, `exchange_overflow` and `exchange_bytes`. Of layers that retrieve see
+    `ProductKeys`.
+    row_ids: int32 [T, R], N for "no row", for each pool [N, M, D] whose gradient is wanted by rows, by the parameter's
+    name.
     """
 
     losses: dict[str, jax.Array]

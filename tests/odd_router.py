@@ -1,5 +1,8 @@
-"""A router from outside the package with odd facts, imported as a plugin: three columns an expert, gates that do not sum to 1, a
-statistic that is a histogram, a state that needs a parameter and the count of applied steps."""
+"""A router from outside the package, imported as a plugin, that differs from the others in many ways.
+
+It has three columns an expert, gates that do not sum to 1, a statistic that is a histogram, and a state that needs a
+parameter and the count of applied steps.
+"""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -40,8 +43,11 @@ class OddConfig(RouterOptions):
 
 
 class Odd(nn.Module):
-    """Parameter `kernel` [D, 3E]; an expert's score is its best column. State: `median` of the best scores, `norm` of the kernel,
-    `applied`. A token whose best score is below the median in the state gets its first expert alone."""
+    """Parameter `kernel` [D, 3E]; an expert's score is its best column.
+
+    State: `median` of the best scores, `norm` of the kernel, `applied`. A token whose best score is below the median
+    in the state gets its first expert alone.
+    """
 
     experts: int
     top_k: int

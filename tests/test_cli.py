@@ -210,7 +210,8 @@ BAD_OVERRIDES = [
             "--config.model.moe.routers.expert_choice.evaluation=tokens",
             "--config.model.moe.backend=ragged_dot",
         ],
-        "config.model.moe.backend=ragged_dot: without effect on model.moe.router=expert_choice in training; evaluation by tokens is dropless",
+        "config.model.moe.backend=ragged_dot: without effect on model.moe.router=expert_choice in training; "
+        "evaluation by tokens is dropless",
         "use auto",
     ),
     (
@@ -221,7 +222,8 @@ BAD_OVERRIDES = [
             "--config.model.moe.routers.expert_choice.evaluation=tokens",
             "--config.model.moe.eval_capacity=2",
         ],
-        "config.model.moe.eval_capacity=2.0: model.moe.router=expert_choice has no use for it in training; evaluation by tokens",
+        "config.model.moe.eval_capacity=2.0: model.moe.router=expert_choice has no use for it in training; "
+        "evaluation by tokens",
         "use 0",
     ),
     (

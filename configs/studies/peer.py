@@ -4,11 +4,11 @@
 
 The middle block of 3 (8 at full) changes, as in arXiv:2407.04153; the others are dense. 2.0 million tokens a run, 9.8 million
 with --scale=full; the arms named `half` have half of them, and a schedule of their own. `n1`, `n4`, `n64`: pools of 1, 4 and 64
-times 32^2 experts (1,024, 4,096 and 65,536; `peer` has 16,384), 16 times as many at full. Heads and granularity vary at half the
-tokens: their curves ask for an order at one budget, not for the best loss.
+times 32^2 experts (1,024, 4,096 and 65,536; `peer` has 16,384), 16 times as many at full. Heads and granularity vary
+at half the tokens: their curves ask for an order at one budget, not for the best loss.
 
-The FLOPs of a step, routers included, are those of `dense`, whose middle block has width 192 (768), exactly (`peer`, `pkm`) or to
-1 %, except in the arms below; keys cost as sqrt(N):
+The FLOPs of a step, routers included, are those of `dense`, whose middle block has width 192 (768), exactly (`peer`,
+`pkm`) or to 1 %, except in the arms below; keys cost as sqrt(N):
 
     --scale    n1       n4       n64      h2       h8       atoms    64x8
     small      -4.1 %   -2.7 %   +5.5 %   -6.2 %   +12.3 %  +5.4 %   +1.4 %

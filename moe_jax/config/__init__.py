@@ -1,8 +1,8 @@
 """The configuration: one tree of mutable dataclasses, and what may stand in it.
 
-Every leaf is a plain `bool`, `int`, `float` or `str` and carries its documentation, range, choices and role, so that flags, help,
-validation, resume and studies all read this one place. An empty string or 0 means "off" or "derived", as the field says; there
-are no None-able fields, because flags cannot set them.
+Every leaf is a plain `bool`, `int`, `float` or `str` and carries its documentation, range, choices and role, so that
+flags, help, validation, resume and studies all read this one place. An empty string or 0 means "off" or "derived",
+as the field says; there are no None-able fields, because flags cannot set them.
 """
 
 from moe_jax.config.data import DataConfig, SourceConfig

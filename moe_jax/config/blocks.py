@@ -86,7 +86,7 @@ def parse_inserts(model: ModelConfig) -> tuple[Insert, ...]:
 
 
 def block_layers(model: ModelConfig, *kinds: str) -> list[FFNConfig]:
-    """The feed-forward layers of all blocks, of these kinds or of all: of the repeating groups in order, then of the inserts."""
+    """The feed-forward layers of all blocks, of these kinds or of any: the repeating groups in order, then the inserts."""
     pattern = parse_pattern(model)
     layers = [*pattern * (model.layers // len(pattern)), *(insert.ffn for insert in parse_inserts(model))]
     return [ffn for ffn in layers if not kinds or ffn.kind in kinds]

@@ -45,7 +45,7 @@ def config_help(config: Config) -> str:
 
 
 def _section_help(section: Any, path: str, shown: dict[type, str], note: str = "") -> list[str]:
-    """The lines of a section and of those in it; with a note it is not there, and sections of types in `shown` are named alone."""
+    """The lines of a section and of those in it. A note says that the section is absent; types in `shown` are only named."""
     shown = {type(section): path.rstrip("."), **shown}
     rows, sections = [], []
     for entry in dataclasses.fields(section):

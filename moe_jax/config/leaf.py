@@ -4,15 +4,18 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-# What a field changes of a run that has begun, from nothing to the scores: "runtime" how it goes on, "rounding" the last bits too,
-# "scoring" what evaluation computes, but no shape of what was trained. The first two may change on resume.
+# What a field may change in a run that has begun. "runtime": how it runs, no number. "rounding": the last bits of numbers too.
+# "scoring": what evaluation computes, but no shape of what was trained. The first two may change on resume.
 ROLES = ("runtime", "rounding", "scoring")
 
 
 def field(
     default: Any, doc: str, *, choices: Sequence = (), low: float | None = None, high: float | None = None, role: str = ""
 ) -> Any:
-    """A config leaf with its documentation, limits (`low` and `high` are inclusive) and role, one of `ROLES`; "": it makes another run."""
+    """A config leaf with its documentation, limits (`low` and `high` are inclusive) and role.
+
+    role: one of `ROLES`; "": another value makes another run.
+    """
     assert role in ("", *ROLES), role
     return dataclasses.field(default=default, metadata={"doc": doc, "choices": choices, "low": low, "high": high, "role": role})
 

@@ -31,8 +31,8 @@ class MoEConfig:
     eval_capacity: float = field(0.0, "Capacity factor of evaluation and generation; 0: dropless.", low=0, role="scoring")
     capacity_priority: str = field(
         "token",
-        "Who gets a slot: token (in order), choice (first choices first), gate (first choices first, by the tokens' highest gates), "
-        "probs (highest gates first); only token is causal.",
+        "Who gets a slot: token (in order), choice (first choices first), gate (first choices first, by the tokens' "
+        "highest gates), probs (highest gates first); only token is causal.",
         choices=("token", "choice", "gate", "probs"),
         role="scoring",
     )

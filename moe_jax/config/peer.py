@@ -33,8 +33,8 @@ class PeerConfig:
     )
     backend: str = field(
         "auto",
-        "What fetches and sums the experts; auto: the best of the platform. On others the kernels triton (NVIDIA) and mosaic (TPU) "
-        "are interpreted, slowly.",
+        "What fetches and sums the experts; auto: the best of the platform. On others the kernels triton (NVIDIA) "
+        "and mosaic (TPU) are interpreted, slowly.",
         choices=("auto", "blocks", "triton", "mosaic"),
         role="rounding",
     )

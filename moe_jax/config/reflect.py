@@ -33,15 +33,15 @@ def leaves(section: Any, path: str = "") -> Iterator[tuple[str, Any, dataclasses
 
 def leaf_fields(section: type = Config, path: str = "") -> dict[str, dataclasses.Field]:
     """Dotted path -> field of all leaves there can be, with '[]' for any item of a tuple."""
-    found = {}
+    leaves = {}
     for entry in dataclasses.fields(section):
         if item := item_type(entry):
-            found |= leaf_fields(item, f"{path}{entry.name}[].")
+            leaves |= leaf_fields(item, f"{path}{entry.name}[].")
         elif dataclasses.is_dataclass(entry.type):
-            found |= leaf_fields(entry.type, f"{path}{entry.name}.")
+            leaves |= leaf_fields(entry.type, f"{path}{entry.name}.")
         else:
-            found[f"{path}{entry.name}"] = entry
-    return found
+            leaves[f"{path}{entry.name}"] = entry
+    return leaves
 
 
 def role(path: str) -> str:
@@ -129,13 +129,13 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def _differences(old: Any, new: Any, path: str) -> dict[str, tuple[Any, Any]]:
-    found = {}
+    changed = {}
     if isinstance(old, dict) and isinstance(new, dict):
         for name in old | new:
-            found |= _differences(old.get(name), new.get(name), f"{path}.{name}" if path else name)
+            changed |= _differences(old.get(name), new.get(name), f"{path}.{name}" if path else name)
     elif isinstance(old, list) and isinstance(new, list):
         for i, (a, b) in enumerate(itertools.zip_longest(old, new)):
-            found |= _differences(a, b, f"{path}[{i}]")
+            changed |= _differences(a, b, f"{path}[{i}]")
     elif old != new:
-        found[path] = (old, new)
-    return found
+        changed[path] = (old, new)
+    return changed

@@ -161,7 +161,8 @@ class GShardConfig(RouterOptions):
     traits: ClassVar[Traits] = Traits(top_k=(2,))
     second_expert: str = field(
         "random",
-        "Second expert in training: all; threshold: where its gate is above `threshold`; random: with probability gate / threshold.",
+        "Second expert in training: all; threshold: where its gate is above `threshold`; random: with probability "
+        "gate / threshold.",
         choices=_POLICIES,
     )
     eval_second_expert: str = field(
@@ -225,7 +226,8 @@ class ExpertChoiceConfig(RouterOptions):
 
     evaluation: str = field(
         "experts",
-        "Who chooses in evaluation: experts, as in training; tokens: each its K best experts by the same scores, which is causal.",
+        "Who chooses in evaluation: experts, as in training; tokens: each its K best experts by the same scores, "
+        "which is causal.",
         choices=("experts", "tokens"),
         role="scoring",
     )

@@ -19,18 +19,20 @@ STARTS = ("checkpoint", "upcycle_from")  # the fields of `init` that name the fo
 class Arm:
     """One variant of a study.
 
-    An arm is trained by settings of its own, or it repeats another arm's runs (`twin_of`), or it scores them (`scores`). The last
-    two have the base, the settings and the start of that other arm.
+    An arm is trained by settings of its own, or repeats another arm's runs (`twin_of`), or scores them (`scores`). The last two
+    have the base, the settings and the start of that other arm.
 
     Attributes:
       name: a label, also of its folder.
       settings: dotted config path -> value, over the base; taken as the command line takes `--config.a.b=VALUE`.
       twin_of: makes this an A/A arm: the name of the arm whose runs it repeats, with other noise in the routers.
       full: settings over its own with --scale=full.
-      scores: the name of an arm whose runs this one scores once more and does not train: its settings change the evaluation alone.
-      baseline: the arm that its differences are against, such as one of as many steps; its own name: it is one; empty: the study's.
+      scores: the name of an arm whose runs this one scores once more instead of training; its settings change only evaluation.
+      baseline: the arm that its differences are against, such as one of as many steps. Its own name: it is a baseline. Empty:
+        the study's.
       base: a config instead of the study's, such as that of another member of a family of models.
-      starts_from: the name of an arm: each run starts from that arm's finished run of the same seed; empty: from new parameters.
+      starts_from: the name of an arm: each run starts from that arm's finished run of the same seed; empty: from new
+        parameters.
       start: the field of `init` that gets the folder of that run: "checkpoint" takes its parameters and tokenizer as they are,
         "upcycle_from" makes experts of its feed-forward layers.
     """
@@ -68,9 +70,9 @@ class Curve:
 class Study:
     """A paired comparison, fixed before its first run.
 
-    All runs are scored on the validation text of the base's sources, whatever they were trained on, so losses compare. Arms with
-    other sources, or another tokenizer, may have other tokens: those are compared in bits per byte. That no arm trains on text
-    which the base's sources hold out is up to the study.
+    All runs are scored on the validation text of the base's sources, whatever they were trained on, so losses
+    compare. Arms with other sources, or another tokenizer, may have other tokens: those are compared in bits per
+    byte. That no arm trains on text which the base's sources hold out is up to the study.
 
     base: what the arms share that have no base of their own; each seed takes the place of `base.seed`. arms, baseline: the
       variants, and the name of the one that the differences are against. seeds: the same ones for every arm; later runs may add

@@ -28,7 +28,8 @@ def find_files(field: str, globs: str) -> list[File]:
       globs: `~` is expanded.
 
     Raises:
-      ConfigError: a glob matches no file, is malformed, has `**` in a remote path, or leads through a folder that cannot be read.
+      ConfigError: a glob matches no file, is malformed, has `**` in a remote path, or leads through a folder that
+        cannot be read.
     """
     found: dict[str, File] = {}
     for pattern in filter(None, (part.strip() for part in globs.split(","))):

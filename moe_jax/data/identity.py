@@ -10,7 +10,8 @@ def check_same_text(saved: dict[str, Any], data: TextData) -> list[str]:
     """Compares the text of a checkpoint with the one there is now, by content: folders may have moved.
 
     Args:
-      saved: the checkpoint's description: `data_fingerprint`, and `text`, the `TextData.identity` of then (older ones have none).
+      saved: the checkpoint's description: `data_fingerprint`, and `text`, the `TextData.identity` of then (older
+        ones have none).
       data: the text now.
 
     Returns:

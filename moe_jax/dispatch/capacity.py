@@ -47,9 +47,9 @@ def limit_assignments(
         "gate": all first choices before any second choice, each in the order of the tokens' highest gates (batch-prioritised
           routing of V-MoE, arXiv:2106.05974, section 4.1, and google-research/vmoe).
         "probs": the highest gates, whichever choice they are (the drop policy of this name in Megatron-LM and DeepSpeed).
-      renormalise: multiplies the gates that a token keeps by one factor, so that they sum to what all its gates summed to. Where
-        that was 1, this is what fairseq and DeepSpeed do after dropping; of one gate a token it changes nothing, and no gate
-        loses its gradient. Else gates of what stays are unchanged.
+      renormalise: whether the gates that a token keeps are multiplied by one factor, so that they sum to what all
+        its gates summed to. Where that sum was 1, fairseq and DeepSpeed do the same after dropping. With one gate a
+        token nothing changes, and no gate loses its gradient. False: the gates of what stays are unchanged.
 
     Returns:
       The choice, with "no expert" and a gate of 0 for the rest; the slots of what stays, in the order of

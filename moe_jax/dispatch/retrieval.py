@@ -4,10 +4,10 @@
            even whatever is retrieved. All-gather of ids and gates, all-to-all of x and y, all-reduce of the
            pre-activations [T, R, M-1]; backward the same with gradients.
   experts  every device has whole rows of some experts. All-gather of x, ids and gates, reduce-scatter of y and the
-           pre-activations. Every device goes through all pairs of its group, those of others with a gate of 0: it saves
-           memory, not work, and is not meant to be fast.
+           pre-activations. Every device goes through all pairs of its group; pairs with another device's expert have a
+           gate of 0. This saves memory, not work, and is not meant to be fast.
 
-Both run both passes' collectives by hand, so that what lies between the passes is the same as on one device.
+Both write out the collectives of the forward and the backward pass, so that the residuals are those of one device.
 """
 
 import functools
@@ -18,13 +18,13 @@ import jax.numpy as jnp
 
 from moe_jax import compat
 from moe_jax.compat import BATCH_AXES, PartitionSpec
-from moe_jax.ops.retrieval import BACKENDS, Passes
+from moe_jax.ops.retrieval import BACKENDS, RetrievalPasses
 
 AXIS = "expert"
 
 
 @functools.cache
-def sharded_passes(mesh, table_spec: PartitionSpec, backend: str = "blocks") -> Passes:
+def sharded_passes(mesh, table_spec: PartitionSpec, backend: str = "blocks") -> RetrievalPasses:
     """The passes of `ops.retrieval.retrieve` over `mesh`: tokens split over (data, fsdp, expert), the table over `expert`.
 
     Where the shards do not divide T, tokens without an expert are added.
@@ -59,7 +59,7 @@ def sharded_passes(mesh, table_spec: PartitionSpec, backend: str = "blocks") -> 
 
         return call
 
-    return Passes(over_shards(inside.forward, 2), over_shards(inside.backward, 3))
+    return RetrievalPasses(over_shards(inside.forward, 2), over_shards(inside.backward, 3))
 
 
 def _pad(array, added, experts):
@@ -87,7 +87,7 @@ def _from_width(array):
     return jax.lax.all_to_all(array, AXIS, split_axis=0, concat_axis=1, tiled=True)
 
 
-def _by_width(local: Passes) -> Passes:
+def _by_width(local: RetrievalPasses) -> RetrievalPasses:
     add = lambda a: jax.lax.psum(a, AXIS)
 
     def forward(x, ids, gates, table, activation):
@@ -100,14 +100,14 @@ def _by_width(local: Passes) -> Passes:
         d_x, d_gates, weights = local.backward(*args, reduce=add)
         return _from_width(d_x), _own(d_gates), _own(weights)
 
-    return Passes(forward, backward)
+    return RetrievalPasses(forward, backward)
 
 
-def _by_experts(local: Passes) -> Passes:
+def _by_experts(local: RetrievalPasses) -> RetrievalPasses:
     def scatter(array):
         return jax.lax.psum_scatter(array, AXIS, scatter_dimension=0, tiled=True)
 
-    def mine(table, ids, *arrays):
+    def local_part(table, ids, *arrays):
         """Ids counted from this shard's first, N_local where the expert is another's; and arrays [T, R, ...] with 0 there."""
         local_ids = ids - jax.lax.axis_index(AXIS) * table.shape[0]
         here = (local_ids >= 0) & (local_ids < table.shape[0])
@@ -115,16 +115,16 @@ def _by_experts(local: Passes) -> Passes:
         return jnp.where(here, local_ids, table.shape[0]), masked
 
     def forward(x, ids, gates, table, activation):
-        local_ids, (gates,) = mine(table, _whole(ids), _whole(gates))
+        local_ids, (gates,) = local_part(table, _whole(ids), _whole(gates))
         y, hidden = local.forward(_whole(x), local_ids, gates, table, activation)
-        _, (hidden,) = mine(table, _whole(ids), hidden)
+        _, (hidden,) = local_part(table, _whole(ids), hidden)
         return scatter(y), scatter(hidden)
 
     def backward(d_y, x, ids, gates, hidden, table, activation):
-        local_ids, (gates, hidden) = mine(table, _whole(ids), _whole(gates), _whole(hidden))
+        local_ids, (gates, hidden) = local_part(table, _whole(ids), _whole(gates), _whole(hidden))
         args = _whole(d_y), _whole(x), local_ids, gates, hidden, table, activation
         d_x, d_gates, weights = local.backward(*args)
-        _, (d_gates, weights) = mine(table, _whole(ids), d_gates, weights)
+        _, (d_gates, weights) = local_part(table, _whole(ids), d_gates, weights)
         return scatter(d_x), scatter(d_gates), scatter(weights)
 
-    return Passes(forward, backward)
+    return RetrievalPasses(forward, backward)

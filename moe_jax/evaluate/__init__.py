@@ -20,13 +20,13 @@ def evaluate_sets(
 
     step = make_evaluation_step(run.model, run.tokenizer.token_bytes)
     batch_size = run.config.data.batch_size
-    total = sum(batch_count(one, batch_size, limit) for one in sets.values())
+    total = sum(batch_count(evaluation_set, batch_size, limit) for evaluation_set in sets.values())
     hidden = not show_progress or jax.process_index() != 0
     pause = 0.1 if sys.stderr.isatty() else 10.0  # a log file gets a line now and then
     with tqdm(total=total, unit="batch", disable=hidden, mininterval=pause) as bar:
         return {
-            name: evaluate(step, run.variables, one, run.mesh, batch_size, limit=limit, progress=bar.update)
-            for name, one in sets.items()
+            name: evaluate(step, run.variables, evaluation_set, run.mesh, batch_size, limit=limit, progress=bar.update)
+            for name, evaluation_set in sets.items()
         }
 
 

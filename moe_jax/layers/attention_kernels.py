@@ -1,4 +1,4 @@
-"""Attention of queries, keys and values, by the kernel that fits. `dot_product_attention` decides which one, and says so in the log."""
+"""Attention of queries, keys and values by the kernel that fits; `dot_product_attention` chooses it and logs why."""
 
 import functools
 import logging

@@ -22,7 +22,8 @@ from moe_jax.types import Aux, RouterInputs
 class BlockInputs(NamedTuple):
     """What every block of a model sees beside the hidden states.
 
-    token_ids, positions, segment_ids: int32 [B, S]; segment 0 is padding. key: typed PRNG key or None. train, record: static, see `RouterInputs`.
+    token_ids, positions, segment_ids: int32 [B, S]; segment 0 is padding. key: typed PRNG key or None.
+    train, record: static, see `RouterInputs`.
     """
 
     token_ids: jax.Array
@@ -54,10 +55,10 @@ def router_sizes(config: MoEConfig, vocab_size: int = 0) -> Sizes:
 
 
 class Block(nn.Module):
-    """A pre-norm block with the feed-forward layer `ffn`. Parameters: norm_attention, attention, norm_ffn, and of the layer ffn, moe
-    or peer; the first two only with `ffn.attention`, the third with `ffn.norm`.
+    """A pre-norm block with the feed-forward layer `ffn`.
 
-    `vocab_size` is there for routers with a table of token ids.
+    Parameters: norm_attention and attention where `ffn.attention`; norm_ffn where `ffn.norm`; those of the layer under ffn, moe
+    or peer. `vocab_size` is for routers with a table of token ids.
     """
 
     config: ModelConfig

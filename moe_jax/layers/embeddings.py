@@ -13,7 +13,7 @@ def row_ids(token_ids: jax.Array) -> jax.Array:
 
 
 class TokenEmbedding(nn.Module):
-    """A table of V vectors, looked up by token id, and by `attend` the output projection.
+    """A table of V vectors, looked up by token id.
 
     Parameter: `embedding` [V, D].
 
@@ -61,12 +61,6 @@ class TokenEmbedding(nn.Module):
             raise ValueError(f"row_sinks/embedding has shape {sink.shape}; it must be {(token_ids.size, self.width)}")
         rows = jnp.take(jax.lax.stop_gradient(self.embedding), token_ids, axis=0).astype(self.dtype)
         return rows + sink.reshape(rows.shape).astype(self.dtype)
-
-    def attend(self, x: jax.Array) -> jax.Array:
-        """Scores every token: x [..., D] times the table; returns [..., V], float32 or wider."""
-        wide = jnp.promote_types(self.dtype, jnp.float32)
-        x, table = x.astype(self.dtype), self.embedding.astype(self.dtype)
-        return jnp.einsum("...D,VD->...V", x, table, preferred_element_type=wide)
 
 
 class LearnedPositions(nn.Module):

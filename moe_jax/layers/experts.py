@@ -53,7 +53,7 @@ class Experts(nn.Module):
     def _weights(self, width: int) -> dict[str, jax.Array]:
         """By name, for tokens of D = `width`."""
         branches = ("in", "out", "gate") if is_gated(self.activation) else ("in", "out")
-        # The order is that of the initial keys.
+        # The order decides which parameter is initialised from which key.
         names = [f"{kind}_{branch}" for kind in ("wb" if self.use_bias else "w") for branch in branches]
         sizes = {"experts": self.experts, "embed": width, "mlp": self.width, None: width}
 
@@ -71,11 +71,11 @@ class Experts(nn.Module):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """x [T, D], choice over E experts -> (y [T, D], stats), computed in the dtype of x.
 
-        A `SlotMix` is of `sequences` sequences of equal length. For a `TokenChoice`:
-        Under `jax.set_mesh` with a mesh of more than one device, the layer runs in a shard_map over it. The
-        work is split over the axes data, fsdp, expert and tensor; along any other it is repeated. On one
-        device `slots`, of a choice limited to them, makes the experts run as equal groups of C rows. The
-        statistics are those of the exchange, if the axis expert has more than one shard; else none.
+        A `SlotMix` has `sequences` sequences of equal length. A `TokenChoice` runs in a shard_map where
+        `jax.set_mesh` has a mesh of more than one device: the work is split over the axes data, fsdp, expert and
+        tensor, and repeated along any other. On one device, given the `slots` that the choice was limited to, the
+        experts run as equal groups of C rows. The statistics are those of the exchange, if the axis expert has
+        more than one shard; else none.
         """
         weights = self._weights(x.shape[-1])
         if self.is_initializing():

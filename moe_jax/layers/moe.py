@@ -37,7 +37,8 @@ class MoE(nn.Module):
     """A mixture-of-experts feed-forward layer for any Linen model.
 
     It has reverse-mode gradients of any order: `jax.grad` of `jax.grad` too. Forward mode (`jax.jvp`, `jax.linearize`,
-    `jax.jacfwd`, `jax.hessian`) is refused by JAX with a TypeError about custom_vjp; use `jax.jacrev(jax.grad(f))` for a Hessian.
+    `jax.jacfwd`, `jax.hessian`) is refused by JAX with a TypeError about custom_vjp; use `jax.jacrev(jax.grad(f))`
+    for a Hessian.
 
     Attributes:
       experts: E.
@@ -47,20 +48,21 @@ class MoE(nn.Module):
         and virtual experts as the layer has; None: softmax top-k.
       activation: "gelu_tanh", "gelu", "relu" or "swiglu".
       use_bias: biases in the experts.
-      zero_experts, copy_experts, constant_experts: virtual experts beside the E, see `VirtualExperts`; the router's
-        columns are E + their number.
+      zero_experts, copy_experts, constant_experts: numbers of virtual experts beside the E, see `VirtualExperts`; the
+        router has a column for each expert of all kinds.
       shared_width: hidden width of a dense network beside the experts that sees every token; 0: none.
-      shared_gate: multiplies its output by sigmoid(x . shared_gate).
-      capacity_factor: at most C = ceil(factor * T * K / (E + V)) assignments per expert in training; 0: dropless.
-      eval_capacity: the same in evaluation; 0: dropless.
-      capacity_priority: "token", "choice", "gate" or "probs", see `limit_assignments`; only "token" is causal. On one
+      shared_gate: whether the output of that network is multiplied by sigmoid(x . w), with a parameter w of this name.
+      capacity_factor: at most C = ceil(factor * T * K / (E + V)) assignments per expert in training; 0: dropless. On one
         device the C slots of each expert run as equal groups.
-      renormalise_kept: whether the gates that a token keeps are scaled to the sum that all its gates had, see there.
+      eval_capacity: the same in evaluation; 0: dropless.
+      capacity_priority: whose assignments get a slot: "token", "choice", "gate" or "probs", see `limit_assignments`; only
+        "token" is causal.
+      renormalise_kept: whether the gates that a token keeps are scaled to the sum of all its gates, see `limit_assignments`.
       backend: of `grouped_matmul`; None: the platform's best.
       exchange: "auto", "gather", "all_to_all" or "ragged": how tokens reach the experts of other devices, see
-        `moe_jax.dispatch.exchange`. More than one shard of experts adds its counts to the statistics.
-      exchange_buffer: room of the last two, relative to an even load; where it is short the call takes
-        "gather". 0: for everything that can come.
+        `moe_jax.dispatch.exchange`. With several shards of experts its own statistics are among those of `Aux`.
+      exchange_buffer: room for rows in "all_to_all" and "ragged", relative to an even load; a call that needs more takes
+        "gather". 0: room for everything that can come.
       dtype: compute dtype; None: that of x. The router computes in float32 at least.
     """
 
@@ -89,8 +91,8 @@ class MoE(nn.Module):
     def __call__(self, x: jax.Array, inputs: RouterInputs | None = None, *, train: bool = False) -> tuple[jax.Array, Aux]:
         """x [..., S, D] -> (y [..., S, D], Aux). Padding and dropped tokens get nothing from the experts.
 
-        `inputs` has an entry for each of the T leading positions of x, flattened; its `train` wins over the argument. The
-        sequences that it does not number are the rows of x; those of a SlotMix always are.
+        `inputs` has an entry for each of the T leading positions of x, flattened; its `train` wins over the argument. Without
+        `inputs.sequences` the sequences are the rows of x. A SlotMix is always combined by the rows of x.
 
         Raises:
           ValueError: in one line: an argument that the config's field refuses, or that does not fit the others, the router, its
@@ -147,15 +149,15 @@ class MoE(nn.Module):
 
     def _check_router(self, choice, stats, virtual):
         """Refuses an assignment that this layer would carry out otherwise than the router means it."""
-        found = {"experts": self.experts, "virtual experts": virtual}
+        built_for = {"experts": self.experts, "virtual experts": virtual}
         if isinstance(choice, ExpertChoice):
-            found["experts"] = choice.token_ids.shape[0]
+            built_for["experts"] = choice.token_ids.shape[0]
         elif isinstance(choice, SlotMix):
-            found["experts"] = choice.dispatch.shape[1]
+            built_for["experts"] = choice.dispatch.shape[1]
         elif "counts" in stats:
-            found["experts"] = stats["counts"].shape[0]
-            found["virtual experts"] = stats["virtual_counts"].shape[0] if "virtual_counts" in stats else 0
-        for (name, built), own in zip(found.items(), (self.experts, virtual), strict=True):
+            built_for["experts"] = stats["counts"].shape[0]
+            built_for["virtual experts"] = stats["virtual_counts"].shape[0] if "virtual_counts" in stats else 0
+        for (name, built), own in zip(built_for.items(), (self.experts, virtual), strict=True):
             if built != own:
                 limit = f"its router was built for {built} {name}"
                 argument = "experts" if name == "experts" else "zero_experts + copy_experts + constant_experts"

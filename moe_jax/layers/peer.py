@@ -41,8 +41,8 @@ class PEER(nn.Module):
     Parameters: `experts` [N, M, D], every expert's rows side by side: the input row, with a gated activation the gate row,
     and the output row; those of `ProductKeys` under `router`, and of `FeedForward` under `shared`.
 
-    With zeros in the collection `row_sinks` at this module's place, named `experts` (`ops.retrieval.row_sink`), the pool gets no
-    gradient; the gradient of the zeros, with `Aux.row_ids`, is the pool's by rows.
+    The gradient of the pool can be had by rows: put zeros (`ops.retrieval.row_sink`) named `experts` at this module's place in
+    the collection `row_sinks`. The pool then gets no gradient; that of the zeros, with `Aux.row_ids`, is the pool's by rows.
 
     Attributes:
       experts: N, a square.
@@ -81,8 +81,9 @@ class PEER(nn.Module):
         `router_state`, which `routing.product_keys.update` moves on.
 
         Raises:
-          ValueError: in one line: an argument that the config's field refuses, or that does not fit the others; what the kernel of
-            a backend cannot do; a missing `router_state`; a mesh of Explicit axes, or whose shards do not divide what they split.
+          ValueError: in one line: an argument that the config's field refuses, or that does not fit the others; what
+            the kernel of a backend cannot do; a missing `router_state`; a mesh of Explicit axes, or whose shards do
+            not divide what they split.
         """
         activation = {} if self.activation is None else {"activation": (PeerConfig, "activation")}
         check_arguments("PEER", vars(self), FIELDS | activation)

@@ -14,10 +14,10 @@ _BY_TOKEN = ("token_ids", "positions", "segment_ids", "valid", "sequences")
 
 
 def flatten_tokens(x: jax.Array, inputs: RouterInputs | None, train: bool, what: str) -> tuple[jax.Array, RouterInputs, int]:
-    """x [..., S, D] -> (tokens [T, D], their inputs, B); T = B*S.
+    """x [..., S, D] -> (tokens [T, D], `RouterInputs`, B); T = B*S.
 
-    Without `inputs` they are those of `train` alone. Where they do not number the sequences, the rows of x are the sequences. No
-    tokens at all become one of padding, so that what follows has no special case; `unflatten_tokens` takes it away.
+    Without `inputs` only `train` is set. Without `inputs.sequences` the rows of x are the sequences. An x without tokens
+    becomes one token of padding, so that what follows has no special case; `unflatten_tokens` takes it away.
 
     Args:
       x: at least [S, D].
@@ -55,7 +55,7 @@ def needs_router_state(what: str) -> Iterator[None]:
     """Turns flax's error of a router that misses its state into one line that says where to get it.
 
     Raises:
-      ValueError: see there.
+      ValueError: the router misses its state.
     """
     try:
         yield

@@ -21,9 +21,9 @@ class Output(NamedTuple):
     """What a model returns.
 
     x: [B, S, D], normalised; logits are x table^T. table: [V, D], the output projection. losses: the routers' unweighted
-    losses by feed-forward layer (see `stack.mean_losses`). stats: routing statistics of every block with a router (see `by_layer`). cache: for
-    the next call, or None. row_ids: for every table in the collection `row_sinks`, at the same place, int32 [T], of a pool
-    [T, R] (stacked over groups): the table's rows that the sink's gradient belongs to.
+      losses by feed-forward layer (see `stack.mean_losses`). stats: routing statistics of every block with a router (see
+      `by_layer`). cache: for the next call, or None. row_ids: for every table in the collection `row_sinks`, at the same place,
+      the table's rows that the sink's gradient belongs to: int32 [T], of a pool [T, R] (stacked over groups).
     """
 
     x: jax.Array

@@ -14,7 +14,7 @@ from moe_jax.ops.retrieval import rows_of_expert
 
 
 class BlockFlops(NamedTuple):
-    """Of one token in one block, forward; multiply-adds count twice. last: the part of `ffn` that is its last product."""
+    """FLOPs of one token in one block, forward; a multiply-add counts 2. last: the part of `ffn` that is its last product."""
 
     attention: float
     ffn: float
@@ -25,15 +25,16 @@ class BlockFlops(NamedTuple):
 def forward_flops_per_token(
     config: ModelConfig, vocab_size: int, sequence_length: int, experts: Mapping[str, float] | None = None
 ) -> float:
-    """Multiply-adds count twice. Attention counts the causal half of S x S; a routed layer its experts, those that are shared
-    and the router.
+    """FLOPs of one token in the forward pass; a multiply-add counts 2.
+
+    Attention counts the causal half of S x S. A routed layer counts its experts, the shared ones and the router.
 
     Args:
       config: the model's.
       vocab_size: V.
       sequence_length: S.
-      experts: how many experts ran for a token, by the name of the block (`experts_run`); where a block is missing, K, or what
-        the router's options say. Choices of virtual experts, which cost nothing, are known from such counts alone.
+      experts: how many experts ran for a token, by the name of the block (`experts_run`); a block that is missing counts K, or
+        what the router's options say. Only such counts tell which choices were virtual experts, which cost nothing.
     """
     blocks = 0.0
     for place in places(config):
@@ -63,31 +64,34 @@ def block_flops(config: ModelConfig, ffn: FFNConfig, sequence_length: int, exper
 
 
 def router_flops_per_token(config: ModelConfig) -> float:
-    """The routers' share of the forward pass: a product with the columns of experts in every routed layer; with slots also the
-    two that mix tokens into them and back; in every layer that retrieves the queries and their scores."""
+    """The routers' share of `forward_flops_per_token`.
+
+    A routed layer counts the product with the router's columns, and with slots the two that mix tokens into slots and back. A
+    layer that retrieves counts the queries and their scores.
+    """
     return sum(block_flops(config, ffn, 1).router for ffn in block_layers(config))
 
 
 def training_flops_per_token(
     config: ModelConfig, vocab_size: int, sequence_length: int, experts: Mapping[str, float] | None = None
 ) -> float:
-    """Forward plus backward: three times the forward pass. Recomputation is not counted. Arguments: `forward_flops_per_token`."""
+    """FLOPs of one token, forward and backward: 3 times `forward_flops_per_token`. Recomputation is not counted."""
     return 3 * forward_flops_per_token(config, vocab_size, sequence_length, experts)
 
 
 def experts_run(config: ModelConfig, stats: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """How many experts with matrices ran for a token, by block, where the router decides that: from the counts of a step.
+    """Experts with matrices that ran for a token, by block, from the counts of a step, where the router decides how many.
 
     Args:
       config: the model's.
       stats: statistics by block (`by_layer`), on the host.
     """
-    found = {}
+    experts = {}
     for place in places(config, "routed"):
         sums = stats.get(place.name)
         if sums and place.ffn.moe.options.varies(place.ffn.moe):
-            found[place.name] = float((sums["counts"].sum() - sums["dropped"]) / max(float(sums["tokens"]), 1.0))
-    return found
+            experts[place.name] = float((sums["counts"].sum() - sums["dropped"]) / max(float(sums["tokens"]), 1.0))
+    return experts
 
 
 def active_parameters(config: ModelConfig, params: Any) -> int:

@@ -1,4 +1,4 @@
-"""Where the blocks of a model are: one iterator for all who walk over its parameters, statistics, metrics or costs."""
+"""Where the blocks of a model are: one iterator for all code that walks over parameters, statistics, metrics or costs."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -15,9 +15,11 @@ MODULES = {"dense": "ffn", "routed": "moe", "peer": "peer", "pkm": "peer"}
 class Place(NamedTuple):
     """One block.
 
-    name: of its statistics and metrics, "layer_07" or that of an insert. number: folds into its noise: i of block i of the groups,
-      L + j of insert j. path: of its variables below "stack", ("groups", "block_1") or (name,). group: its index along the axis of
-      groups that these are stacked on; None: there is none. ffn: its feed-forward layer.
+    name: of its statistics and metrics: "layer_07", or the name of an insert.
+    number: folded into its noise key: i for block i of the groups, L + j for insert j.
+    path: of its variables below "stack": ("groups", "block_1") or (name,).
+    group: index along the axis of groups on which its variables are stacked; None: they are not stacked.
+    ffn: its feed-forward layer.
     """
 
     name: str
@@ -66,7 +68,7 @@ def stacked_places(config: ModelConfig, *kinds: str) -> list[Place]:
 
 
 def pool_path(place: Place) -> str:
-    """Path in `params` of the pool of a block that retrieves; of blocks that share one, the same."""
+    """Path in `params` of the pool of a block that retrieves; blocks that share a pool have the same path."""
     if place.ffn.peer.share_pool:
         return f"stack/{shared_pool(place.ffn)}/experts"
     return f"{place.prefix}/{place.module}/experts"
@@ -81,9 +83,9 @@ def shared_pool(ffn: FFNConfig) -> str:
 
 def by_layer(tree: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
     """{"groups": {"block_i": leaves [G, ...]}, name: leaves} -> {"layer_07": leaves, name: leaves}, in order of depth."""
-    found = ((place, place.find(tree)) for place in places(config))
+    placed = ((place, place.find(tree)) for place in places(config))
     return {
         place.name: leaves if place.group is None else jax.tree.map(lambda a, g=place.group: a[g], leaves)
-        for place, leaves in found
+        for place, leaves in placed
         if leaves is not None
     }

@@ -31,9 +31,11 @@ class StackOutput(NamedTuple):
 
 
 class Stack(nn.Module):
-    """All blocks of a model. Collections `params` and `router_state` hold `groups` {block_i: arrays [G, ...]} and the inserts;
-    with `peer.share_pool` `params` also `pool` (of a layer of `model.ffns`: `pool_NAME`) {experts: [N, M, D]}, in place of the pools
-    of the blocks.
+    """All blocks of a model.
+
+    The collections `params` and `router_state` hold `groups` {block_i: arrays [G, ...]} and the inserts. With `peer.share_pool`
+    blocks have no pool of their own: `params` holds `pool` {experts: [N, M, D]}, or `pool_NAME` for the layer NAME of
+    `model.ffns`.
     """
 
     config: ModelConfig
@@ -84,7 +86,7 @@ class Stack(nn.Module):
         return block
 
     def _init_groups(self, key, pattern, groups, x, inputs):
-        def one(g):
+        def init_group(g):
             group_key = jax.random.fold_in(key, g)
             blocks = [self._init_block(jax.random.fold_in(group_key, i), ffn, x, inputs) for i, ffn in enumerate(pattern)]
             return {c: {f"block_{i}": b[c] for i, b in enumerate(blocks) if c in b} for c in COLLECTIONS}
@@ -92,7 +94,7 @@ class Stack(nn.Module):
         def boxed(leaf):
             return isinstance(leaf, nn.meta.AxisMetadata)
 
-        stacked = jax.vmap(one)(jnp.arange(groups))
+        stacked = jax.vmap(init_group)(jnp.arange(groups))
         stacked = {c: tree for c, tree in stacked.items() if tree}
         return jax.tree.map(lambda b: b.add_axis(0, {nn.PARTITION_NAME: "layers"}) if boxed(b) else b, stacked, is_leaf=boxed)
 
@@ -116,10 +118,10 @@ class Stack(nn.Module):
             x, auxes, new = jax.lax.optimization_barrier(x), {}, {}
             for i, ffn in enumerate(pattern):
                 name = f"block_{i}"
-                mine = {c: tree[name] for c, tree in variables.items() if name in tree}
-                mine = _with_pool(mine, pools, ffn)
+                block_variables = {c: tree[name] for c, tree in variables.items() if name in tree}
+                block_variables = _with_pool(block_variables, pools, ffn)
                 layer = g * len(pattern) + i
-                x, aux, new[name] = self._block(ffn)(mine, x, inputs, layer, caches and caches[name])
+                x, aux, new[name] = self._block(ffn)(block_variables, x, inputs, layer, caches and caches[name])
                 if aux is not None:
                     auxes[name] = aux
             return x, (auxes, new)
@@ -180,11 +182,11 @@ def init_stack_cache(config: ModelConfig, batch: int, length: int) -> dict[str, 
     """An empty cache for `length` tokens in each of `batch` rows; None for blocks without attention."""
     pattern = parse_pattern(config)
     width = config.head_width or config.width // config.heads
-    one = init_cache(batch, length, config.kv_heads or config.heads, width, jnp.dtype(config.dtype))
+    block_cache = init_cache(batch, length, config.kv_heads or config.heads, width, jnp.dtype(config.dtype))
     groups = config.layers // len(pattern)
-    stacked = jax.tree.map(lambda a: jnp.broadcast_to(a, (groups, *a.shape)), one)
+    stacked = jax.tree.map(lambda a: jnp.broadcast_to(a, (groups, *a.shape)), block_cache)
     cache = {"groups": {f"block_{i}": stacked if ffn.attention else None for i, ffn in enumerate(pattern)}}
-    return cache | {insert.name: one if insert.ffn.attention else None for insert in parse_inserts(config)}
+    return cache | {insert.name: block_cache if insert.ffn.attention else None for insert in parse_inserts(config)}
 
 
 def mean_losses(aux: dict[str, Any], config: ModelConfig) -> dict[str, dict[str, jax.Array]]:
@@ -210,5 +212,5 @@ def stats_tree(aux: dict[str, Any]) -> dict[str, Any]:
 
 def row_ids_tree(aux: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
     """The row ids of every pool with a sink, {path in `params`: {"experts": int32}}, such as "stack/groups/block_0/peer"."""
-    found = ((place, place.find(aux)) for place in stacked_places(config, *RETRIEVING))
-    return {f"{place.prefix}/{place.module}": block.row_ids for place, block in found if block and block.row_ids}
+    placed = ((place, place.find(aux)) for place in stacked_places(config, *RETRIEVING))
+    return {f"{place.prefix}/{place.module}": block.row_ids for place, block in placed if block and block.row_ids}

@@ -81,7 +81,9 @@ def expert_ffn(
 def expert_stack(
     rows: jax.Array, sublayers: Sequence[Weights], group_sizes: jax.Array, *, activation: str, **options
 ) -> jax.Array:
-    """What a stack of residual feed-forward sublayers adds to each row: with x_0 = x and x_i = x_{i-1} + ffn_i(x_{i-1}), x_n - x_0.
+    """What a stack of residual feed-forward sublayers adds to each row.
+
+    That is x_n - x_0, with x_0 = x and x_i = x_{i-1} + ffn_i(x_{i-1}).
 
     The experts of BASE layers (arXiv:2103.16716, section 3.2) and StableMoE (arXiv:2204.08396, eq. 2), whose sublayers have a
     norm before the projections.
@@ -138,8 +140,8 @@ def _run_by_block(by_block, whole, static, *args):
 
 @standard_promotion()
 def _by_block_backward(by_block, whole, static, args, cotangents):
-    # JAX cannot differentiate the loop over blocks, whose length is not known when it is traced: the gradient of a gradient runs
-    # all rows at once.
+    # JAX cannot differentiate the loop over blocks, whose length is not known when it is traced: the gradient of a
+    # gradient runs all rows at once.
     return jax.vjp(lambda *args: whole(*args, static), *args)[1](cotangents)
 
 
@@ -224,9 +226,9 @@ class _OfBlock:
 
     def vectors(self, prefix):
         """{name: [m, X]} of those that there are, the same in each row, in float32 at least."""
-        found = {name: self.block.of_group(v) for name, v in self.weights.items() if name.startswith(prefix)}
+        vectors = {name: self.block.of_group(v) for name, v in self.weights.items() if name.startswith(prefix)}
         return {
-            name: jnp.broadcast_to(v, (self.block.size, v.shape[0])).astype(accumulator(v.dtype)) for name, v in found.items()
+            name: jnp.broadcast_to(v, (self.block.size, v.shape[0])).astype(accumulator(v.dtype)) for name, v in vectors.items()
         }
 
     def add(self, name, a, b):
@@ -261,8 +263,8 @@ class _OfAll:
         return self.rows_times_groups(rows, self.weights[name], self.group_sizes, out, transposed=True)
 
     def vectors(self, prefix):
-        found = {name: v for name, v in self.weights.items() if name.startswith(prefix)}
-        return {name: jnp.where(self.real, v.astype(accumulator(v.dtype))[self.group], 0) for name, v in found.items()}
+        vectors = {name: v for name, v in self.weights.items() if name.startswith(prefix)}
+        return {name: jnp.where(self.real, v.astype(accumulator(v.dtype))[self.group], 0) for name, v in vectors.items()}
 
     def add(self, name, a, b):
         self.grads[name] = self.group_products(a, b, self.group_sizes, self.weights[name].dtype)

@@ -27,7 +27,8 @@ def batched_product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """`jnp.einsum` of two arrays of one dtype, with a result in `accumulator` of it.
 
     XLA's CPU backend (jax 0.10.2) has no bfloat16 product with a float32 result for some layouts of batched operands: the call
-    fails when it runs, not when it compiles. There the operands are widened first, which changes no product of two bfloat16 values.
+    fails when it runs, not when it compiles. There the operands are widened first, which changes no product of two
+    bfloat16 values.
     """
     wide = accumulator(a.dtype)
     if compat.target_platform() == "cpu":

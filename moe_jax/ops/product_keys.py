@@ -1,4 +1,4 @@
-"""Exact top-k over the sums of two score vectors, without forming them: product-key search (Lample et al., arXiv:1907.05242)."""
+"""Product-key search: exact top-k over sums of two score vectors, without forming them (Lample et al., arXiv:1907.05242)."""
 
 import functools
 
@@ -13,7 +13,7 @@ BLOCK_BYTES = {"cpu": 2**23, "other": 2**28}
 
 
 def product_search(queries: jax.Array, keys: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
-    """The K best of n*n experts for every query; an expert's score is the sum of its two keys' products with the query's halves.
+    """The K best of n*n experts for every query. An expert's score: the halves of the query times its two keys, summed.
 
     Scores [T, H, n] are made for a block of tokens at a time and never kept: the backward pass needs K of them, whose places
     the ids tell. Has a reverse-mode gradient alone.
@@ -70,12 +70,12 @@ def _search_backward(top_k, blocks, residuals, cotangents):
     if blocks == 1:
         return block(*parts)
 
-    def one(d_keys, part):
+    def add_block(d_keys, part):
         d_queries, more = block(*part)
         return d_keys + more, d_queries
 
     zeros = compat.vary(jnp.zeros_like(keys), compat.varying_axes(*parts))
-    d_keys, d_queries = jax.lax.scan(one, zeros, tuple(_split(a, blocks) for a in parts))
+    d_keys, d_queries = jax.lax.scan(add_block, zeros, tuple(_split(a, blocks) for a in parts))
     return _join(d_queries, len(queries)), d_keys
 
 
@@ -99,7 +99,7 @@ def _block_count(tokens, token_bytes):
 
 
 def _split(array, blocks):
-    """[T, ...] -> [blocks, size, ...]; tokens of a block lie `blocks` apart, so that every device has its share of each block."""
+    """[T, ...] -> [blocks, size, ...]; tokens of a block lie `blocks` apart, so that each device has a part of every block."""
     fill = [(0, -array.shape[0] % blocks)] + [(0, 0)] * (array.ndim - 1)
     array = jnp.pad(array, fill)
     return jnp.moveaxis(array.reshape(-1, blocks, *array.shape[1:]), 1, 0)
@@ -131,8 +131,8 @@ def product_top_k(scores_1: jax.Array, scores_2: jax.Array, top_k: int) -> tuple
         raise ValueError(f"top_k={top_k}: at most the {n} keys of a half")
     if n * n > 2**31:
         raise ValueError(f"{n} keys in a half: {n * n} ids do not fit into int32; use at most 46340")
-    # The barrier keeps the slices below away from the searches: merged into them, XLA sorts all n scores instead, which takes 13
-    # times as long on a CPU.
+    # The barrier keeps the slices below away from the searches: merged into them, XLA sorts all n scores instead,
+    # which takes 13 times as long on a CPU.
     halves = jax.lax.top_k(scores_1, top_k), jax.lax.top_k(scores_2, top_k)
     (best_1, i), (best_2, j) = jax.lax.optimization_barrier(halves)
     pairs = [(slice(a, a + 1), slice(top_k // (a + 1))) for a in range(top_k)]

@@ -1,7 +1,8 @@
 """Gradients of large tables by rows, in factors: what a table of N rows gets from T tokens that each touched R of them.
 
-Row n of the gradient is the sum over all (t, r) with ids[t, r] = n of weights[t, r] x vectors[t]. The factors take T (R M + M D)
-numbers; neither [N, M, D] nor [T, R, M, D] is ever formed: the rows are added up a block at a time, from one sort of the ids.
+Row n of the gradient is the sum of weights[t, r] * vectors[t] over all (t, r) with ids[t, r] = n. The factors hold T
+(R M + M D) numbers. Neither [N, M, D] nor [T, R, M, D] is ever formed: after one sort of the ids, rows are added up
+a block at a time.
 """
 
 from collections.abc import Callable
@@ -35,8 +36,8 @@ class RowGradient(NamedTuple):
 class SortedRows(NamedTuple):
     """A `RowGradient` with its pairs (t, r) in the order of their ids, in blocks of C.
 
-    A row's pairs follow each other, and may reach over the end of a block. A block adds its pairs up into C+1 sums: sum 0 goes on with
-    the row that the block before did not finish, the others begin a row each.
+    The pairs of a row follow each other and may cross the end of a block. A block has C+1 sums of pairs: sum 0
+    continues the row that the block before did not finish, and each other sum begins a row.
 
     ids int32 [blocks, C+1]: the row of each sum that ends in the block; for the others a number past the table, all different.
     slots int32 [blocks, C]: the sum that each pair is added to. places int32 [blocks, C]: the pair, t R + r. weights [T R, M],
@@ -86,7 +87,7 @@ def fold_rows(step: Callable[[Any, jax.Array, jax.Array], Any], carry: Any, rows
     retrieved = rows.weights.shape[0] // max(rows.vectors.shape[0], 1)
     dtype = jnp.result_type(rows.weights, rows.vectors)
 
-    def one(carried, block):
+    def add_block(carried, block):
         carry, open_row = carried
         ids, slots, places = block
         shares = rows.weights[places][:, :, None] * rows.vectors[places // retrieved]
@@ -96,7 +97,7 @@ def fold_rows(step: Callable[[Any, jax.Array, jax.Array], Any], carry: Any, rows
     start = (carry, jnp.zeros((m, rows.vectors.shape[2]), dtype))
     axes = compat.varying_axes(*rows)
     start = jax.tree.map(lambda a: compat.vary(a, axes), start)
-    return jax.lax.scan(one, start, (rows.ids, rows.slots, rows.places))[0][0]
+    return jax.lax.scan(add_block, start, (rows.ids, rows.slots, rows.places))[0][0]
 
 
 def squared_norm(rows: SortedRows, table_rows: int) -> jax.Array:

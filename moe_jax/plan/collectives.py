@@ -101,7 +101,7 @@ def _axes(kind: str, attributes: str, mesh_shape: dict[str, int]) -> tuple[str, 
     groups = replica_groups(attributes, devices)
     if groups is None:
         return "?", devices
-    mine = {frozenset(group) for group in groups.tolist()}
+    wanted = {frozenset(group) for group in groups.tolist()}
     size = groups.shape[1]
     ids = np.arange(devices).reshape(tuple(mesh_shape.values()))
     for subset in range(2 ** len(mesh_shape)):
@@ -109,7 +109,7 @@ def _axes(kind: str, attributes: str, mesh_shape: dict[str, int]) -> tuple[str, 
         if math.prod(ids.shape[i] for i in chosen) != size or any(ids.shape[i] == 1 for i in chosen):
             continue
         lines = np.moveaxis(ids, chosen, range(-len(chosen), 0)).reshape(-1, size) if chosen else ids.reshape(-1, 1)
-        if {frozenset(line) for line in lines.tolist()} == mine:
+        if {frozenset(line) for line in lines.tolist()} == wanted:
             return "+".join(name for i, name in enumerate(mesh_shape) if i in chosen), size
     return "?", size
 

@@ -14,8 +14,9 @@ from moe_jax.plan.hlo import Instruction, Program
 class Kernel(NamedTuple):
     """Calls of one custom kernel with these operands, in one step.
 
-    kind: "grouped_matmul", "attention", "retrieval" or "other". flops: in all calls, of what the kernel computes. useful: without
-    what flash attention computes again in its backward pass. bytes: that all calls move, where the kernel itself says it.
+    kind: "grouped_matmul", "attention", "retrieval" or "other". flops: in all calls, of what the kernel computes.
+    useful: without what flash attention computes again in its backward pass. bytes: that all calls move, where the
+    kernel itself says it.
     """
 
     name: str
@@ -102,8 +103,8 @@ def kernels(program: Program, balanced_rows: float = math.inf) -> list[Kernel]:
 
 
 def retrieval_estimate(instruction: Instruction) -> dict[str, float]:
-    """What a kernel of `ops.retrieval.mosaic` says that it computes ("flops") and moves ("bytes_accessed"), which depends on what
-    is retrieved, not on the table that it is given; empty for other instructions."""
+    """What a kernel of `ops.retrieval.mosaic` says that it computes ("flops") and moves ("bytes_accessed"), which
+    depends on what is retrieved, not on the table that it is given; empty for other instructions."""
     if instruction.opcode != "custom-call" or "retrieval" not in instruction.name:
         return {}
     estimate = instruction.attribute(r'"cost_estimate":(\{[^}]*\})', "{}")

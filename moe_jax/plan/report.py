@@ -138,7 +138,8 @@ def _collectives(plan: Plan) -> list[str]:
     lines = [f"{'collectives in a step':<24}{'axis':<14}{'where':<24}{'calls':>8}{'MiB':>11}{'MiB sent':>11}  largest array"]
     for c in plan.collectives:
         lines.append(
-            f"  {c.kind:<22}{c.axes:<14}{c.scope:<24}{c.count:>8,.0f}{c.payload / MIB:>11,.1f}{c.sent / MIB:>11,.1f}  {c.largest}"
+            f"  {c.kind:<22}{c.axes:<14}{c.scope:<24}{c.count:>8,.0f}{c.payload / MIB:>11,.1f}{c.sent / MIB:>11,.1f}"
+            f"  {c.largest}"
         )
     return lines
 

@@ -37,7 +37,7 @@ def meshes(config: Config, devices: int, axes: Sequence[str] = AXES) -> list[Con
     fixed = {name: getattr(config.mesh, name) for name in AXES if name not in axes}
     product = math.prod(fixed.values())
     sizes = splits(devices // product, len(axes)) if product and devices % product == 0 else ()
-    found, refused = [], None
+    candidates, refused = [], None
     for factors in sizes:
         candidate = copy.deepcopy(config)
         candidate.mesh.cpu_devices = 0
@@ -48,9 +48,9 @@ def meshes(config: Config, devices: int, axes: Sequence[str] = AXES) -> list[Con
         except ConfigError as error:
             refused = refused or error
         else:
-            found.append(candidate)
-    if not found:
+            candidates.append(candidate)
+    if not candidates:
         raise refused or ConfigError(
             "--axes", ",".join(axes), f"the other axes do not divide the {devices} devices", "vary more axes"
         )
-    return found
+    return candidates

@@ -70,8 +70,8 @@ class Plan(NamedTuple):
     def retrieved_bytes(self) -> float:
         """Those of `hbm_bytes` that kernels of retrieval move: rows of experts, and their own inputs and results.
 
-        Rows are fetched once a pass, or twice where the pool's width is split. With split=experts it is a bound: of all pairs of a
-        group, as if a device had all their experts.
+        Rows are fetched once a pass, or twice where the pool's width is split. With split=experts it is a bound: of
+        all pairs of a group, as if a device had all their experts.
         """
         return sum(kernel.bytes for kernel in self.kernels if kernel.kind == "retrieval")
 
@@ -155,7 +155,7 @@ def analyse(config: Config, topology: Topology, compiled: Any, seconds: float) -
     shape = {name: mesh.shape[name] for name in AXES}
     rows = tokens // config.train.microbatches // compat.axis_size(mesh, *compat.BATCH_AXES)
     rows *= experts_per_token(config)
-    found = [
+    kernels_of_chip = [
         k._replace(flops=k.flops * per_chip, useful=k.useful * per_chip, bytes=k.bytes * per_chip)
         for k in kernels(program, balanced_rows=rows)
     ]
@@ -170,7 +170,7 @@ def analyse(config: Config, topology: Topology, compiled: Any, seconds: float) -
         tokens=tokens,
         memory={name: size * per_chip for name, size in memory.items()},
         product_flops=product_flops(program) * per_chip,
-        kernels=found,
+        kernels=kernels_of_chip,
         model_flops=training * tokens / topology.chips,
         expected_flops=(training + again) * tokens / topology.chips,
         collectives=links,

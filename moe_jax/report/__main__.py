@@ -84,9 +84,9 @@ def _page(config: Config, flags: Any, sources: dict[str, str]) -> str:
     few, many = DETAILED_LAYERS
     columns = max(map(len, column_names(config.model).values()), default=1)
     detailed = spread(list(observed.layers), min(max(DETAILED_COLUMNS // columns, few), many))
-    facts = analyse(observed, before, detailed, pieces=12)
-    material = Material(run, rows, observed, facts, detailed, words, why)
-    title = f"Routers of {epath.Path(flags.workdir).name}" if facts else f"Run {epath.Path(flags.workdir).name}"
+    analyses = analyse(observed, before, detailed, pieces=12)
+    material = Material(run, rows, observed, analyses, detailed, words, why)
+    title = f"Routers of {epath.Path(flags.workdir).name}" if analyses else f"Run {epath.Path(flags.workdir).name}"
     head = lead(material, flags.workdir, "" if sources else flags.split)
     return frame(title, head, build(material, PAGE_BYTES))
 

@@ -29,7 +29,7 @@ class Piece(NamedTuple):
     tokens: int
 
 
-class LayerFacts(NamedTuple):
+class LayerAnalysis(NamedTuple):
     """One layer on the held-out tokens; N = E + V columns.
 
     shares: float64 [N], of the assignments. loads: float64 [N], the same of the experts' load, which of a dense matrix is the
@@ -60,8 +60,8 @@ def spread(names: list[str], limit: int) -> list[str]:
     return [names[i] for i in np.linspace(0, len(names) - 1, limit).round().astype(int)]
 
 
-def analyse(observed: Observed, older: Observed | None, detailed: list[str], pieces: int) -> dict[str, LayerFacts]:
-    """`LayerFacts` of every layer; one layer's matrices are in memory at a time.
+def analyse(observed: Observed, older: Observed | None, detailed: list[str], pieces: int) -> dict[str, LayerAnalysis]:
+    """`LayerAnalysis` of every layer; one layer's matrices are in memory at a time.
 
     Args:
       observed: the checkpoint of the page.
@@ -75,7 +75,7 @@ def analyse(observed: Observed, older: Observed | None, detailed: list[str], pie
     }
 
 
-def _layer(observed: Observed, choices: Choices, older: Choices | None, detailed: bool, limit: int) -> LayerFacts:
+def _layer(observed: Observed, choices: Choices, older: Choices | None, detailed: bool, limit: int) -> LayerAnalysis:
     chosen, ids = choices.chosen(), observed.ids
     counts, sizes = chosen.sum(axis=0), chosen.sum(axis=1)
     several = len(observed.names) > 1
@@ -99,7 +99,7 @@ def _layer(observed: Observed, choices: Choices, older: Choices | None, detailed
         change = churn(chosen, choices.first, old, older.first)
         changed = changed_labels(ids, np.any(chosen != old, axis=1), 12, minimum=MINIMUM)
     named = routing_metrics({"": choices.sums})
-    return LayerFacts(
+    return LayerAnalysis(
         shares=counts / max(counts.sum(), 1),
         loads=loads / max(np.sum(choices.sums["counts"]), 1),
         set_size=float(sizes.mean()) if len(sizes) else 0.0,

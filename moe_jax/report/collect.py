@@ -67,13 +67,13 @@ class Observed(NamedTuple):
 
 def column_names(config: ModelConfig) -> dict[str, list[str]]:
     """For each routed layer what to call its E experts and, after them, the virtual ones."""
-    found = {}
+    names = {}
     for place in places(config, "routed"):
         moe = place.ffn.moe
         kinds = (("zero", moe.zero_experts), ("copy", moe.copy_experts), ("constant", moe.constant_experts))
         virtual = [f"{kind} {i}" if count > 1 else kind for kind, count in kinds for i in range(count)]
-        found[place.name] = [str(e) for e in range(moe.experts)] + virtual
-    return found
+        names[place.name] = [str(e) for e in range(moe.experts)] + virtual
+    return names
 
 
 def dense_layers(config: ModelConfig, vocab_size: int) -> frozenset[str]:
@@ -145,10 +145,10 @@ def observe(
     pause = 0.1 if sys.stderr.isatty() else 10.0  # a log file gets a line now and then
     bar = tqdm(total=sum(counts.values()), desc=label, unit="batch", disable=hidden, mininterval=pause, delay=1)
     with jax.set_mesh(run.mesh), contextlib.closing(bar):
-        for name, one in sets.items():
-            for i, batch in enumerate(one.batches(rows, limit)):
-                mine = {key: array[local_rows(run.mesh, rows)] for key, array in batch.items()}
-                result = jax.device_get(step(run.variables, put_batch(mine, run.mesh, rows)))
+        for name, evaluation_set in sets.items():
+            for i, batch in enumerate(evaluation_set.batches(rows, limit)):
+                local_batch = {key: array[local_rows(run.mesh, rows)] for key, array in batch.items()}
+                result = jax.device_get(step(run.variables, put_batch(local_batch, run.mesh, rows)))
                 recorder.add(name, batch, result, keep=i == counts[name] // 2)
                 bar.update()
     return recorder.result((rows, length))
@@ -182,18 +182,18 @@ class _Recorder:
                 self.retrieved[layer] = _added(self.retrieved.get(layer), stats)
                 continue
             matrix = stats.pop("matrix")[valid]
-            mine = self.layers.setdefault(layer, {"packed": [], "first": [], "gates": {}, "sums": None})
+            record = self.layers.setdefault(layer, {"packed": [], "first": [], "gates": {}, "sums": None})
             first = np.where(matrix.any(axis=1), matrix.argmax(axis=1), -1).astype(np.int32)
             chosen = matrix != 0
             if layer in self.dense:
                 chosen = first[:, None] == np.arange(matrix.shape[1])
-            mine["packed"].append(np.packbits(chosen, axis=1))
-            mine["first"].append(first)
-            mine["columns"] = matrix.shape[1]
+            record["packed"].append(np.packbits(chosen, axis=1))
+            record["first"].append(first)
+            record["columns"] = matrix.shape[1]
             if keep:
-                mine["gates"][name] = matrix[: self.passage].copy()
+                record["gates"][name] = matrix[: self.passage].copy()
             stats = jax.tree.map(lambda a: np.asarray(a, np.float64), stats)
-            mine["sums"] = _added(mine["sums"], stats)
+            record["sums"] = _added(record["sums"], stats)
 
     def result(self, batch: tuple[int, int]) -> Observed:
         """Everything that was added."""

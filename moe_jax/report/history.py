@@ -24,9 +24,9 @@ class Series(NamedTuple):
 
 def series(rows: list[Row], name: str) -> Series:
     """The rows that have `name`, a number or a list of numbers."""
-    found = [(row["step"], row[name]) for row in rows if name in row]
-    values = [np.asarray(value, np.float64) for _, value in found]  # None becomes NaN
-    return Series(np.array([step for step, _ in found], np.int64), np.stack(values) if values else np.zeros(0))
+    points = [(row["step"], row[name]) for row in rows if name in row]
+    values = [np.asarray(value, np.float64) for _, value in points]  # None becomes NaN
+    return Series(np.array([step for step, _ in points], np.int64), np.stack(values) if values else np.zeros(0))
 
 
 def layer_names(rows: list[Row]) -> list[str]:

@@ -10,7 +10,7 @@ import numpy as np
 from moe_jax.config import FFNConfig, ModelConfig
 from moe_jax.config.blocks import BUILT_IN, RETRIEVING, distinct_layers, expert_width
 from moe_jax.models.places import places
-from moe_jax.report.analysis import LayerFacts
+from moe_jax.report.analysis import LayerAnalysis
 from moe_jax.report.collect import Observed, column_names
 from moe_jax.report.history import Row, evaluations, series
 from moe_jax.report.page import number, paragraph, percent, table, text
@@ -20,14 +20,14 @@ from moe_jax.train.restore import LoadedRun
 class Material(NamedTuple):
     """What the page is made from.
 
-    rows: of metrics.jsonl. facts: by layer, in order of depth; {} of a dense model. detailed: the layers with pieces and
+    rows: of metrics.jsonl. analyses: by layer, in order of depth; {} of a dense model. detailed: the layers with pieces and
     passages. older: what the choices are compared with, in words; "": nothing, and `no_older` says why.
     """
 
     run: LoadedRun
     rows: list[Row]
     observed: Observed
-    facts: dict[str, LayerFacts]
+    analyses: dict[str, LayerAnalysis]
     detailed: list[str]
     older: str
     no_older: str
@@ -59,8 +59,8 @@ def lead(m: Material, workdir: str, split: str) -> str:
     rows, length = m.observed.batch
     return paragraph(
         f"Run <code>{text(workdir)}</code>, checkpoint of step {m.run.step:,}. Choices were recorded on held-out text"
-        f"{f' (the {split} split)' if split else ''}, in whole batches of {rows} x {length} tokens spread evenly over it. Tokens: "
-        f"{per_source}.",
+        f"{f' (the {split} split)' if split else ''}, in whole batches of {rows} x {length} tokens spread evenly "
+        f"over it. Tokens: {per_source}.",
         note=True,
     )
 
@@ -69,7 +69,7 @@ def summary(m: Material) -> str:
     """The tables up front."""
     out = table(["", ""], [(f"<b>{text(k)}</b>", v) for k, v in _run_facts(m)])
     out += "<h3>Losses</h3>\n" + _losses(m)
-    if not m.facts:
+    if not m.analyses:
         none = "This model has no routed layers" + ("." if m.observed.retrieved else ": there is nothing to say of routers.")
         return out + paragraph(none)
     out += "<h3>Routed layers on the held-out tokens</h3>\n"
@@ -94,27 +94,27 @@ def summary(m: Material) -> str:
             bits(f.piece.bits),
             percent(f.piece.share, 0),
         )
-        for name, f in m.facts.items()
+        for name, f in m.analyses.items()
     ]
     out += table(head, rows, kinds=".nnnnnnn")
     limits = " or ".join(f"ln {n} = {math.log(n):.3f}" for n in sorted({len(names) for names in m.columns.values()}))
     out += paragraph(
-        "max/mean load: 1 is balanced, E is everything to one expert. entropy: of the router's distribution over experts, mean over "
-        f"tokens, at most {limits} nats. I(expert; piece): what a token's piece tells of "
+        "max/mean load: 1 is balanced, E is everything to one expert. entropy: of the router's distribution over "
+        f"experts, mean over tokens, at most {limits} nats. I(expert; piece): what a token's piece tells of "
         'its expert, and the share of what it could tell, corrected for chance; see <a href="#pieces">token pieces</a>.',
         note=True,
     )
     if m.observed.dense:
         out += paragraph(
-            f"The router's matrix is dense{_of_some(m)}: a token is a mixture of all experts' outputs. Below, the expert with the largest "
-            "weight counts as its choice; loads are sums of the weights.",
+            f"The router's matrix is dense{_of_some(m)}: a token is a mixture of all experts' outputs. Below, the "
+            "expert with the largest weight counts as its choice; loads are sums of the weights.",
             note=True,
         )
     return out
 
 
 def _of_some(m: Material) -> str:
-    return "" if len(m.observed.dense) == len(m.facts) else f" in {text(', '.join(sorted(m.observed.dense)))}"
+    return "" if len(m.observed.dense) == len(m.analyses) else f" in {text(', '.join(sorted(m.observed.dense)))}"
 
 
 def bits(value: float) -> str:

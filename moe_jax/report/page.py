@@ -37,7 +37,8 @@ white-space:pre-wrap;overflow-wrap:anywhere;border:1px solid #e3e6ea;border-radi
 .passage span{border-radius:2px;unicode-bidi:isolate;padding:1px 0}
 @media(max-width:760px){body{padding:10px 12px 40px}figure img{max-width:none}}
 .legend{display:flex;flex-wrap:wrap;gap:3px 5px;margin:8px 0}
-.legend button{font:12px ui-monospace,monospace;color:#1c2126;border:1px solid #c9cfd6;border-radius:3px;padding:1px 6px;cursor:pointer}
+.legend button{font:12px ui-monospace,monospace;color:#1c2126;
+border:1px solid #c9cfd6;border-radius:3px;padding:1px 6px;cursor:pointer}
 .legend button[aria-pressed=true]{outline:2px solid #1c2126}
 """
 

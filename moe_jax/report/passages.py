@@ -36,7 +36,8 @@ document.querySelectorAll('.legend button').forEach(function(b){b.onclick=functi
 var on=b.getAttribute('aria-pressed')!=='true',style=document.getElementById('only');
 document.querySelectorAll('.legend button').forEach(function(o){o.setAttribute('aria-pressed','false')});
 b.setAttribute('aria-pressed',on?'true':'false');
-style.textContent=on?'.passage span:not(.'+b.dataset.e+'):not(.s'+b.dataset.e.slice(1)+'){background:none;box-shadow:none;color:#9aa2aa}':'';
+style.textContent=on?'.passage span:not(.'+b.dataset.e+
+'):not(.s'+b.dataset.e.slice(1)+'){background:none;box-shadow:none;color:#9aa2aa}':'';
 }});
 </script>
 """
@@ -47,8 +48,8 @@ def colours(count: int) -> list[str]:
     if count <= len(_PALETTE):
         return list(_PALETTE[:count])
     lights = (0.80, 0.70, 0.87)
-    found = [colorsys.hls_to_rgb(i * _GOLDEN % 1, lights[i % 3], 0.75) for i in range(count)]
-    return ["#" + "".join(f"{round(255 * c):02x}" for c in rgb) for rgb in found]
+    shades = [colorsys.hls_to_rgb(i * _GOLDEN % 1, lights[i % 3], 0.75) for i in range(count)]
+    return ["#" + "".join(f"{round(255 * c):02x}" for c in rgb) for rgb in shades]
 
 
 def _darker(colour: str) -> str:

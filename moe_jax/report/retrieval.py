@@ -32,7 +32,7 @@ def retrieval(m: Material) -> str:
     rows, shares = [], {}
     for name, sums in m.observed.retrieved.items():
         peer, mass, tokens = peers[name], sums["mass"], max(float(sums["tokens"]), 1.0)
-        found, count = usage(mass), len(mass)
+        measures, count = usage(mass), len(mass)
         shares[name] = mass / max(mass.sum(), 1e-300)
         top = np.sort(shares[name])[::-1][: max(int(TOP * count), 1)].sum()
         # Of N equally likely experts, after so many independent draws.
@@ -41,26 +41,27 @@ def retrieval(m: Material) -> str:
             (
                 text(name),
                 f"{count:,}",
-                percent(found["usage"]),
+                percent(measures["usage"]),
                 percent(even),
-                f"{number(found['unevenness'])} nats",
-                number(count * math.exp(-found["unevenness"]), 0),
+                f"{number(measures['unevenness'])} nats",
+                number(count * math.exp(-measures["unevenness"]), 0),
                 percent(top),
                 f"{number(sums['entropy_sum'] / tokens)} nats",
             )
         )
     limits = " or ".join(f"ln {k} = {math.log(k):.3f}" for k in sorted({peer.top_k for peer in peers.values()}))
     out = table(head, rows, kinds=".nnnnnnn") + paragraph(
-        "used: experts that any of these tokens retrieves. if all were even: what independent draws, equally likely, would use of so "
-        "few tokens. unevenness: divergence of the experts' shares of all gates from even ones; 0 is even, ln N one expert with all. "
-        "as many as even: N exp(-unevenness). of the top 1 %: gates of the experts with the most. entropy of gates: of a head's "
-        f"softmax over its picks, at most {limits} nats.",
+        "used: experts that any of these tokens retrieves. if all were even: what independent draws, equally likely, "
+        "would use of so few tokens. unevenness: divergence of the experts' shares of all gates from even ones; 0 "
+        "is even, ln N one expert with all. as many as even: N exp(-unevenness). of the top 1 %: gates of the "
+        f"experts with the most. entropy of gates: of a head's softmax over its picks, at most {limits} nats.",
         note=True,
     )
     out += picture(
         pictures.mass_by_rank(shares),
         "Shares of the gates of every expert, sorted, beside even ones",
-        "Each expert's part of all gates on these tokens, in multiples of 1/N. A line that ends in a fall leaves the rest unused.",
+        "Each expert's part of all gates on these tokens, in multiples of 1/N. A line that ends in a fall leaves the "
+        "rest unused.",
     )
     return out + _over_time(m, list(shares))
 

@@ -89,12 +89,12 @@ def most_specific(counts: np.ndarray, limit: int, *, minimum: int = 5, prior: fl
     Rows with fewer than `minimum` assignments to the column are left out; of equal ones the more frequent comes first.
     """
     score = np.where(counts >= minimum, lift(counts, prior), 0.0)
-    found = []
+    best = []
     for column in range(counts.shape[1]):
         rows = np.flatnonzero(score[:, column] > 1)
         order = np.lexsort((rows, -counts[rows, column], -score[rows, column]))
-        found.append(rows[order[:limit]].tolist())
-    return found
+        best.append(rows[order[:limit]].tolist())
+    return best
 
 
 def co_activation(chosen: np.ndarray) -> np.ndarray:

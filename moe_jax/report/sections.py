@@ -43,7 +43,7 @@ def training(m: Material) -> str:
 def routing_over_time(m: Material) -> str:
     """Loads, and what else the routers sum, over the steps."""
     known = layer_names(m.rows)
-    layers = [name for name in m.facts if name in known]
+    layers = [name for name in m.analyses if name in known]
     if not layers:
         return paragraph("The metrics have no routing rows.")
     shown = [name for name in layers if name in m.detailed]
@@ -77,8 +77,8 @@ def _only(shown: Sequence[str], layers: Sequence[str]) -> str:
 def held_out_load(m: Material) -> str:
     """Loads of every layer on the held-out tokens."""
     out = ""
-    for layers in m.alike(m.facts):
-        loads = np.stack([m.facts[name].loads for name in layers])
+    for layers in m.alike(m.analyses):
+        loads = np.stack([m.analyses[name].loads for name in layers])
         out += picture(
             pictures.load_by_layer(loads, layers, m.columns[layers[0]], m.experts(layers[0])),
             "Heat map of the load of every layer and expert",
@@ -109,22 +109,22 @@ def pieces(m: Material, limit: int, experts: int) -> str:
             *map(bits, (f.piece.bits, f.piece.chance, f.piece.entropy, f.piece.ceiling)),
             percent(f.piece.share),
         )
-        for name, f in m.facts.items()
+        for name, f in m.analyses.items()
     ]
     out = table(head, rows, kinds=".nnnnn") + paragraph(
-        "Mutual information of a token's expert and its piece, over assignments (pairs of token and expert). by chance: with the "
-        "pieces dealt out anew among the same tokens, mean of 3 shuffles, which is what so few tokens show without any link. most "
-        "it could tell: H(expert), less what stays open because a token has several experts. share: (I - chance) / (most - "
-        "chance); 0 %: the piece says nothing; 100 %: it decides.",
+        "Mutual information of a token's expert and its piece, over assignments (pairs of token and expert). by "
+        "chance: with the pieces dealt out anew among the same tokens, mean of 3 shuffles, which is what so few "
+        "tokens show without any link. most it could tell: H(expert), less what stays open because a token has "
+        "several experts. share: (I - chance) / (most - chance); 0 %: the piece says nothing; 100 %: it decides.",
         note=True,
     )
     out += paragraph(
-        f"The pieces that belong most to each expert: by lift, with 10 assignments of an average piece added so that rare ones do "
-        f"not win, among pieces of which at least {MINIMUM} tokens go there. The figures: the piece's tokens that have this expert / all of them."
-        + _only(m.detailed, list(m.facts))
+        "The pieces that belong most to each expert: by lift, with 10 assignments of an average piece added so that "
+        f"rare ones do not win, among pieces of which at least {MINIMUM} tokens go there. The figures: the piece's "
+        "tokens that have this expert / all of them." + _only(m.detailed, list(m.analyses))
     )
     for i, name in enumerate(m.detailed):
-        f = m.facts[name]
+        f = m.analyses[name]
         order = np.argsort(-f.shares, kind="stable")[:experts]
         keep = sorted(int(e) for e in order)
         body = [(text(m.columns[name][e]), percent(f.shares[e]), _piece_list(m, f.pieces[e][:limit])) for e in keep]
@@ -154,11 +154,11 @@ def sources(m: Material) -> str:
     if len(m.observed.names) < 2:
         return paragraph("There is one source of text. More can be named with <code>--source NAME=GLOB</code>.")
     head = ["layer", "I(expert; source)", "by chance", "share of what it could tell, corrected"]
-    rows = [(text(name), bits(f.source.bits), bits(f.source.chance), percent(f.source.share)) for name, f in m.facts.items()]
-    caption = "Percent of a source's choices that go to each expert; a row sums to 100." + _only(m.detailed, list(m.facts))
+    rows = [(text(name), bits(f.source.bits), bits(f.source.chance), percent(f.source.share)) for name, f in m.analyses.items()]
+    caption = "Percent of a source's choices that go to each expert; a row sums to 100." + _only(m.detailed, list(m.analyses))
     out = table(head, rows, kinds=".nnn")
     for layers in m.alike(m.detailed):
-        shares = {name: m.facts[name].source_shares for name in layers}
+        shares = {name: m.analyses[name].source_shares for name in layers}
         png = pictures.sources_by_layer(shares, m.observed.names, m.columns[layers[0]])
         out += picture(png, "Heat maps of sources and experts", caption)
     return out
@@ -166,15 +166,15 @@ def sources(m: Material) -> str:
 
 def pairs(m: Material) -> str:
     """Which experts are chosen together."""
-    lifts = {name: m.facts[name].pairs for name in m.detailed if m.facts[name].pairs is not None}
+    lifts = {name: m.analyses[name].pairs for name in m.detailed if m.analyses[name].pairs is not None}
     shown = [name for name in lifts if len(m.columns[name]) >= 3]
     if not shown:
         why = "there are fewer than three experts" if lifts else "every token has at most one expert"
         return paragraph(f"Left out: {why}.")
     caption = (
-        "How often two experts have the same token, over how often they would if each expert kept its number of pairs and partners "
-        "were drawn independently. Orange: together more often; purple: less; grey: none expected."
-        + _only(shown, list(m.facts))
+        "How often two experts have the same token, over how often they would if each expert kept its number of "
+        "pairs and partners were drawn independently. Orange: together more often; purple: less; grey: none expected."
+        + _only(shown, list(m.analyses))
     )
     return "".join(
         picture(
@@ -191,7 +191,7 @@ def changes(m: Material) -> str:
     if not m.older:
         return paragraph(f"Left out: {text(m.no_older)}.")
     rows = []
-    for name, f in m.facts.items():
+    for name, f in m.analyses.items():
         named = " ".join(
             f'<span class="t">{text(m.run.tokenizer.piece(token), 24)}</span> <span class="k">{here}/{total}</span>'
             for token, here, total in f.changed
@@ -230,19 +230,19 @@ def passages(m: Material, spans: int) -> str:
         "A passage from the middle of each source. The colour is the expert with the largest gate, the line below the second; "
         "a token without colour has no expert. "
         "Point at a token for its experts and gates; press an expert to see it alone."
-        + _only(m.detailed, list(m.facts))
+        + _only(m.detailed, list(m.analyses))
         + (" Of so many experts some colours are close." if max(map(len, m.columns.values())) > 16 else "")
     ) + passages_html(m.observed, m.detailed, m.columns, m.run.tokenizer, each)
 
 
 def build(m: Material, size: int) -> list[tuple[str, str, str]]:
-    """(anchor, title, HTML) of each section; the tables of pieces and the passages are thinned until all is below `size` bytes."""
-    found = [("summary", "The run", summary(m)), ("training", "Training", training(m))]
+    """(anchor, title, HTML) of each section; tables of pieces and passages are thinned until the page is below `size` bytes."""
+    opening = [("summary", "The run", summary(m)), ("training", "Training", training(m))]
     if m.observed.retrieved:
-        found.append(("retrieval", "One-neuron experts", retrieval(m)))
-    if not m.facts:
-        return found
-    found += [
+        opening.append(("retrieval", "One-neuron experts", retrieval(m)))
+    if not m.analyses:
+        return opening
+    opening += [
         ("routing", "Routing during training", routing_over_time(m)),
         ("load", "Load on held-out text", held_out_load(m)),
     ]
@@ -256,7 +256,7 @@ def build(m: Material, size: int) -> list[tuple[str, str, str]]:
         shown = sum(min(experts, len(m.columns[name])) for name in m.detailed)
         limit = int(np.clip(_PIECES * scale // shown, 2, 12))
         sections = [
-            *found,
+            *opening,
             ("pieces", "Which token pieces go where", pieces(m, limit, experts)),
             *after,
             ("passages", "Text by expert", passages(m, int(_PASSAGE_TOKENS * scale))),

@@ -1,4 +1,4 @@
-"""Who writes the nonzeros: one file per router, and what they share."""
+"""Routers, one file each, and what they share."""
 
 from moe_jax.routing.contract import Router, Sizes, Step
 from moe_jax.routing.registry import ROUTERS, register_router

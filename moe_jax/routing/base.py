@@ -1,4 +1,4 @@
-"""BASE layers: in training every expert gets the same number of tokens, so that their affinities add up highest (arXiv:2103.16716)."""
+"""BASE layers: in training every expert gets equally many tokens, at the highest total affinity (arXiv:2103.16716)."""
 
 from typing import Any
 
@@ -19,10 +19,11 @@ KERNEL_INIT = nn.initializers.orthogonal(0.1)
 class Base(nn.Module):
     """The router `base`: parameter `kernel` [D, E], the experts' embeddings.
 
-    In training the tokens of a microbatch are balanced together, or each of `groups` equal parts of it by itself. A device holds the
-    affinities of whole parts. With one part every device gets all 4 T E bytes, once; with as many parts as the batch has shards
-    no affinity is sent; the parts' rounds run in step, and after each one flag is all-reduced. In evaluation each
-    token takes its best expert. The gate is the sigmoid of the affinity: the router's only gradient.
+    In training the tokens of a microbatch are balanced together, or each of `groups` equal parts of it by itself. A
+    device holds the affinities of whole parts. With one part every device gets all 4 T E bytes of affinities, once. With
+    as many parts as the batch has shards no affinity is sent; the parts run their rounds in step, and all-reduce one
+    flag after each. In evaluation each token takes its best expert. The gate is the sigmoid of the affinity; the router
+    learns by it alone.
     """
 
     experts: int
@@ -51,7 +52,7 @@ class Base(nn.Module):
         if tokens % groups:
             raise ValueError(f"base.groups={groups} does not divide the {tokens} tokens of a microbatch")
         logits, routed = logits.reshape(groups, -1, self.experts), routed.reshape(groups, -1)
-        # Else each round of the assignment would send affinities: every device has its part's before the first.
+        # Every device gets its part's affinities before the first round. Otherwise each round would send them.
         logits = compat.constrain(logits, compat.BATCH_AXES, (), ())
         routed = compat.constrain(routed, compat.BATCH_AXES, ())
         return jax.vmap(lambda *part: balanced_assignment(*part).expert_ids)(logits, routed).reshape(-1)

@@ -25,9 +25,9 @@ class Sizes(NamedTuple):
 class Step(NamedTuple):
     """An optimizer step that was applied, as a router's `update` sees it.
 
-    stats: the block's statistics, joined over the microbatches and devices of the step. total: the same, joined over all blocks of
-    this feed-forward layer, for what is steered for the model as a whole. params: the parameters of the block's router after the
-    step. number: int32 scalar, how many steps were applied so far, this one included: skipped ones do not count.
+    stats: the block's statistics, joined over the microbatches and devices of the step. total: the same, joined also over all
+      blocks of this feed-forward layer, for a controller of the whole model. params: the parameters of the block's router after
+      the step. number: int32 scalar, the steps applied so far, this one included; skipped steps do not count.
     """
 
     stats: dict[str, Any]
@@ -46,9 +46,9 @@ class Router(NamedTuple):
       it returns (assignment, losses, stats).
     loss_weights(options): the weight of each loss that the module returns.
     update(state, step, sizes, options): the `router_state` of a block after one optimizer step that was applied, a `Step`.
-    frozen(state): {name of a parameter of the router: bool scalar} from the `router_state` of a block: which of its parameters
-      do not learn from that step on, as long as it says so: no share of the norm, no update, no decay; their moments rest, and their
-      average is the parameter itself.
+    frozen(state): {name of a parameter of the router: bool scalar} from the `router_state` of a block. While the flag is
+      True the parameter does not learn: it has no share of the norm, no update and no decay; its moments keep their values, and
+      its average is the parameter itself.
     start(state, token_shares, sizes, options): the `router_state` of a layer before the first step; token_shares: float64
       [V], the share of each id in the training text.
     """

@@ -17,9 +17,10 @@ from moe_jax.types import ExpertChoice, RouterInputs, TokenChoice
 class ExpertChoiceRouter(nn.Module):
     """The router `expert_choice`: parameter `kernel` [D, E].
 
-    C = ceil(T K / E) tokens of the whole microbatch, T the valid ones, the same in evaluation: whether a token is taken depends on all others,
-    later ones too. Tokens that nobody takes are counted as `unrouted`. With `options.evaluation` "tokens" every token takes its K
-    best experts in evaluation, by the same scores and with the same gates.
+    An expert takes C = ceil(T K / E) tokens of the whole microbatch, in training and in evaluation; T counts the valid ones.
+    Whether a token is taken depends on all others, later ones too. Tokens that no expert takes are counted as
+    `unrouted`. With `options.evaluation` "tokens" every token takes its K best experts in evaluation, by the same
+    scores and with the same gates.
     """
 
     experts: int

@@ -1,4 +1,4 @@
-"""GShard top-2: the second expert not always (arXiv:2006.16668, section 2.2 and algorithm 1)."""
+"""GShard top-2, whose second expert does not always run (arXiv:2006.16668, section 2.2 and algorithm 1)."""
 
 from typing import Any
 
@@ -21,8 +21,8 @@ def keep_second(gate: jax.Array, policy: str, threshold: float, key: jax.Array |
       gate: [T], of the second expert, after the pair was divided by its sum.
       policy: "all"; "threshold": gate > threshold; "random": with probability min(1, gate / threshold), which for the
         paper's 2 * gate is a threshold of 0.5.
-      threshold: see there.
-      key: of the draw; None: as with probability 1.
+      threshold: see `policy`.
+      key: of the random draw; None: the second expert always runs.
     """
     if policy == "threshold":
         return gate > threshold

@@ -41,7 +41,7 @@ class Hash(nn.Module):
 
 
 def start(state: dict, token_shares: np.ndarray, sizes: Sizes, options: HashConfig) -> dict:
-    """With the table balanced over the training text, if the options say so."""
+    """The state with a table balanced over the training text, if the options ask for one."""
     if options.table == "random":
         return state
     counts = np.rint(np.asarray(token_shares) * 2**40)  # whole, and 0 for ids that never occur

@@ -1,4 +1,4 @@
-"""Product-key retrieval: each head's K best of N experts by a query and two sets of sqrt(N) keys (PEER, arXiv:2407.04153, 2.1)."""
+"""Product-key retrieval: each head's K best of N experts by two sets of sqrt(N) keys (PEER, arXiv:2407.04153, 2.1)."""
 
 import math
 from typing import Any
@@ -19,7 +19,7 @@ NORMS = ("batchnorm", "layernorm", "none")
 
 
 class ProductKeys(nn.Module):
-    """Writes H*K nonzeros a token: every head its K best, with gates that sum to 1 over them.
+    """H heads choose K of N experts each for a token; the gates of a head sum to 1.
 
     Parameters: `kernel` [D, H*key_width], the query network; `keys` [2, n, key_width/2], n = sqrt(N), or with keys of each
     head [H, 2, n, key_width/2]; of the norm `scale` and `bias` [H*key_width]. State of "batchnorm": `mean` and `variance`
@@ -49,7 +49,8 @@ class ProductKeys(nn.Module):
         """x [T, D] -> (TokenChoice [T, H*K] of N experts, no losses, stats). Maths in float32 at least.
 
         stats: tokens, entropy_sum (nats, a mean over heads), nonfinite; in training with "batchnorm" query_sum and
-        query_square_sum [H*key_width], of the distances to the running mean; in evaluation mass [N], the sum of the gates of each expert.
+        query_square_sum [H*key_width], of the distances to the running mean; in evaluation mass [N], the sum of the
+        gates of each expert.
 
         Raises:
           ValueError: N is no square, key_width is odd, K is above sqrt(N), or the norm is unknown.
@@ -99,7 +100,7 @@ class ProductKeys(nn.Module):
         # Barriers: fused with what stands around them, sums over tokens round differently in a loop over blocks and unrolled.
         queries = jax.lax.optimization_barrier(queries)
         of_batch = jax.lax.optimization_barrier(moments(queries, routed))
-        # About the running mean, or their difference would lose all digits where that is large.
+        # Sums of distances to the running mean: plain sums would lose all digits of the variance where the mean is large.
         moved = jnp.where(routed[:, None], queries - mean.value.astype(queries.dtype), 0)
         stats = {"query_sum": jnp.sum(moved, axis=0), "query_square_sum": jnp.sum(jnp.square(moved), axis=0)}
         return batch_norm(queries, *of_batch, scale, bias, self.norm_epsilon), stats

@@ -1,4 +1,4 @@
-"""Name -> router. The rows are the fields of `RoutersConfig`, the routers the files of this folder with these names."""
+"""The table of routers: for each field of `RoutersConfig` the `ROUTER` of the file with that name in this folder."""
 
 import importlib
 

@@ -1,4 +1,4 @@
-"""ReMoE: ReLU gates, so that routing is differentiable; a controller keeps K experts per token on average (arXiv:2412.14711)."""
+"""ReMoE: differentiable routing by ReLU gates; a controller keeps K experts a token on average (arXiv:2412.14711)."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from moe_jax.routing.losses import z_loss
 from moe_jax.routing.statistics import choice_statistics, sums
 from moe_jax.types import RouterInputs, TokenChoice
 
-# The controller's range: from 0 no factor leads back, and infinity times 0 is not a number.
+# The range of the controller's weight: no factor leads back from 0, and infinity times 0 is NaN.
 WEIGHTS = (1e-20, 1e6)
 
 

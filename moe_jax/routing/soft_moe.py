@@ -1,4 +1,4 @@
-"""Soft MoE: an expert's slots are mixtures of all tokens of a sequence, and a token is a mixture of all slots (arXiv:2308.00951)."""
+"""Soft MoE: an expert's slots are mixtures of a sequence's tokens, and a token is a mixture of the slots (arXiv:2308.00951)."""
 
 from typing import Any
 
@@ -55,7 +55,7 @@ def _softmax_over_tokens(logits, routed, sequences):
     tokens = logits.shape[0]
     sequences = jnp.zeros(tokens, jnp.int32) if sequences is None else sequences
     row = jnp.where(routed, sequences, tokens)
-    # Unit vectors: logits are at most |scale|, but that is learned.
+    # The products of unit vectors are at most 1, but the scale is learned and may be large.
     top = jax.ops.segment_max(jax.lax.stop_gradient(logits), row, tokens + 1)[row]
     e = jnp.where(routed[:, None, None], jnp.exp(logits - jnp.where(jnp.isfinite(top), top, 0)), 0)
     total = jax.ops.segment_sum(e, row, tokens + 1)[row]

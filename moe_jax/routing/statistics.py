@@ -1,4 +1,4 @@
-"""Sums and histograms over one call's valid tokens that say what a router did: what joins by addition."""
+"""What a router did in one call: sums and histograms over the valid tokens, which join by addition."""
 
 import dataclasses
 import functools
@@ -45,8 +45,8 @@ def token_statistics(probabilities, routed, finite) -> dict[str, jax.Array]:
 class Histogram:
     """How many values fell into each of some equal bins from `low` to `high`; values outside are in the first and the last.
 
-    counts: float32 [..., bins]. Histograms of the same bins add, so that what is read off one does not depend on how a step is cut
-    into microbatches, devices or blocks.
+    counts: float32 [..., bins]. Histograms of the same bins add. So a quantile does not depend on how a step is cut into
+    microbatches, devices or blocks.
     """
 
     counts: jax.Array
@@ -55,11 +55,11 @@ class Histogram:
 
     @property
     def width(self) -> float:
-        """Of a bin: what a quantile is exact to."""
+        """The width of a bin, which is the resolution of a quantile."""
         return (self.high - self.low) / self.counts.shape[-1]
 
     def quantile(self, share: float | jax.Array) -> jax.Array:
-        """[...]: the upper edge of the bin in which the share of values below or in it reaches `share`; `low` without values."""
+        """The upper edge [...] of the first bin at which `share` of the values is reached; `low` without values."""
         reached = jnp.cumsum(self.counts, axis=-1)
         total = reached[..., -1:]
         bins = jnp.sum(reached < share * total, axis=-1)

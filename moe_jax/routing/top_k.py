@@ -33,7 +33,7 @@ def choose(
     Args:
       logits: [T, N], float32 at least.
       top_k: K.
-      options: those that say how; losses and rates do not matter.
+      options: how to score and choose; its losses and rates are not used.
       bias: [N] or None.
 
     Returns:
@@ -104,7 +104,7 @@ class TopK(nn.Module):
 
 
 def loss_weights(options: TopKConfig) -> dict[str, float]:
-    """Of the losses of `TopK`."""
+    """The weight of each loss of `TopK`."""
     weights = {"balance": options.balance_loss, "z": options.z_loss}
     return weights | ({"sequence": options.sequence_loss} if options.sequence_loss else {})
 

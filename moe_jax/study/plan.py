@@ -101,8 +101,8 @@ def run_config(study: Study, arm: Arm, seed: int, workdir="DIR") -> Config:
 def has_sources_of_study(study: Study, arm: Arm) -> bool:
     """Whether the sources that the study scores are among those of an arm, with other weights at most.
 
-    What the arm evaluates of them in training is then the text that the other arms evaluate. A weight of 0 is another matter: all
-    text of such a source is held out.
+    What the arm evaluates of them in training is then the text that the other arms evaluate. A weight of 0 is
+    another matter: all text of such a source is held out.
     """
 
     def text(source: SourceConfig) -> SourceConfig:

@@ -91,8 +91,7 @@ class Children:
 
 
 def shares_of_cores(parallel: int) -> list[list[int]]:
-    """The cores of each of several processes side by side, which would else take turns on all; empty lists where there is nothing
-    to share out."""
+    """Cores for each of `parallel` processes, which would otherwise take turns on all; empty lists: any core."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if parallel == 1 or parallel > len(cores):
         return [[]] * parallel
@@ -102,8 +101,8 @@ def shares_of_cores(parallel: int) -> list[list[int]]:
 def run_jobs(jobs: Sequence[Job], parallel: int, children: Children, done: int = 0) -> dict[str, int]:
     """Runs all jobs, `parallel` at a time, and returns the exit codes of those that began.
 
-    A job that fails leaves a failed.json in its folder, with its code and its last line. So does each that comes after it and can
-    not start, with the reason and no code. The others go on. After a signal no more start.
+    A job that fails leaves a failed.json in its folder, with its code and its last line. So does each that comes
+    after it and can not start, with the reason and no code. The others go on. After a signal no more start.
 
     Args:
       jobs: in the order to start them, see `Schedule`.

@@ -53,7 +53,7 @@ class Schedule:
         self._open.discard(job.name)
 
     def failed(self, job: Job) -> list[tuple[Job, Job]]:
-        """Takes out the jobs that can never start; each with the one of its `after` that it lacks, in an order to report them."""
+        """Takes out the jobs that can never start; returns each with the job that it waits for, in the order to report."""
         lost, missing = [], [job]
         for needed in missing:
             for other in [other for other in self._waiting if needed.name in other.after]:

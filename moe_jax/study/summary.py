@@ -190,8 +190,8 @@ def notes(result: dict[str, Any], study: dict[str, Any]) -> str:
         )
     counted = ", or as many as ran where the router decides" if any(row.get("flops_per_token") for row in rows) else ""
     texts.append(
-        f"FLOPs: forward and backward, K experts a token{counted}; routers D x E a routed layer. Load, dead experts (all layers), "
-        "dropped and entropy: means over the last quarter of training."
+        f"FLOPs: forward and backward, K experts a token{counted}; routers D x E a routed layer. Load, dead experts "
+        "(all layers), dropped and entropy: means over the last quarter of training."
     )
     if any(row.get("usage") for row in rows):
         texts.append(
@@ -218,8 +218,8 @@ def notes_of_arms(rows: list[dict], study: dict[str, Any]) -> list[str]:
         )
     if own := [row["arm"] for row in rows if row.get("own_sources")]:
         texts.append(
-            f"{', '.join(own)}: trained on other text, scored on that of the study's sources; what they evaluate in training is "
-            "not compared."
+            f"{', '.join(own)}: trained on other text, scored on that of the study's sources; what they evaluate in "
+            "training is not compared."
         )
     if others := [row["arm"] for row in rows if other_tokens(row)]:
         texts.append(

@@ -1,8 +1,9 @@
 """What does not learn: the parameters of a group of scale 0, and the leaves that a router freezes while the run goes on.
 
-A frozen parameter has no gradient, no share of the gradient's norm, no moments, no weight decay, no average and no update. Those of
-a group are known before the step is compiled: they are not differentiated, and the optimizer's state has no leaf for them. Those of a
-router depend on its state: a traced flag selects, so that the leaf, its moments and its average keep their bits.
+A frozen parameter has no gradient, no share of the gradient's norm, no moments, no weight decay, no average and no
+update. Those of a group are known before the step is compiled: they are not differentiated, and the optimizer's
+state has no leaf for them. Those of a router depend on its state: a traced flag selects the old values, so that the
+leaf, its moments and its average keep their bits.
 """
 
 from collections.abc import Iterable
@@ -31,7 +32,7 @@ def frozen_by_routers(config: ModelConfig, router_state: Any, params: Any) -> di
     Raises:
       ValueError: a router names a leaf that is no parameter of it.
     """
-    found, shapes = {}, flax.traverse_util.flatten_dict(params, sep="/")
+    flag_of, shapes = {}, flax.traverse_util.flatten_dict(params, sep="/")
     for place in stacked_places(config, "routed"):
         name, state = place.ffn.moe.router, place.find(router_state.get("stack"))
         frozen = ROUTERS[name].frozen
@@ -42,8 +43,8 @@ def frozen_by_routers(config: ModelConfig, router_state: Any, params: Any) -> di
             path = f"{place.prefix}/{place.module}/router/{leaf}"
             if path not in shapes:
                 raise ValueError(f"ROUTER.frozen of {name} names {path}, which is no parameter")
-            found[path] = jnp.reshape(flag, flag.shape + (1,) * (shapes[path].ndim - flag.ndim))
-    return found
+            flag_of[path] = jnp.reshape(flag, flag.shape + (1,) * (shapes[path].ndim - flag.ndim))
+    return flag_of
 
 
 def keep_frozen(frozen: dict[str, jax.Array], old: Any, new: Any) -> Any:

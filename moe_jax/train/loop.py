@@ -64,7 +64,8 @@ def fit(config: Config, workdir) -> int:
 
 def train(config: Config, folder: epath.Path, mesh, checkpoints: Checkpoints, interrupts: Interrupts) -> int:
     """One run, from its beginning to its end; returns the exit code, as `fit`."""
-    # How it begins: from its own newest checkpoint, or as config.init says. What cannot work is refused before the text is read.
+    # How it begins: from its own newest checkpoint, or as config.init says. What cannot work is refused before the
+    # text is read.
     saved = checkpoints.restore_meta() if checkpoints.steps() else None
     if saved:
         parameters = [path.removeprefix("params/") for path in checkpoints.restore_paths() if path.startswith("params/")]

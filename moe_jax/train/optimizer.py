@@ -16,8 +16,8 @@ import optax
 
 from moe_jax.config import ConfigError, OptimizerConfig, TrainConfig
 
-# The root of the smallest normal float32. A smaller second moment counts as 0, and a smaller epsilon does not keep its root from 0:
-# the direction would be 0 / 0 where there is no gradient.
+# The root of the smallest normal float32. A smaller second moment counts as 0, and a smaller epsilon does not keep
+# its root from 0: the direction would be 0 / 0 where there is no gradient.
 SMALLEST_EPSILON = math.sqrt(float(np.finfo(np.float32).tiny))
 
 

@@ -62,7 +62,7 @@ def load_run(workdir, config: Config, step: int | None = None) -> LoadedRun:
 def _restore_variables(
     checkpoints: Checkpoints, step: int | None, target: dict[str, Any], saved: Config, averaged: bool
 ) -> tuple[dict[str, Any], int]:
-    """The arrays of `target` {"params", "router_state"}, with `averaged` those of the average that there are, and their step."""
+    """The arrays of `target` {"params", "router_state"} and their step; with `averaged`, averages in place of what has one."""
     params = flax.traverse_util.flatten_dict(target["params"], sep="/")
     frozen = frozen_paths(saved.optimizer, params)  # which the average leaves out
     place = {path: f"ema/{path}" if averaged and path not in frozen else f"params/{path}" for path in params}

@@ -1,4 +1,4 @@
-"""What routers learn outside the gradient: before the first step from the data, after each step from its statistics."""
+"""What routers learn without a gradient: from the data before the first step, and from the statistics of each step."""
 
 from collections.abc import Callable
 from typing import Any
@@ -30,13 +30,13 @@ def update_router_state(router_state: Any, stats: Any, params: Any, applied: jax
         old = _router(place, state)
         if not old:
             continue
-        sums, mine = place.find(stats), _router(place, params.get("stack", {}))
+        sums, router_params = place.find(stats), _router(place, params.get("stack", {}))
         if place.ffn.kind == "routed":
             update = _update_of(place.ffn, totals[place.ffn.name], applied)
         else:
             update = lambda state, stats, params: product_keys.update(state, stats)
         if update is not None:
-            made = (update if place.group is None else jax.vmap(update))(old, sums, mine or {})
+            made = (update if place.group is None else jax.vmap(update))(old, sums, router_params or {})
             new = _replaced(new, (*place.path, place.module, "router"), made)
     return router_state if new is state else {"stack": new}
 

@@ -19,11 +19,12 @@ def routing_metrics(stats: dict[str, dict[str, Any]]) -> dict[str, Any]:
     Returns:
       For each layer, under router/<layer>/: `load_max_over_mean` (1: balanced, E: one expert has all),
       `entropy` (nats per token), `dropped` (share of the assignments), `dead_experts` (experts without a
-      token), `load` (list of E shares), a router's own histogram (list of the bins' shares), `virtual_share` (of all assignments, those of zero, copy and constant experts, where there
-      are any) and the other sums. A layer that retrieves one-neuron experts has no counts: of it come `gate_entropy` (nats)
-      of a head's gates and, in evaluation, `usage` and `unevenness` (`routing.product_keys.usage`). Under router/: shares, entropy,
-      load_max_over_mean, gate_entropy, usage and unevenness as means over the layers that have them, dead_experts and the other sums as
-      totals. A layer without assignments counts as balanced, with all experts dead. Empty without layers.
+      token), `load` (list of E shares), `virtual_share` (where there are zero, copy or constant experts, their share of the
+      assignments), a router's own histogram (list of the bins' shares) and the other sums. A layer that retrieves one-neuron
+      experts has no counts; it has `gate_entropy` (nats) of a head's gates and, in evaluation, `usage` and `unevenness`
+      (`routing.product_keys.usage`). Under router/: means over the layers that have them of shares, entropy,
+      load_max_over_mean, gate_entropy, usage and unevenness, and totals of dead_experts and the other sums. A layer without
+      assignments counts as balanced, with all experts dead. Empty without layers.
     """
     if not stats:
         return {}

@@ -92,8 +92,8 @@ def update_rows(
     """The update of the rows that have a gradient; all others and their state stay untouched.
 
     Adam corrects the bias by each row's own updates, so that a row's first update is Adam's first update. Adagrad (Duchi et al.
-    2011) has one accumulator for a row, the sum of its gradients' mean squares, which saves the moments. Weight decay is that of
-    the parameter group, on the touched rows.
+    2011) has one accumulator for a row, the sum of its gradients' mean squares, which saves the moments. Weight
+    decay is that of the parameter group, on the touched rows.
 
     Args:
       config: `row_optimizer`, and Adam's constants.

@@ -1,7 +1,7 @@
 """How a run begins: a table of the ways to begin a new one, and going on from a run's own newest checkpoint.
 
-A new run's state is initialised from the seed; the way that a field of `config.init` asks for then fills it. `WAYS` is the table:
-another way, such as from converted or imported weights, is one more row.
+A new run's state is initialised from the seed; the way that a field of `config.init` asks for then fills it. `WAYS`
+is the table: another way, such as from converted or imported weights, is one more row.
 """
 
 import dataclasses
@@ -41,9 +41,9 @@ from moe_jax.train.upcycle import check_dense_run, upcycle
 class Way(NamedTuple):
     """A way to begin a new run.
 
-    field: of `config.init`; not empty, it asks for this way. "": asked for by nothing else being asked for.
+    field: the field of `config.init` that asks for this way when it is not empty; "": for a config that asks for none.
     check(config): refuses what cannot work, before the text is read.
-    tokenizer(config): the one that the parameters taken over were trained with; None: the data's own is right.
+    tokenizer(config): the one that the parameters taken over were trained with; None: the data's own is used.
     fill(config, model, state, mesh): (the initialised state with what is taken over, lines that report it).
     """
 
@@ -187,7 +187,9 @@ def run_meta(config: Config, data: TextData, step: int) -> dict[str, Any]:
 
 
 def check_resume(saved: Config, new: Config, parameters: Iterable[str]) -> list[str]:
-    """Compares a run's saved config with the one it is resumed with. Parameter groups may change to freeze, and in no other way.
+    """Compares a run's saved config with the one it is resumed with.
+
+    Parameter groups may change only to freeze parameters.
 
     Args:
       saved, new: the configs.
@@ -249,7 +251,8 @@ def resume(config: Config, model: nn.Module, mesh, checkpoints: Checkpoints) -> 
         arrays = leaves_by_path(target["params"])
         lines.append(
             f"optimizer.groups freezes {sum(arrays[path].size for path in dropped):,} parameters in {len(dropped)} arrays: "
-            f"{sum(math.prod(shape) for shape in restored.ignored.values()):,} numbers of their moments and averages are dropped"
+            f"{sum(math.prod(shape) for shape in restored.ignored.values()):,} numbers of their moments and averages "
+            "are dropped"
         )
     return restored.state, lines
 

@@ -1,7 +1,7 @@
 """The training state: one dict of arrays, placed on the mesh, with everything a restart needs.
 
-Keys: params, router_state, opt_state {dense, rows}, step, skipped, skipped_in_row, and ema if the config keeps one. Parameters that
-the config freezes have no leaf in opt_state and ema.
+Keys: params, router_state, opt_state {dense, rows}, step, skipped, skipped_in_row, and ema if the config keeps one.
+Parameters that the config freezes have no leaf in opt_state and ema.
 """
 
 import math
@@ -59,7 +59,7 @@ def learned_params(config: Config, params: Any) -> Any:
 
 
 def overlay(tree: Any, *parts: Any) -> Any:
-    """Nested dicts with the leaves of `parts`, of the same structure but for what they lack, in place of those of `tree`."""
+    """`tree`, nested dicts, with the leaves that `parts` have in place of its own."""
     flat = [flax.traverse_util.flatten_dict(part, sep="/") for part in (tree, *parts)]
     return flax.traverse_util.unflatten_dict({path: leaf for part in flat for path, leaf in part.items()}, sep="/")
 

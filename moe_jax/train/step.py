@@ -42,8 +42,8 @@ class Gradients(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """What a batch amounts to. total_loss: what is differentiated. loss: nats per token. losses: the routers', unweighted, by
-    feed-forward layer, as means over the microbatches. stats: the routers', summed over them."""
+    """Losses and statistics of a batch. total_loss: what is differentiated. loss: nats per token. losses: the
+    routers', unweighted, by feed-forward layer, as means over the microbatches. stats: the routers', summed over them."""
 
     total_loss: jax.Array
     loss: jax.Array
@@ -54,7 +54,7 @@ class Totals(NamedTuple):
 def make_loss(model: nn.Module, config: Config):
     """(learned, state, microbatch, tokens, key) -> (loss, (nats, losses, stats, row ids)).
 
-    learned: {"params", "row_sinks"}, what is differentiated, in place of what `state` and zeros have there.
+    learned: {"params", "row_sinks"}, what is differentiated; its leaves replace those of `state` and the zeros of the sinks.
     loss: this microbatch's share of the step's: its nats over the step's `tokens`, plus the weighted router losses over the
     number of microbatches.
     """
@@ -145,10 +145,10 @@ def gradient_norm(gradients: Gradients, tables: dict[str, jax.Array]) -> jax.Arr
 
 
 def make_update(config: Config):
-    """(old, gradients, frozen, factor, stats, rate, applied) -> new: all of the state but its counters, before and after one update.
+    """(old, gradients, frozen, factor, stats, rate, applied) -> new: the state without its counters, updated once.
 
-    frozen: of `frozen_by_routers`. factor: of the clipping. stats: of the routers, summed over the batch. rate: the learning rate.
-    applied: how many updates there were, this one included.
+    frozen: from `frozen_by_routers`. factor: what clipping multiplies the gradients by. stats: the routers', summed over the
+    batch. rate: the learning rate. applied: the number of updates so far, this one included.
     """
     optimizer, options = make_optimizer(config.optimizer), config.optimizer
 
@@ -178,15 +178,15 @@ def make_update(config: Config):
 
 def losses_by_name(losses: dict[str, dict[str, jax.Array]]) -> dict[str, jax.Array]:
     """Router losses by feed-forward layer -> {name: their sum over the layers, the mean over blocks}."""
-    names = sorted({name for mine in losses.values() for name in mine})
-    return {name: sum(mine[name] for mine in losses.values() if name in mine) for name in names}
+    names = sorted({name for layer_losses in losses.values() for name in layer_losses})
+    return {name: sum(layer_losses[name] for layer_losses in losses.values() if name in layer_losses) for name in names}
 
 
 def make_train_step(model: nn.Module, config: Config):
     """(state, batch) -> (state, metrics); jit it with the state donated.
 
-    Frozen parameters (`train.frozen`) keep their bits. A step whose loss or gradient is not finite leaves params, opt_state, router_state and ema as they were; step and data
-    move on, and it is counted.
+    Frozen parameters (`train.frozen`) keep their bits. A step whose loss or gradient is not finite is counted and
+    skipped: it leaves params, opt_state, router_state and ema as they were, while step and data move on.
 
     metrics: loss (nats per token), total_loss, gradient_norm, learning_rate, skipped, skipped_in_row, losses, stats.
     """

@@ -5,9 +5,9 @@ depth; routers are fresh; the rest is copied. With an `expert_width` of ffn_widt
 (arXiv:2410.07524): expert copy * G + s holds the hidden units of shard s, and the router's columns of one copy start equal, a
 "virtual group". Equal scores go to the lower index, so the K best are then K / G whole copies, and every shard is in them.
 
-A copy's G gates are equal. Where all K sum to a number c, those of its copies sum to c / G, which is what the whole layer would be
-multiplied by: w_out times G / c and b_out by 1 / c give the dense layer. The router's options know c (`RouterOptions.gate_sum`).
-Without drops and virtual experts the step-0 function is then that of the dense run up to
+A copy's G gates are equal. Where all K sum to a number c, those of its copies sum to c / G, which is what the whole
+layer would be multiplied by: w_out times G / c and b_out by 1 / c give the dense layer. The router's options know c
+(`RouterOptions.gate_sum`). Without drops and virtual experts the step-0 function is then that of the dense run up to
 rounding. Elsewhere it is not, c counts as 1, and `departures` says why.
 
 Shared experts start with an output of 0, which changes nothing and learns.
@@ -93,34 +93,34 @@ def _fitting(model: ModelConfig) -> dict[str, Any]:
     """Field -> value, defaults resolved, of all that must be equal."""
     kv_heads, head_width = model.kv_heads or model.heads, model.head_width or model.width // model.heads
     names = "layers width ffn_width heads norm positions activation qkv_bias output_bias ffn_bias qk_norm tied_embeddings"
-    found = {name: getattr(model, name) for name in names.split()}
+    fields = {name: getattr(model, name) for name in names.split()}
     if model.positions == "learned":
-        found |= {"max_positions": model.max_positions, "position_offset": model.position_offset}
+        fields |= {"max_positions": model.max_positions, "position_offset": model.position_offset}
     inserts = sorted(parse_inserts(model), key=lambda insert: insert.before)
     at = ",".join(f"{insert.name}@{insert.before}" for insert in inserts)
     widths = {"kv_heads": kv_heads, "head_width": head_width, "insert_width": model.insert_width or model.ffn_width}
-    return found | widths | {"inserts": at}
+    return fields | widths | {"inserts": at}
 
 
 def departures(old: ModelConfig, new: ModelConfig) -> tuple[str, ...]:
     """Why the step-0 function is not the dense one, each with its field; empty: it is, up to rounding."""
-    found = []
+    reasons = []
     for ffn in distinct_layers(new, "routed"):
         moe, path = ffn.moe, options_path(new, ffn) + "moe."
-        found.append(path + "router=" + reason if (reason := moe.options.gate_sum(moe, expert_shards(new, ffn))[1]) else "")
+        reasons.append(path + "router=" + reason if (reason := moe.options.gate_sum(moe, expert_shards(new, ffn))[1]) else "")
         if moe.virtual_experts:
-            found.append("zero, copy and constant experts take a share of the gates")
+            reasons.append("zero, copy and constant experts take a share of the gates")
         if moe.execution == "capacity":
-            found.append(f"{path}execution=capacity: training drops assignments")
+            reasons.append(f"{path}execution=capacity: training drops assignments")
         if moe.eval_capacity:
-            found.append(f"{path}eval_capacity={moe.eval_capacity}: evaluation drops assignments")
+            reasons.append(f"{path}eval_capacity={moe.eval_capacity}: evaluation drops assignments")
     names = ["norm_epsilon"] + ["rope_theta", "rope_scaling"] * (new.positions == "rope")
     if new.rope_scaling != "none":
         names += ["rope_factor", "rope_low_frequency", "rope_high_frequency", "rope_original_length"]
     for name in names:
         if getattr(old, name) != getattr(new, name):
-            found.append(f"model.{name}={getattr(new, name)}, in the dense run {getattr(old, name)}")
-    return tuple(dict.fromkeys(reason for reason in found if reason))
+            reasons.append(f"model.{name}={getattr(new, name)}, in the dense run {getattr(old, name)}")
+    return tuple(dict.fromkeys(reason for reason in reasons if reason))
 
 
 def origins(routed: Flat, dense: Flat, old: ModelConfig, new: ModelConfig) -> dict[str, Origin]:

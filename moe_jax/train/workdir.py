@@ -40,8 +40,8 @@ def own_workdir(workdir) -> Iterator[None]:
     Process 0 holds a lock on workdir/.lock for all processes. The system releases it however the process ends.
 
     Raises:
-      ConfigError: in every process: another run is there, the folder cannot be written, or a folder is in the place of one of its
-        files.
+      ConfigError: in every process: another run is there, the folder cannot be written, or a folder is in the place
+        of one of its files.
     """
     with contextlib.ExitStack() as stack:
         problem = lock_workdir(workdir, stack) if jax.process_index() == 0 else None

@@ -69,8 +69,8 @@ def test_changed_training_text_names_the_source_and_split(folder):
         check_same_text(saved_by(data), open_text(folder))
     counts = data.report["b"]["train"]
     assert str(error.value) == (
-        f"config.data.sources[1]=b: train is not the checkpoint's: {counts['documents']} documents of {counts['bytes']:,} bytes, "
-        "but not the same; put the text back as it was, or use another --workdir"
+        f"config.data.sources[1]=b: train is not the checkpoint's: {counts['documents']} documents of "
+        f"{counts['bytes']:,} bytes, but not the same; put the text back as it was, or use another --workdir"
     )
     path.write_text(text + "!!")
     with pytest.raises(ConfigError, match=f"of {counts['bytes']:,} bytes then, .* of {counts['bytes'] + 2:,} bytes now"):

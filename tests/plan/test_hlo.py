@@ -122,7 +122,7 @@ ENTRY %main (p0: bf16[4,8,1024], p1: bf16[512,256], p2: bf16[8,256,128], p3: bf1
   %sum = (f32[16]{0}, /*index=1*/f32[]{:T(128)}) all-reduce(%a, %b), channel_id=2, replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_1'}, to_apply=%add, metadata={op_name="jit(step)/update/reduce_sum"}
   ROOT %out = bf16[4,8,1024]{2,1,0} get-tuple-element(%while), index=0
 }
-"""
+"""  # noqa: E501
 
 
 def test_a_tpu_program():
@@ -170,7 +170,7 @@ ENTRY %main (t: f32[65536,2,256], i: s32[8,4]) -> f32[8,256] {
   %i = s32[8,4]{1,0} parameter(1)
   ROOT %jvp_retrieval_.3 = f32[8,256]{1,0} custom-call(%i, %t), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"cost_estimate":{"flops":"600","transcendentals":"32","bytes_accessed":"7000","remote_bytes_transferred":"0"}}}
 }
-"""
+"""  # noqa: E501
     (kernel,) = kernels(parse(text))
     assert (kernel.kind, kernel.count, kernel.flops, kernel.useful, kernel.bytes) == ("retrieval", 1, 600, 600, 7000)
     assert hbm_bytes(parse(text)) == 7000

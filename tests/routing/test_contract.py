@@ -236,7 +236,8 @@ def test_no_jit_is_jit(row):
 def test_causal(row):
     """In evaluation, and where the router says so in training too.
 
-    The choice of earlier tokens keeps its bits; their outputs may round differently, as the sizes of the experts' groups change.
+    The choice of earlier tokens keeps its bits; their outputs may round differently, as the sizes of the experts'
+    groups change.
     """
     if not traits(row).causal:
         pytest.skip("not causal, in evaluation neither")

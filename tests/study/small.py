@@ -22,8 +22,8 @@ def make_study(**changes) -> Study:
 def write_run(workdir, arm, seed, loss, curve, routed=True, digest="d", use=None, text=None, tokens=1) -> None:
     """A finished run: validation losses {source: loss} on 100 tokens of a and 300 of b, 4 bits a token at loss 4 ln 2.
 
-    use: (usage, unevenness) on b; on a they are half of it. text: its digest, which older runs have not. tokens: a byte has this
-      many times as many.
+    use: (usage, unevenness) on b; on a they are half of it. text: its digest, which older runs have not. tokens: a
+      byte has this many times as many.
     """
     folder = run_folder(workdir, arm, seed)
     folder.mkdir(parents=True)

@@ -98,8 +98,8 @@ def test_run_configs():
         ([Arm("x", scores="dense", base=Config())], "arm x base=Config: the runs of dense are trained"),
         (
             [Arm("x", base=base(sequence_length=512))],
-            "arm x base config.data.sequence_length=512: all arms share it: a token's loss depends on how many are before it; the "
-            "study's base has 256; make them equal",
+            "arm x base config.data.sequence_length=512: all arms share it: a token's loss depends on how many are "
+            "before it; the study's base has 256; make them equal",
         ),
         ([Arm("x", {"model.width": 30}, base=Config())], "arm x config.model.heads=4: does not divide model.width=30"),
         ([Arm("x", full=3)], "arm x full=3: not a dict"),

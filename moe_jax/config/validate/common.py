@@ -20,7 +20,7 @@ def check_exchange_buffer(field: str, value: float) -> None:
 
 
 def check_product_keys(path: str, experts: int, top_k: int, key_width: int) -> None:
-    """Refuses a pool, of N = `experts`, that two sets of keys cannot be searched for. path: what stands before the fields' names."""
+    """Refuses sizes that product keys cannot search. path: what stands before the fields' names."""
     side = math.isqrt(experts)
     if side * side != experts:
         near = f"use {side**2} or {(side + 1) ** 2}"

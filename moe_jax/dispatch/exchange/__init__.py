@@ -17,9 +17,9 @@ EXCHANGES = {"gather": gather, "all_to_all": all_to_all, "ragged": ragged}
 
 
 def resolve_exchange(exchange: str | None = None) -> str:
-    """What "auto" or None means: `gather`, whose memory, bytes and time nothing in the routing can change.
+    """The name of the exchange; "auto" and None are `gather`, whose memory, bytes and time do not depend on the routing.
 
-    The other two send less where n is large beside K, or the routing is even, and have to be chosen knowingly: a
+    The other two send less where the n shards are many beside K, or the routing is even. They have to be asked for, as a
     buffer that overflows costs more than it saved.
 
     Raises:
@@ -34,7 +34,7 @@ def resolve_exchange(exchange: str | None = None) -> str:
 def run_local(x: jax.Array, choice: TokenChoice, weights, run_experts: RunExperts) -> jax.Array:
     """The whole layer on one device: sort, experts, combine. x [T, D] -> [T, D]."""
 
-    # Not NumPy's: its arrays cannot be indexed by traced ones.
+    # NumPy arrays cannot be indexed by traced ones.
     x, choice, weights = jax.tree.map(jnp.asarray, (x, choice, weights))
 
     def run_rows(x, order, gates):
@@ -70,12 +70,12 @@ def run_sharded(
         divide what they split.
       run_experts: runs one shard's rows; partial sums over F are allowed, they are added over `tensor`.
       exchange: one of `EXCHANGES`, or None: see `resolve_exchange`.
-      buffer_factor: rows that a bounded exchange has room for, relative to the balanced share; 0: for all that can
+      buffer_factor: room for rows in `all_to_all` and `ragged`, relative to the balanced share; 0: room for all that can
         come, so that nothing overflows.
       check: whether shard_map checks what is the same on all shards; it cannot see into kernels.
 
     Returns:
-      y, and if `expert` has more than one shard the float32 sums over the mesh of `Sent`, by name.
+      y, and if `expert` has more than one shard the float32 sums over the mesh of `ExchangeStatistics`, by name.
 
     Raises:
       ValueError: the exchange is unknown; buffer_factor is negative.
@@ -89,7 +89,7 @@ def run_sharded(
     group = Group(shards, experts // shards, names, groups, groups * compat.axis_size(mesh, "tensor"))
 
     def shard(x, ids, gates, weights):
-        # At the entrance, so that the gradients are summed once, of tokens and of parts of weights.
+        # Varied at the entrance, so that the gradients of tokens and of parts of weights are summed once.
         axes = compat.varying_axes(x, *weights.values())
         x, gates, weights = jax.tree.map(lambda a: compat.vary(a, axes), (x, gates, weights))
         weights = {name: _whole_width(w, weight_specs[name]) for name, w in weights.items()}

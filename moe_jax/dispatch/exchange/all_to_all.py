@@ -18,13 +18,13 @@ import jax.numpy as jnp
 from moe_jax.dispatch.exchange import gather
 from moe_jax.dispatch.exchange.common import (
     AXIS,
+    ExchangeStatistics,
     Group,
     RunRows,
-    Sent,
     all_sizes,
-    bounded,
     buffer_rows,
     pair_sizes,
+    run_or_fall_back,
     run_received,
     starts,
 )
@@ -34,7 +34,7 @@ from moe_jax.types import TokenChoice
 
 
 def exchange(x: jax.Array, choice: TokenChoice, run_rows: RunRows, group: Group, buffer_factor: float):
-    """One shard's part: x [T_local, D], choice over E -> (y [T_local, D] in float32 at least, `Sent`)."""
+    """One shard's part: x [T_local, D], choice over E -> (y [T_local, D] in float32 at least, `ExchangeStatistics`)."""
     (tokens, k), (n, e) = choice.gates.shape, (group.shards, group.experts_local)
     capacity = pair_capacity(tokens, k, n, buffer_factor)
     with jax.named_scope("sort"):
@@ -57,12 +57,12 @@ def exchange(x: jax.Array, choice: TokenChoice, run_rows: RunRows, group: Group,
             return combine_rows(rows, choice.gates, slots, accumulator(x.dtype))
 
     over, away = jnp.sum(jnp.maximum(going - capacity, 0)), jnp.sum(going) - going[me]
-    y, over, _, fell = bounded(
+    y, over, _, fell = run_or_fall_back(
         run, lambda: gather.run_gathered(x, choice, run_rows, group), over, away, capacity < tokens * k, group
     )
     shape = n, tokens, k, x.shape[1], x.dtype
     sent = group.copies * jnp.where(fell, gather.bytes_sent(*shape), bytes_sent(*shape, buffer_factor))
-    return y, Sent(*(a.astype(jnp.float32) for a in (fell, over, sent)))
+    return y, ExchangeStatistics(*(a.astype(jnp.float32) for a in (fell, over, sent)))
 
 
 def pair_capacity(tokens: int, top_k: int, shards: int, buffer_factor: float) -> int:

@@ -1,4 +1,4 @@
-"""What the exchanges share: the layer on one shard, received rows, and the way back where a buffer is too small."""
+"""What the exchanges share: the layer on one shard, received rows, and the fallback where a buffer is too small."""
 
 import math
 from typing import Callable, Mapping, NamedTuple
@@ -21,8 +21,8 @@ class Group(NamedTuple):
     """n shards along the mesh axis `expert` that hold all experts together; all fields are static.
 
     shards: n. experts_local: E / n; shard i holds the experts from i * E / n on. axes: the mesh axes that split the
-    tokens. groups: such groups of different tokens in the mesh. copies: all of them, also those that hold the same
-    tokens (along `tensor`).
+    tokens. groups: the number of such groups in the mesh with different tokens. copies: the number of all such groups; along
+    `tensor` several hold the same tokens.
     """
 
     shards: int
@@ -32,7 +32,7 @@ class Group(NamedTuple):
     copies: int
 
 
-class Sent(NamedTuple):
+class ExchangeStatistics(NamedTuple):
     """Float32 scalars of one call, the same on all shards: 1 if the call fell back to the gather exchange, else 0;
     rows that no buffer had room for; bytes of activations sent forward between different shards of the mesh."""
 
@@ -59,7 +59,7 @@ def run_received(rows: jax.Array, ids: jax.Array, run_rows: RunRows, experts: in
 
 
 def buffer_rows(share: float, worst: int, factor: float) -> int:
-    """Rows of a buffer: factor * the balanced share, rounded up, and at most what it can ever take; 0: that."""
+    """Rows of a buffer: factor * the balanced share, rounded up, at most the worst case; factor 0: the worst case."""
     return min(worst, max(1, math.ceil(round(factor * share, 6)))) if factor else worst
 
 
@@ -74,11 +74,11 @@ def pair_sizes(sizes: jax.Array, group: Group) -> jax.Array:
 
 
 def starts(sizes: jax.Array) -> jax.Array:
-    """[..., N] -> the sum of what stands before, int32."""
+    """[..., N] sizes of consecutive blocks -> int32 [..., N], where each of them starts."""
     return jnp.cumsum(sizes, axis=-1, dtype=jnp.int32) - sizes
 
 
-def bounded(run, fallback, over: jax.Array, away: jax.Array, may_overflow: bool, group: Group):
+def run_or_fall_back(run, fallback, over: jax.Array, away: jax.Array, may_overflow: bool, group: Group):
     """`run()`, or `fallback()` where any shard of the mesh has rows that found no room.
 
     Args:
@@ -93,7 +93,7 @@ def bounded(run, fallback, over: jax.Array, away: jax.Array, may_overflow: bool,
     over, away = jax.lax.psum(jnp.stack([over, away]), group.axes)
     if not may_overflow:
         return run(), over, away, jnp.zeros((), bool)
-    # All shards of the mesh go one way: the collectives of the other are then nobody's. The branch that is hardly
-    # ever taken keeps nothing for the gradient but what both have as input.
+    # All shards of the mesh take the same branch: none waits in a collective that another does not enter. The
+    # fallback is rare. It is computed again in the backward pass, so that it keeps no residuals beside its inputs.
     y = jax.lax.cond(over > 0, jax.checkpoint(fallback), run)
     return y, over, away, over > 0

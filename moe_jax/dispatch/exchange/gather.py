@@ -12,17 +12,17 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from moe_jax.dispatch.exchange.common import AXIS, Group, RunRows, Sent, run_group
+from moe_jax.dispatch.exchange.common import AXIS, ExchangeStatistics, Group, RunRows, run_group
 from moe_jax.ops.precision import accumulator, standard_promotion
 from moe_jax.types import TokenChoice
 
 
 def exchange(x: jax.Array, choice: TokenChoice, run_rows: RunRows, group: Group, buffer_factor: float = 0.0):
-    """One shard's part: x [T_local, D], choice over E -> (y [T_local, D] in float32 at least, `Sent`)."""
+    """One shard's part: x [T_local, D], choice over E -> (y [T_local, D] in float32 at least, `ExchangeStatistics`)."""
     y = run_gathered(x, choice, run_rows, group)
     sent = group.copies * bytes_sent(group.shards, x.shape[0], choice.gates.shape[1], x.shape[1], x.dtype)
     zero = jnp.zeros((), jnp.float32)
-    return y, Sent(zero, zero, jnp.asarray(sent, jnp.float32))
+    return y, ExchangeStatistics(zero, zero, jnp.asarray(sent, jnp.float32))
 
 
 def run_gathered(x, choice, run_rows, group):

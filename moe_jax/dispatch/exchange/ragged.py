@@ -22,13 +22,13 @@ from moe_jax import compat
 from moe_jax.dispatch.exchange import gather
 from moe_jax.dispatch.exchange.common import (
     AXIS,
+    ExchangeStatistics,
     Group,
     RunRows,
-    Sent,
     all_sizes,
-    bounded,
     buffer_rows,
     pair_sizes,
+    run_or_fall_back,
     run_received,
     starts,
 )
@@ -38,7 +38,7 @@ from moe_jax.types import TokenChoice
 
 
 def exchange(x: jax.Array, choice: TokenChoice, run_rows: RunRows, group: Group, buffer_factor: float):
-    """One shard's part: x [T_local, D], choice over E -> (y [T_local, D] in float32 at least, `Sent`)."""
+    """One shard's part: x [T_local, D], choice over E -> (y [T_local, D] in float32 at least, `ExchangeStatistics`)."""
     (tokens, k), (n, e) = choice.gates.shape, (group.shards, group.experts_local)
     size, worst = receive_buffer(tokens, k, n, buffer_factor), n * tokens * k
     with jax.named_scope("sort"):
@@ -60,11 +60,13 @@ def exchange(x: jax.Array, choice: TokenChoice, run_rows: RunRows, group: Group,
             return combine_rows(rows, choice.gates, order, accumulator(x.dtype))
 
     over, away = jnp.maximum(jnp.sum(pairs[:, me]) - size, 0), jnp.sum(pairs[me]) - pairs[me, me]
-    y, over, away, fell = bounded(run, lambda: gather.run_gathered(x, choice, run_rows, group), over, away, size < worst, group)
+    y, over, away, fell = run_or_fall_back(
+        run, lambda: gather.run_gathered(x, choice, run_rows, group), over, away, size < worst, group
+    )
     shape = n, tokens, k, x.shape[1], x.dtype
     sent = bytes_sent(*shape, rows=away.astype(jnp.float32) / group.groups)
     sent = group.copies * jnp.where(fell, gather.bytes_sent(*shape), sent)
-    return y, Sent(*(a.astype(jnp.float32) for a in (fell, over, sent)))
+    return y, ExchangeStatistics(*(a.astype(jnp.float32) for a in (fell, over, sent)))
 
 
 def receive_buffer(tokens: int, top_k: int, shards: int, buffer_factor: float) -> int:

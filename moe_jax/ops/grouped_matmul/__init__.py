@@ -125,8 +125,8 @@ def grouped_matmul(
       Products accumulate in float32 at least. Reverse-mode gradients of any order; no forward mode (`jax.jvp`).
 
     Raises:
-      ValueError: in one line: shapes that do not fit, dtypes that are not floats or, of the sizes, integers; an unknown backend;
-        sizes below 0 or with a sum above M, where their values are known: inside jit they are not.
+      ValueError: in one line: shapes that do not fit, dtypes that are not floats or, of the sizes, integers; an
+        unknown backend; sizes below 0 or with a sum above M, where their values are known: inside jit they are not.
     """
     lhs, rhs, group_sizes = jnp.asarray(lhs), jnp.asarray(rhs), jnp.asarray(group_sizes)
     dtype = jnp.result_type(lhs, rhs)

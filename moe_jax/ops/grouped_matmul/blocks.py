@@ -117,8 +117,8 @@ def for_each_block(
 def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
     """Product of two matrices that contracts axes[0] of `a` with axes[1] of `b`, in float32 at least."""
     if axes[0] == 0 and compat.target_platform() == "cpu":
-        # XLA's fast product sums over the last axis of `a`: [256, 1024]^T [256, 256] takes a sixth less time with the transposed
-        # copy than without. The barrier keeps the copy from being folded into the product.
+        # XLA's fast product sums over the last axis of `a`: [256, 1024]^T [256, 256] takes a sixth less time with
+        # the transposed copy than without. The barrier keeps the copy from being folded into the product.
         a, axes = jax.lax.optimization_barrier(a.T), (1, axes[1])
     return jax.lax.dot_general(a, b, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=accumulator(a.dtype))
 

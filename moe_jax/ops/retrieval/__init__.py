@@ -1,13 +1,14 @@
 """The sum of a few retrieved experts of one neuron each, forward and backward, without the rows of all tokens at once.
 
-A table [N, M, D] holds what there is of every expert side by side, so that one read fetches it whole: M = 2, the input row u and
-the output row v; 3, a gate row between them; 1, the output row alone (product-key memory). Token t with its R retrieved ids has
+A table [N, M, D] holds the M rows of an expert side by side, so that one read fetches them all. With M = 2 these are the input
+row u and the output row v, with M = 3 a gate row between them, with M = 1 the output row alone (product-key memory). Token t
+with its R retrieved ids has
 
     y_t = sum_r h_tr v_(id_tr),  h_tr = gates_tr * act(u_(id_tr) . x_t)
 
 (PEER, arXiv:2407.04153, eq. 3 and 4), or h = gates where M = 1. Between the passes live x, ids, gates and pre-activations. The
-table's gradient is one sparse matrix per m times one vector per token, and stays in these factors (`RowGradient`) until it is
-added up.
+table's gradient is, for each of its M rows, a sparse matrix times one vector per token. It stays in these factors
+(`RowGradient`) until the rows are added up.
 """
 
 import functools
@@ -25,17 +26,17 @@ from moe_jax.ops.retrieval import blocks, mosaic, triton
 from moe_jax.ops.row_gradient import RowGradient, RowSink, dense_rows
 
 
-class Passes(NamedTuple):
-    """The two passes: `forward` and `backward` with the signatures of `blocks`; those over several devices without `reduce`."""
+class RetrievalPasses(NamedTuple):
+    """`forward` and `backward`, with the signatures of `blocks`; over several devices they have no `reduce`."""
 
     forward: Callable
     backward: Callable
 
 
 BACKENDS = {
-    "blocks": Passes(blocks.forward, blocks.backward),
-    "triton": Passes(triton.forward, triton.backward),
-    "mosaic": Passes(mosaic.forward, mosaic.backward),
+    "blocks": RetrievalPasses(blocks.forward, blocks.backward),
+    "triton": RetrievalPasses(triton.forward, triton.backward),
+    "mosaic": RetrievalPasses(mosaic.forward, mosaic.backward),
 }
 _logged: set[str] = set()
 
@@ -72,7 +73,7 @@ def retrieve(
     sink: RowSink | None = None,
     *,
     activation: str | None = "gelu",
-    passes: Passes | None = None,
+    passes: RetrievalPasses | None = None,
 ) -> jax.Array:
     """The gated sum of each token's experts.
 
@@ -83,8 +84,8 @@ def retrieve(
       table: [N, M, D].
       sink: zeros, see `row_sink`. If given, the table gets no gradient, and the gradient of the sink is the table's in factors.
       activation: see `moe_jax.ops.activations`; None: the table has values [N, 1, D], and x is not looked at.
-      passes: how they run; None: see `resolve_backend`, and `blocks` under a mesh of several devices, over which a kernel is not split
-        (`moe_jax.dispatch.retrieval` does that).
+      passes: what runs; None: those of `resolve_backend`, or of `blocks` under a mesh of several devices, over which only
+        `moe_jax.dispatch.retrieval` can split a kernel.
 
     Returns:
       [T, D] in the dtype of x; sums are in float32 at least.

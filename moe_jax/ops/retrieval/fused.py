@@ -5,11 +5,11 @@ Both passes have the same form, so that a backend (`triton`, `mosaic`) is one fu
     run(x [T, D], ids [T, R], pairs, table [N, M, D], outputs=k, inner=f, project=(m, ...), combine=(m, ...))
         -> (y [T, D] or None, tuple of k arrays [T, R])
 
-For every token it fetches its R experts, dots the rows `project` with x in float32, hands the dots and the arrays `pairs` [T, R],
-which it holds in float32, to the elementwise `inner(dots, pairs) -> (k outputs, weights)`, and adds up weights times the rows
-`combine` in float32. x is None without `project`, and y without `combine`. No [T, R, D] is formed. Every sum runs over the R
-places of a token in one fixed order inside one program, without atomics, so that equal inputs give equal bits. A place with an id
-of N or more fetches nothing; its dots are 0.
+For every token it fetches its R experts and computes in float32: the dots, products of the rows `project` with x; from them and
+the arrays `pairs` [T, R], elementwise, `inner(dots, pairs) -> (k outputs, weights)`; y, the sum of weights times the rows
+`combine`. x is None without `project`, and y without `combine`. No [T, R, D] is formed. Every sum runs over the R
+places of a token in one fixed order inside one program, without atomics, so that equal inputs give equal bits. A
+place with an id of N or more fetches nothing; its dots are 0.
 """
 
 import functools
@@ -51,13 +51,13 @@ def backward(run: Callable, d_y, x, ids, gates, hidden, table, activation, reduc
 
     pairs, outputs = (gates, *_unstack(hidden)), 1 + table.shape[1]
     if reduce is None:
-        d_x, found = run(d_y, ids, pairs, table, outputs=outputs, inner=inner, project=output, combine=inputs)
+        d_x, results = run(d_y, ids, pairs, table, outputs=outputs, inner=inner, project=output, combine=inputs)
     else:
         _, (d_h,) = run(d_y, ids, (), table, outputs=1, inner=lambda dots, _: (dots, ()), project=output, combine=())
-        found, d_hidden = inner((reduce(d_h[..., None])[..., 0],), pairs)
+        results, d_hidden = inner((reduce(d_h[..., None])[..., 0],), pairs)
         d_x = _combine(run, ids, d_hidden, table, inputs)
     d_x = jnp.zeros(x.shape, gates.dtype) if d_x is None else d_x
-    return d_x, found[0], _stack(found[1:], gates)
+    return d_x, results[0], _stack(results[1:], gates)
 
 
 def _combine(run, ids, weights, table, rows):

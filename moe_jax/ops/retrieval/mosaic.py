@@ -1,8 +1,9 @@
 """Retrieval on TPUs: a Pallas kernel that Mosaic compiles; interpreted (slowly) on any other platform.
 
-A program takes a few tokens, whose ids lie in scalar memory. While it works on the experts of one token, those of the next are on
-their way from HBM to VMEM, a copy of [M, D] values for each, all at once; an expert is always fetched whole. D is a multiple of
-128. See `fused` for what it computes; products are in float32, or in bfloat16 with sums in float32 where x and the table are.
+A program takes a few tokens, whose ids lie in scalar memory. While it works on the experts of one token, those of
+the next are on their way from HBM to VMEM, a copy of [M, D] values for each, all at once; an expert is always
+fetched whole. D is a multiple of 128. See `fused` for what it computes; products are in float32, or in bfloat16 with
+sums in float32 where x and the table are.
 
 Of M = 3 rows the compiler makes a copy of the table, in rows of four, once a call of the program: outside of kernels XLA keeps
 [N, 3, D] with N inside (libtpu 0.0.42), and copies it for `blocks` too.
@@ -49,7 +50,7 @@ def run(x, ids, pairs, table, *, outputs, inner, project, combine):
         table_ref, *outs, buffer, semaphores = refs[bool(project) + len(pairs) :]
 
         def fetch(part, slot, start):
-            def one(place, _):
+            def fetch_expert(place, _):
                 expert = ids_ref[part, place]
                 copy = tpu.make_async_copy(
                     table_ref.at[jnp.minimum(expert, experts - 1)], buffer.at[slot, place], semaphores.at[slot]
@@ -63,7 +64,7 @@ def run(x, ids, pairs, table, *, outputs, inner, project, combine):
 
                 return 0
 
-            jax.lax.fori_loop(0, places, one, 0)
+            jax.lax.fori_loop(0, places, fetch_expert, 0)
 
         fetch(0, 0, start=True)
 
@@ -73,8 +74,8 @@ def run(x, ids, pairs, table, *, outputs, inner, project, combine):
             fetch(part, slot, start=False)
             row = lambda m: buffer[slot, :, m, :].astype(native)
             dots = tuple(_dot(x_ref[pl.ds(token, 1)].astype(native), row(m), 1) for m in project)
-            found, weights = inner(dots, tuple(ref[pl.ds(part, 1)] for ref in pair_refs))
-            for ref, value in zip(outs[len(outs) - outputs :], found, strict=True):
+            values, weights = inner(dots, tuple(ref[pl.ds(part, 1)] for ref in pair_refs))
+            for ref, value in zip(outs[len(outs) - outputs :], values, strict=True):
                 ref[pl.ds(part, 1)] = value
             if combine:
                 y = sum(_dot(weight.astype(native), row(m), 0) for m, weight in zip(combine, weights, strict=True))
@@ -92,7 +93,7 @@ def run(x, ids, pairs, table, *, outputs, inner, project, combine):
     shapes += [jax.ShapeDtypeStruct((padded * parts, places), jnp.float32)] * outputs
     inputs = [split(ids, experts), *given, *map(split, pairs)]
     moved = sum(math.prod(a.shape) * a.dtype.itemsize for a in (*inputs, *shapes))
-    found = pl.pallas_call(
+    results = pl.pallas_call(
         kernel,
         out_shape=shapes,
         grid=(padded // TOKENS,),
@@ -112,8 +113,8 @@ def run(x, ids, pairs, table, *, outputs, inner, project, combine):
         ),
         interpret=compat.target_platform() != "tpu",
     )(*inputs, table)
-    y, found = (found[0][:tokens], found[1:]) if combine else (None, found)
-    return y, tuple(a.reshape(padded, -1)[:tokens, :retrieved] for a in found)
+    y, results = (results[0][:tokens], results[1:]) if combine else (None, results)
+    return y, tuple(a.reshape(padded, -1)[:tokens, :retrieved] for a in results)
 
 
 def _dot(a, rows, axis):

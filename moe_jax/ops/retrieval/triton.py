@@ -1,8 +1,8 @@
 """Retrieval on NVIDIA GPUs: a Pallas kernel that Triton compiles; interpreted (slowly) on any other platform.
 
-One program a token. It goes through the token's places a few at a time, loads those experts (their rows of D values lie side by side
-in memory), and keeps x and the sum in registers. Widths that are no power of two are masked; addresses of tables beyond
-4 GiB are computed in 64 bits. See `fused` for what it computes.
+There is one program a token. It goes through the token's places a few at a time, loads those experts, whose rows of
+D values lie side by side in memory, and keeps x and the sum in registers. Widths that are no power of two are
+masked; addresses of tables beyond 4 GiB are computed in 64 bits. See `fused` for what it computes.
 """
 
 import functools
@@ -47,8 +47,8 @@ def run(x, ids, pairs, table, *, outputs, inner, project, combine):
                 for m in (*project, *combine)
             }
             dots = tuple(jnp.sum(rows[m] * vector[None, :], axis=1) for m in project)
-            found, weights = inner(dots, tuple(pick(ref, 0) for ref in pair_refs))
-            for ref, value in zip(outs[len(outs) - outputs :], found, strict=True):
+            values, weights = inner(dots, tuple(pick(ref, 0) for ref in pair_refs))
+            for ref, value in zip(outs[len(outs) - outputs :], values, strict=True):
                 triton.store(ref.at[token, place], value, mask=there)
             for m, weight in zip(combine, weights, strict=True):
                 total += weight[:, None] * rows[m]
@@ -61,7 +61,7 @@ def run(x, ids, pairs, table, *, outputs, inner, project, combine):
 
     shapes = [jax.ShapeDtypeStruct((tokens, width), jnp.float32)] * bool(combine)
     shapes += [jax.ShapeDtypeStruct((tokens, retrieved), jnp.float32)] * outputs
-    found = pl.pallas_call(
+    results = pl.pallas_call(
         kernel,
         out_shape=shapes,
         grid=(tokens,),
@@ -69,7 +69,7 @@ def run(x, ids, pairs, table, *, outputs, inner, project, combine):
         compiler_params=triton.CompilerParams(num_warps=min(MOST_WARPS, max(1, places * block // WARP))),
         interpret=compat.target_platform() not in ("gpu", "cuda", "rocm"),
     )(*given, table)
-    return (found[0], tuple(found[1:])) if combine else (None, tuple(found))
+    return (results[0], tuple(results[1:])) if combine else (None, tuple(results))
 
 
 forward = functools.partial(fused.forward, run)
