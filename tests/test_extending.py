@@ -1,9 +1,11 @@
 """A router from outside the package, and feed-forward layers by name, through every command."""
 
 import ast
+import importlib
 import json
 import math
 import pathlib
+import sys
 
 import chex
 import jax
@@ -13,15 +15,14 @@ import pytest
 
 import moe_jax.evaluate.__main__ as evaluate
 import moe_jax.report.__main__ as report
-import tests.odd_router
 from moe_jax import cli, generate
 from moe_jax import config as c
 from moe_jax.config.flags import apply_overrides
-from moe_jax.config.routers import ROUTER_NAMES
+from moe_jax.config.routers import ROUTER_NAMES, RoutersConfig
 from moe_jax.config.validate import validate
 from moe_jax.models.flops import block_flops, experts_run, forward_flops_per_token
 from moe_jax.models.places import by_layer, places
-from moe_jax.routing import Router, register_router
+from moe_jax.routing import ROUTERS, Router, register_router
 from moe_jax.train import loop
 from moe_jax.train.checkpoint import Checkpoints
 from moe_jax.train.metrics import read_metrics
@@ -33,6 +34,18 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning"),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def odd_router():
+    """The plugin, for the tests of this file alone."""
+    module = importlib.import_module("tests.odd_router")
+    register_router("odd", module.OddConfig, module.ROUTER)
+    yield module
+    ROUTERS.pop("odd")
+    ROUTER_NAMES.remove("odd")
+    del RoutersConfig.__dataclass_fields__["odd"]
+    sys.modules.pop("tests.odd_router")
 
 
 @pytest.fixture(autouse=True)
@@ -106,16 +119,17 @@ def through_every_command(config: c.Config, folder, capsys) -> tuple[dict, str]:
     return rows[-1], (folder / "whole" / "report.html").read_text()
 
 
-def test_an_odd_router_through_every_command(tmp_path, capsys):
+@pytest.mark.slow
+def test_an_odd_router_through_every_command(tmp_path, capsys, odd_router):
     config = odd(optimizer__schedule="constant", optimizer__warmup_steps=0, train__microbatches=2)
     row, page = through_every_command(config, tmp_path, capsys)
-    assert row["router/spread_loss"] > 0 and len(row["router/layer_01/best"]) == tests.odd_router.BINS
+    assert row["router/spread_loss"] > 0 and len(row["router/layer_01/best"]) == odd_router.BINS
     assert sum(row["router/layer_01/best"]) == pytest.approx(1)
     assert 1 < row["router/layer_01/experts_per_token"] < 2
     assert "odd" in page and "layer_01" in page
 
 
-@pytest.mark.parametrize("devices, parts", [(1, 2), (1, 4), (8, 1)])
+@pytest.mark.parametrize("devices, parts", [(8, 2), *(pytest.param(1, parts, marks=pytest.mark.slow) for parts in (2, 4))])
 def test_the_odd_routers_state_does_not_depend_on_how_a_step_is_cut(devices, parts):
     """The counts of its histogram are whole numbers, so that the median is equal to the bit."""
     one, other = Runner(odd()), Runner(odd(train__microbatches=parts), devices)
@@ -165,15 +179,16 @@ def test_a_registered_router_has_flags():
     assert c.from_dict(json.loads(json.dumps(c.to_dict(changed)))) == changed
 
 
-def test_what_cannot_be_registered():
+def test_what_cannot_be_registered(odd_router):
     with pytest.raises(ValueError, match="the name switch is taken by SwitchConfig|the name 'switch' is taken by SwitchConfig"):
-        register_router("switch", tests.odd_router.OddConfig, tests.odd_router.ROUTER)
+        register_router("switch", odd_router.OddConfig, odd_router.ROUTER)
     with pytest.raises(ValueError, match="a dataclass under RouterOptions"):
         register_router("other", dict, Router(build=None))
     with pytest.raises(c.ConfigError, match="plugins=no_such_module: cannot be imported"):
         apply_overrides(c.Config(), ["--config.plugins=no_such_module"])
 
 
+@pytest.mark.slow
 def test_named_layers_through_every_command(tmp_path, capsys):
     config = named(optimizer__schedule="constant", optimizer__warmup_steps=0)
     row, page = through_every_command(config, tmp_path, capsys)
@@ -184,6 +199,7 @@ def test_named_layers_through_every_command(tmp_path, capsys):
     assert run(capsys, generate, f"{tmp_path}/whole", "--prompt=document", "--tokens=4", config_from="workdir")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices, scan", [(8, True), (1, False)])
 def test_named_layers_on_devices_and_unrolled(devices, scan):
     config = named(model__scan=scan)
@@ -202,6 +218,7 @@ def test_named_layers_on_devices_and_unrolled(devices, scan):
     assert np.any(bias != 0)
 
 
+@pytest.mark.slow
 def test_two_layers_of_equal_options_are_one():
     """Losses are means over blocks, whatever names their layers have."""
     whole, parts = make_config(model__layers=2), make_config(model__layers=2, model__pattern="a,b")
@@ -262,6 +279,7 @@ def test_no_router_is_asked_for_its_name():
     assert names_of_routers("if moe.router == 'hash': moe.routers.hash.seed") == ["moe.router == 'hash'", "moe.routers.hash"]
 
 
+@pytest.mark.slow
 def test_plan_of_named_layers_and_of_the_odd_router(tmp_path):
     from moe_jax.plan.roofline import CHIPS
     from moe_jax.plan.step import make_plan

@@ -84,6 +84,9 @@ class Checkpoints:
         )
         handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(checkpoint_directory(workdir), options=options, item_handlers=handlers)
+        # Orbax cleans up in a thread that outlives `close`: it would delete what the next manager of the folder is writing.
+        if wait := getattr(self._manager, "_maybe_await_cleanup_tmp_directory", None):
+            wait()
 
     def __enter__(self):
         return self

@@ -69,7 +69,10 @@ INSERTS = "last=dense@4,base=dense@2"
 @pytest.mark.fused
 @pytest.mark.parametrize(
     "fields",
-    [{"inserts": INSERTS}, {"layers": 2, "pattern": "dense", "positions": "learned", "dtype": "bfloat16"}],
+    [
+        pytest.param({"inserts": INSERTS}, marks=pytest.mark.slow),
+        {"layers": 2, "pattern": "dense", "positions": "learned", "dtype": "bfloat16"},
+    ],
     ids=["inserts", "dense bfloat16"],
 )
 def test_scan_is_unrolled_is_remat_bit_for_bit(fields):

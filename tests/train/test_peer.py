@@ -119,6 +119,7 @@ def test_evaluation_says_how_evenly_the_pool_is_used():
     assert "router/usage" not in training and training["router/gate_entropy"] > 0
 
 
+@pytest.mark.slow
 def test_routed_and_retrieving_layers_live_in_one_model():
     overrides = {"model__pattern": "routed,peer", "model__layers": 2, "model__inserts": "last=pkm@2"}
     runner = Runner(make(overrides))

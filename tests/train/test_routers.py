@@ -35,9 +35,7 @@ def router_state(runner):
 
 
 # Each compiles a training step, which takes longer than the rest.
-SOME = [
-    name if name in ("hash", "remoe", "expert_choice") else pytest.param(name, marks=pytest.mark.slow) for name in ROUTER_NAMES
-]
+SOME = [name if name in ("hash", "expert_choice") else pytest.param(name, marks=pytest.mark.slow) for name in ROUTER_NAMES]
 
 
 @pytest.mark.parametrize("router", SOME)

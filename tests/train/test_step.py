@@ -39,7 +39,9 @@ def test_loss_falls(one_device):
     assert state["step"] == 20 and state["skipped"] == 0
 
 
-@pytest.mark.parametrize("mesh", [pytest.param(m, marks=pytest.mark.slow if m == "expert=8" else ()) for m in MESHES])
+@pytest.mark.parametrize(
+    "mesh", [pytest.param(m, marks=pytest.mark.slow if m in ("expert=8", "expert=4,tensor=2") else ()) for m in MESHES]
+)
 def test_any_mesh_gives_the_losses_of_one_device(one_device, mesh):
     runner = Runner(make_config(**MESHES[mesh]), devices=8)
     np.testing.assert_allclose(runner.losses(20), one_device[0], rtol=1e-5)
@@ -104,7 +106,7 @@ def test_evaluation_leaves_router_state_alone_and_training_moves_it():
     assert np.abs(load - 1 / 8).max() > 1e-4
 
 
-@pytest.mark.parametrize("where", ["loss_weights", "parameter"])
+@pytest.mark.parametrize("where", [pytest.param("loss_weights", marks=pytest.mark.slow), "parameter"])
 def test_a_step_that_is_not_finite_changes_nothing_but_the_counters(where):
     runner = Runner(make_config(optimizer__ema_decay=0.9, mesh__expert=2), devices=2)
     runner.step(make_batch(0))
@@ -135,6 +137,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step_too():
     chex.assert_trees_all_equal(jax.device_get(runner.state["params"]), before)
 
 
+@pytest.mark.slow
 def test_clipping_bounds_the_norm_that_is_applied():
     """The first moments show the gradient as Adam gets it: its norm is the limit, and half the limit gives half of it."""
     moments = []
