@@ -132,6 +132,7 @@ def test_routed_and_retrieving_layers_live_in_one_model():
     assert row["router/load_max_over_mean"] == row["router/layer_00/load_max_over_mean"]
 
 
+@pytest.mark.slow
 def test_one_pool_for_all_layers():
     """Its gradient is the sum over the layers', in both forms."""
     overrides = {"model__pattern": "peer", "model__layers": 2, "model__inserts": "last=peer@2", "optimizer__weight_decay": 0.0}

@@ -67,7 +67,8 @@ def test_experts_and_moments_are_split_over_the_mesh():
         assert weight.addressable_shards[0].data.size * 8 == weight.size
 
 
-@pytest.mark.parametrize("bias_rate", [pytest.param(0.0, marks=pytest.mark.slow), 0.01])
+@pytest.mark.slow
+@pytest.mark.parametrize("bias_rate", [0.0, 0.01])
 def test_accumulation_gives_the_same_router_state(bias_rate):
     """The bias and the loads learn from the counts of the whole step, however many microbatches it has."""
     states = []
