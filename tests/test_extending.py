@@ -40,7 +40,6 @@ pytestmark = [
 def odd_router():
     """The plugin, for the tests of this file alone."""
     module = importlib.import_module("tests.odd_router")
-    register_router("odd", module.OddConfig, module.ROUTER)
     yield module
     ROUTERS.pop("odd")
     ROUTER_NAMES.remove("odd")

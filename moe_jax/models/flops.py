@@ -8,7 +8,7 @@ import jax
 
 from moe_jax.config import FFNConfig, ModelConfig
 from moe_jax.config.blocks import RETRIEVING, block_layers, expert_width
-from moe_jax.models.places import places, shared_pool, stacked_places
+from moe_jax.models.places import places, pool_path, stacked_places
 from moe_jax.ops.activations import is_gated
 from moe_jax.ops.retrieval import rows_of_expert
 
@@ -105,10 +105,9 @@ def active_parameters(config: ModelConfig, params: Any) -> int:
     for place in stacked_places(config, "routed"):
         shares[f"{place.prefix}/{place.module}/experts/"] = place.ffn.moe.top_k, place.ffn.moe.experts
     for place in stacked_places(config, *RETRIEVING):
-        peer, pool = place.ffn.peer, shared_pool(place.ffn)
-        uses = block_layers(config).count(place.ffn) if pool else 1
-        prefix = f"stack/{pool}/experts" if pool else f"{place.prefix}/{place.module}/experts"
-        shares[prefix] = min(uses * peer.heads * peer.top_k, peer.experts), peer.experts
+        peer = place.ffn.peer
+        uses = block_layers(config).count(place.ffn) if peer.share_pool else 1
+        shares[pool_path(place)] = min(uses * peer.heads * peer.top_k, peer.experts), peer.experts
     active = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")

@@ -123,13 +123,14 @@ def pieces(m: Material, limit: int, experts: int) -> str:
         f"rare ones do not win, among pieces of which at least {MINIMUM} tokens go there. The figures: the piece's "
         "tokens that have this expert / all of them." + _only(m.detailed, list(m.analyses))
     )
+    columns = m.columns  # worked out from the config at each call
     for i, name in enumerate(m.detailed):
         f = m.analyses[name]
         order = np.argsort(-f.shares, kind="stable")[:experts]
         keep = sorted(int(e) for e in order)
-        body = [(text(m.columns[name][e]), percent(f.shares[e]), _piece_list(m, f.pieces[e][:limit])) for e in keep]
-        left = len(m.columns[name]) - len(keep)
-        note = paragraph(f"The {len(keep)} most loaded of {len(m.columns[name])} experts.", note=True) if left else ""
+        body = [(text(columns[name][e]), percent(f.shares[e]), _piece_list(m, f.pieces[e][:limit])) for e in keep]
+        left = len(columns[name]) - len(keep)
+        note = paragraph(f"The {len(keep)} most loaded of {len(columns[name])} experts.", note=True) if left else ""
         opened = " open" if i == 0 and len(keep) <= 32 else ""
         out += (
             f"<details{opened}><summary>{text(name)}</summary>\n"
