@@ -15,6 +15,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 # MOE_JAX_TEST_OPTIMIZED=1 is for those whose numbers depend on what XLA fuses.
 OPTIMIZED = os.environ.get("MOE_JAX_TEST_OPTIMIZED") == "1"
 jax.config.update("jax_disable_most_optimizations", not OPTIMIZED)
+# A training step then compiles in a third of the time. Later versions of XLA do not know the flag, and end the process.
+FLAGS = "" if OPTIMIZED or jax.__version_info__ >= (0, 11) else "--xla_cpu_use_fusion_emitters=false"
 
 SHARED_DATA = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
 # Bytes of a worker, between tests; what they share in a file is then compiled again.
@@ -24,8 +26,12 @@ PEAK = pytest.StashKey[memory.Peak]()
 
 @pytest.fixture(scope="session", autouse=True)
 def eight_devices():
-    # A plugin that starts the backend first would make the setting above a silent no-op.
+    given = os.environ.get("XLA_FLAGS")
+    os.environ["XLA_FLAGS"] = f"{given or ''} {FLAGS}"
+    # A plugin that starts the backend first would make the settings above a silent no-op.
     assert len(jax.devices()) == 8
+    # Processes that tests start are those of a user.
+    os.environ.pop("XLA_FLAGS") if given is None else os.environ.update(XLA_FLAGS=given)
 
 
 @pytest.hookimpl(trylast=True)

@@ -95,12 +95,12 @@ def row_sinks(config: ModelConfig, tokens: int) -> dict[str, Any]:
         sink = row_sink(tokens, peer.heads * peer.top_k, rows, config.width)
         if place.group is not None:
             sink = jax.tree.map(lambda a: jnp.zeros((groups, *a.shape), a.dtype), sink)
-        sinks[f"{place.prefix}/{place.module}/experts"] = sink
+        sinks[place.own_experts] = sink
     return flax.traverse_util.unflatten_dict(sinks, sep="/")
 
 
 def sink_tables(config: ModelConfig) -> dict[str, str]:
     """For the path of every leaf of `row_sinks` that of its table in `params`: the same, or the pool that blocks share."""
     tables = {path: path for path in flax.traverse_util.flatten_dict(row_sinks(config, 1), sep="/")}
-    shared = {f"{place.prefix}/{place.module}/experts": pool_path(place) for place in stacked_places(config, *RETRIEVING)}
+    shared = {place.own_experts: pool_path(place) for place in stacked_places(config, *RETRIEVING)}
     return {path: shared.get(path, path) for path in tables}

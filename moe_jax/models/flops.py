@@ -103,7 +103,7 @@ def active_parameters(config: ModelConfig, params: Any) -> int:
     """
     shares: dict[str, tuple[int, int]] = {}  # prefix of a path -> what of how many experts a token meets
     for place in stacked_places(config, "routed"):
-        shares[f"{place.prefix}/{place.module}/experts/"] = place.ffn.moe.top_k, place.ffn.moe.experts
+        shares[f"{place.own_experts}/"] = place.ffn.moe.top_k, place.ffn.moe.experts
     for place in stacked_places(config, *RETRIEVING):
         peer = place.ffn.peer
         uses = block_layers(config).count(place.ffn) if peer.share_pool else 1

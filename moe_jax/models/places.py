@@ -38,6 +38,11 @@ class Place(NamedTuple):
         """Name of its feed-forward module."""
         return MODULES[self.ffn.kind]
 
+    @property
+    def own_experts(self) -> str:
+        """Path of the experts that its layer has for itself; of a layer that shares its pool, where they would be."""
+        return f"{self.prefix}/{self.module}/experts"
+
     def find(self, tree: Any) -> Any:
         """What is at its path in a tree that starts below "stack", stacked over groups; None: nothing."""
         for key in self.path:
@@ -71,7 +76,7 @@ def pool_path(place: Place) -> str:
     """Path in `params` of the pool of a block that retrieves; blocks that share a pool have the same path."""
     if place.ffn.peer.share_pool:
         return f"stack/{shared_pool(place.ffn)}/experts"
-    return f"{place.prefix}/{place.module}/experts"
+    return place.own_experts
 
 
 def shared_pool(ffn: FFNConfig) -> str:

@@ -62,7 +62,7 @@ def routing_over_time(m: Material) -> str:
     panels = [Panel(t, unit, {name: series(m.rows, f"router/{name}/{key}") for name in layers}) for t, key, unit in figures]
     for name, lines in other_sums(m.rows, layers).items():
         lines = {layer or "all layers": lines[layer] for layer in ["", *layers] if layer in lines}
-        unit = "" if name.endswith("_loss") else "a step"
+        unit = "experts" if name == "experts_per_token" else "" if name.endswith("_loss") else "a step"
         panels.append(Panel(name.replace("_", " ").capitalize(), unit, lines))
     zero = [p.title for p in panels if all(np.all(np.nan_to_num(one.values) == 0) for one in p.lines.values())]
     panels = [panel for panel in panels if panel.title not in zero]

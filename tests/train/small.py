@@ -13,7 +13,7 @@ from moe_jax.train.step import make_train_step
 VOCABULARY = 96
 USED = 80
 BATCH = 16
-LENGTH = 32
+LENGTH = 16
 
 
 def make_config(**overrides) -> Config:
