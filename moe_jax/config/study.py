@@ -63,8 +63,8 @@ class Arm:
       starts_from: the name of an arm: each run starts from that arm's finished run of the same seed; empty: from new
         parameters.
       start: the field of `init` that gets the folder of that run: "checkpoint" takes its parameters and tokenizer as they are,
-        "upcycle_from" makes experts of its feed-forward layers, "branch_from" goes on with all of its state at init.branch_step,
-        such as a decay of its own after the other run's stable steps.
+        "upcycle_from" makes experts of its feed-forward layers, "branch_from" goes on with all of its state at
+        init.branch_step, such as a decay of its own after the other run's stable steps.
       equal_time_to: the name of an arm: this one is trained for as many seconds as that one's steps take, by a schedule of
         as many steps as fit; they are found before the first run and take the place of train.steps.
       tuned_as: the name of an arm whose winner of the study's grid this one has, without a search of its own.

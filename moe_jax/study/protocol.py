@@ -95,13 +95,13 @@ def notes(rows: list[dict]) -> list[str]:
         )
     if any(row.get("margin") for row in rows):
         texts.append(
-            f"At least as good: the upper end of the {PERCENT} interval is below the margin, which was named beforehand, by the same "
-            "correction for all such claims."
+            f"At least as good: the upper end of the {PERCENT} interval is below the margin, which was named beforehand; "
+            "corrected in the same way for all such claims."
         )
     if by_document(rows):
         texts.append(
-            f"Over documents: the same difference, seeds averaged, with the {PERCENT} percentile interval of a bootstrap over the "
-            "documents of the validation text."
+            f"Over documents: the same difference, seeds averaged, with the {PERCENT} percentile interval of a bootstrap over "
+            "the documents of the validation text."
         )
     if timed_equally(rows):
         texts.append(

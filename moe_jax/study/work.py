@@ -85,7 +85,9 @@ def check_hours(study: Study, runs: list[tuple[Arm, int, str]], timing: dict) ->
     by_arm = {arm.name: predicted_total([run for run in runs if run[0] is arm], timing) for arm, *_ in runs}
     most = max(by_arm, key=by_arm.get)
     limit = f"{interval(total)} predicted, one run after the other, {interval(by_arm[most])} of it for arm {most}"
-    fix = "train fewer steps, seeds, candidates or arms, make parts of the study (FILE.py:PART), or raise hours_limit in its file"
+    fix = (
+        "train fewer steps, seeds, candidates or arms, make parts of the study (FILE.py:PART), or raise hours_limit in its file"
+    )
     raise ConfigError("study hours_limit", study.hours_limit, limit, fix)
 
 

@@ -51,11 +51,12 @@ def check_rates(trunk: Config, config: Config, step: int) -> None:
         fix = f"branch from step {stable} or before, or train that run with schedule=wsd or constant"
         raise ConfigError("init.branch_step", step, limit, fix)
     if (stable := stable_steps(config.optimizer, config.train)) < step:
-        limit = f"with schedule={config.optimizer.schedule} its learning rate leaves the peak at step {stable}, before the branch"
+        limit = (
+            f"with schedule={config.optimizer.schedule} its learning rate leaves the peak at step {stable}, before the branch"
+        )
         fix = f"the branch is at step {step}: raise train.steps, or use schedule=wsd with a lower optimizer.decay_fraction"
         raise ConfigError("train.steps", config.train.steps, limit, fix)
     ours, theirs = (warmup_steps(one.optimizer, one.train) for one in (config, trunk))
     if ours != theirs:
         limit = f"its warm-up takes {ours} steps, that of init.branch_from={config.init.branch_from} {theirs}"
         raise ConfigError("train.steps", config.train.steps, limit, "raise it above optimizer.warmup_steps")
-
