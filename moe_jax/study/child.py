@@ -116,10 +116,10 @@ def time_arms(study: Study, workdir: str, phase: str, rounds: int) -> int:
         starts = {arm.name: own.starts_from for arm in study.trained() if (own := study.defined_by(arm)).starts_from}
         for name in starts:
             setattr(configs[name].init, study.defined_by(study.arm(name)).start, "")
-        own = {arm.name: study.defined_by(arm).equal_time_to for arm in study.trained()}
-        equal = {name: other for name, other in own.items() if other and not fixed.steps(study, study.arm(name))}
+        equal = {arm.name: arm.equal_time_to for arm in study.arms if arm.equal_time_to and not fixed.steps(study, arm)}
+    twins = {arm.name: arm.twin_of for arm in study.arms if arm.twin_of}
     identity = timing_fingerprint(study, workdir, phase, rounds)
-    result = measure(configs, study.epochs_limit, rounds, workdirs, starts, equal)
+    result = measure(configs, study.epochs_limit, rounds, workdirs, starts, equal, twins)
     if found := result.pop("equal_time"):
         fixed.equal_time |= found
         save_fixed(workdir, fixed)

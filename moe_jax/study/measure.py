@@ -136,6 +136,7 @@ def measure(
     workdirs: dict[str, str] | None = None,
     starts: dict[str, str] | None = None,
     equal_time: dict[str, str] | None = None,
+    twins: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Facts and step times of every arm.
 
@@ -146,11 +147,12 @@ def measure(
       workdirs: of finished runs by arm, whose last state is timed; None: a fresh one.
       starts: arm -> the other one whose parameters and tokenizer its run will begin with.
       equal_time: arm -> the other one whose seconds say how many steps it has.
+      twins: A/A arm -> the one whose runs it repeats, with as many steps.
 
     Returns:
       `environment`, `rounds`, and `arms`: for each the facts, `ms` (median of the interleaved steps), `runs_ms` (all),
       `alone_ms` (median of steps in a row) and `compile_seconds`; where an arm cannot run, `error` instead. `equal_time`: what
-      `study.fixed.Fixed` keeps of each of those arms; their facts are of these steps.
+      `study.fixed.Fixed` keeps of each of those arms; their facts, and those of their twins, are of these steps.
 
     Raises:
       ConfigError: too many epochs, a mesh that the devices do not fill, or text that cannot be read.
@@ -184,7 +186,9 @@ def measure(
     for name, error in errors.items():
         arms[name]["error"] = error
     found = {name: equal_time_of(name, other, arms) for name, other in (equal_time or {}).items()}
-    for name, equal in found.items():
+    for name in configs:
+        if not (equal := found.get((twins or {}).get(name, name))):
+            continue
         config = copy.deepcopy(configs[name])
         config.train.steps = equal["steps"]
         arms[name] |= facts(config, texts[name])

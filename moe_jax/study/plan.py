@@ -72,6 +72,9 @@ def _resolved(study: Study, curve: Curve) -> Curve:
 
     def number(name, x):
         found = x
+        if x == "train.steps" and study.defined_by(study.arm(name)).equal_time_to:
+            limit = "its steps are found before the first run"
+            raise ConfigError(f"curve {curve.name} arm {name}", repr(x), limit, "write a number")
         if isinstance(x, str):
             config = run_config(study, study.arm(name), study.seeds[0])
             found = next((getattr(owner, leaf.name) for path, owner, leaf in leaves(config) if path == x), x)

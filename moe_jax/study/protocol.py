@@ -53,8 +53,10 @@ def seconds(row: dict[str, Any]) -> str:
 def tuning(result: dict[str, Any], table: Callable[[list[str], list[list[str]]], str]) -> str:
     """The table of the grid: each arm's mean loss with each candidate, the winner bold; empty without one."""
     grid, arms = result["study"].get("grid"), result.get("tuning") or {}
-    if not grid or not arms:
+    if not grid:
         return ""
+    searched = [arm for arm in result["study"]["arms"] if not (arm["twin_of"] or arm["scores"] or arm["tuned_as"])]
+    missing = [arm["name"] for arm in searched if arm["name"] not in arms]
 
     def cell(arm, name):
         loss = arm["candidates"][name]["loss"]
@@ -70,7 +72,8 @@ def tuning(result: dict[str, Any], table: Callable[[list[str], list[list[str]]],
         for seed, line in candidate.get("failures", {}).items()
     ]
     title = f"**Tuning**: mean validation loss over seeds {seeds}, which are not reported; bold: the settings of all other runs"
-    return "\n\n".join([title, table(["arm", *grid], body), " ".join([describe(grid), *failures])])
+    without = f"**Without a winner yet: {', '.join(missing)}.**" if missing else ""
+    return "\n\n".join(filter(None, [title, table(["arm", *grid], body), without, " ".join([describe(grid), *failures])]))
 
 
 def describe(grid: dict[str, dict[str, Any]]) -> str:

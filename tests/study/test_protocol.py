@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config import ConfigError, Scale
-from moe_jax.config.study import Arm
+from moe_jax.config.study import Arm, Curve
 from moe_jax.study import __main__ as command
 from moe_jax.study.collect import collect, training_seconds
 from moe_jax.study.documents import save_documents
@@ -39,6 +39,15 @@ def test_an_arm_of_equal_time_and_its_twin_have_the_steps_that_were_found():
     steps = {arm.name: run_config(study, arm, 3, fixed=fixed).train.steps for arm in study.arms}
     assert steps == {"dense": 1000, "routed": 521, "twin": 521}
     assert run_config(study, study.arm("routed"), 3).train.steps == 1000  # not yet known
+
+
+def test_a_curve_over_steps_that_are_not_known():
+    arms = Arm("dense", DENSE), Arm("routed", equal_time_to="dense")
+    curve = Curve("c", "t", "x", {"": {"dense": "train.steps", "routed": "train.steps"}})
+    with pytest.raises(
+        ConfigError, match="curve c arm routed='train.steps': its steps are found before the first run; write a"
+    ):
+        prepare(make_study(arms=arms, baseline="dense", curves=(curve,)), "small")
 
 
 def test_equal_time_is_trained_alone():
@@ -215,6 +224,12 @@ def test_one_family_a_primary_comparison_and_a_margin(tmp_path):
     assert "40 in 4.0 s (4.0 predicted), the time of dense |" in text and "| 40 in 4.0 s (4.0 predicted) |" in text
     assert "| arm | plain | half |" in text and "| dense | failed | **2.5000** |" in text
     assert "half: optimizer.learning_rate x 0.5. dense plain seed 0: error: x." in text
+
+
+def test_before_the_winners_are_known(tmp_path):
+    write_all(tmp_path)
+    save_fixed(tmp_path, Fixed())
+    assert "**Without a winner yet: dense, better, close, worse.**" in tables(collect(tmp_path))
 
 
 def test_without_a_primary_comparison_all_are_one_family(tmp_path):
