@@ -46,7 +46,6 @@ def main(study: Study | None, flags: absl_flags.FlagValues) -> int:
     if "://" in flags.workdir:
         raise ConfigError("--workdir", flags.workdir, "not on this machine", "name a local folder")
     from moe_jax.study.description import DESCRIPTION, check_unchanged, load_description, save_description
-    from moe_jax.study.fixed import FIXED
     from moe_jax.study.plan import prepare
 
     if flags.summary:
@@ -62,14 +61,15 @@ def main(study: Study | None, flags: absl_flags.FlagValues) -> int:
     with contextlib.ExitStack() as stack:
         if problem := lock_workdir(flags.workdir, stack):
             raise problem
-        if begun := load_description(flags.workdir):
-            if any((pathlib.Path(flags.workdir) / name).exists() for name in ("runs", "tuning")):
-                check_unchanged(begun[0], study)
-            else:  # nothing has begun: it was refused
-                (pathlib.Path(flags.workdir) / FIXED).unlink(missing_ok=True)
+        if (begun := load_description(flags.workdir)) and _has_runs(flags.workdir):  # else it was refused
+            check_unchanged(begun[0], study)
         save_description(flags.workdir, study, {"scale": flags.scale, "command": _command()})
         code = run(study, flags)
     return code
+
+
+def _has_runs(workdir: str) -> bool:
+    return any((pathlib.Path(workdir) / name).exists() for name in ("runs", "tuning"))
 
 
 def _command() -> str:
@@ -148,12 +148,14 @@ _CHILD = [sys.executable, "-m", "moe_jax.study.child"]
 def _time_arms(study: Study, flags, children, phase: str) -> int:
     """The timing of a phase in a process of its own, unless it is there; returns 0 or the exit code to stop with."""
     from moe_jax.study.child import timing_fingerprint
-    from moe_jax.study.fixed import load_fixed
+    from moe_jax.study.fixed import FIXED, load_fixed
 
     kept, fixed = _read_timing(flags.workdir, phase), load_fixed(flags.workdir)
     whole = phase == "after" or all(fixed.steps(study, arm) for arm in study.arms if arm.equal_time_to)
     if kept and whole and kept["fingerprint"] == timing_fingerprint(study, flags.workdir, phase, flags.rounds):
         return 0
+    if not _has_runs(flags.workdir):  # what an earlier command fixed was for other times, and for no run
+        (pathlib.Path(flags.workdir) / FIXED).unlink(missing_ok=True)
     command = [*_CHILD, "time", flags.workdir, phase, str(flags.rounds)]
     say(f"timing the steps of {len(study.trained())} arms in turns, {phase} training")
     code = children.wait(children.start(command))

@@ -101,7 +101,10 @@ def train(study: Study, workdir: str, name: str, seed: int, candidate: str = "")
 
 
 def time_arms(study: Study, workdir: str, phase: str, rounds: int) -> int:
-    """Writes timing_before.json (fresh states) or timing_after.json (last states of the first seed), unless it is there."""
+    """Writes timing_before.json (fresh states) or timing_after.json (last states of the first seed).
+
+    Before training, the steps of arms of equal time are found too, and fixed, where they are not yet.
+    """
     from moe_jax.study.fixed import load_fixed, save_fixed
     from moe_jax.study.measure import measure
     from moe_jax.study.plan import run_config
