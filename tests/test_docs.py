@@ -1,4 +1,4 @@
-"""The commands of docs/tpu_pod.md: they parse, and the rehearsal runs."""
+"""The commands of docs/tpu_pod.md: they parse, and the rehearsal runs. The example of docs/studies.md is a study."""
 
 import os
 import pathlib
@@ -66,6 +66,17 @@ def test_named_scopes_are_those_of_the_code():
     from moe_jax.plan.hlo import SCOPES
 
     assert all(f"`{scope}`" in TEXT for scope in SCOPES)
+
+
+@pytest.mark.parametrize("part, arms, runs", [("", 4, 3 * 9 * 3), ("schedule", 4, 3 * 2 * 3), ("budgets", 3, 0)])
+def test_the_example_of_a_study(part, arms, runs):
+    from moe_jax.study.plan import prepare
+    from moe_jax.study.work import tuning_runs
+
+    page, example = (ROOT / "docs" / "studies.md").read_text(), {}
+    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], example)
+    study = prepare(example["get_config"](part), "small")
+    assert len(study.arms) == arms and len(tuning_runs(study, study.searched())) == runs
 
 
 @pytest.mark.slow

@@ -192,4 +192,5 @@ def comparison() -> Study:
         title="PEER at equal FLOPs",
         curves=curves,
         shown=(*main, "expert_choice_causal"),
+        hours_limit=12.0,  # 29 arms of three seeds, compared with each other
     )

@@ -13,7 +13,7 @@ from moe_jax.config.peer import PeerConfig
 from moe_jax.config.reflect import differences, from_dict, item_type, leaf_fields, leaves, nearest, role, to_dict, unknown_field
 from moe_jax.config.routers import RouterOptions, Traits
 from moe_jax.config.run import Config
-from moe_jax.config.study import Arm, Curve, Settings, Study
+from moe_jax.config.study import Arm, Curve, Scale, Settings, Study, product
 from moe_jax.config.train import InitConfig, MeshConfig, OptimizerConfig, ParameterGroup, SampleConfig, TrainConfig
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "ParameterGroup",
     "PeerConfig",
     "SampleConfig",
+    "Scale",
     "Settings",
     "SourceConfig",
     "Study",
@@ -45,6 +46,7 @@ __all__ = [
     "leaves",
     "nearest",
     "one_line",
+    "product",
     "role",
     "shorten_list",
     "to_dict",

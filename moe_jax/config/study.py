@@ -4,7 +4,8 @@ A file of configs/studies/ returns one from `get_config()`; `python -m moe_jax.s
 """
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from moe_jax.config.leaf import ConfigError
@@ -12,7 +13,35 @@ from moe_jax.config.reflect import from_dict, to_dict
 from moe_jax.config.run import Config
 
 Settings = dict[str, bool | int | float | str]
-STARTS = ("checkpoint", "upcycle_from")  # the fields of `init` that name the folder of another run
+STARTS = ("checkpoint", "upcycle_from", "branch_from")  # the fields of `init` that name the folder of another run
+BRANCH = "branch_from"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """A value in a grid: an arm's own value of the field times `factor`."""
+
+    factor: float
+
+
+Grid = dict[str, dict[str, bool | int | float | str | Scale]]
+
+
+def product(axes: dict[str, Sequence[bool | int | float | str | Scale]]) -> Grid:
+    """A grid of every combination of values: dotted config path -> values.
+
+    A candidate is named for its values: 'learning_rate-x0.5+final_fraction-0.3'.
+    """
+
+    def name(path, value):
+        text = f"x{value.factor:g}" if isinstance(value, Scale) else str(value)
+        return f"{path.rpartition('.')[2]}-{text}"
+
+    grid = {}
+    for values in itertools.product(*axes.values()):
+        candidate = dict(zip(axes, values))
+        grid["+".join(name(path, value) for path, value in candidate.items())] = candidate
+    return grid
 
 
 @dataclasses.dataclass
@@ -34,7 +63,12 @@ class Arm:
       starts_from: the name of an arm: each run starts from that arm's finished run of the same seed; empty: from new
         parameters.
       start: the field of `init` that gets the folder of that run: "checkpoint" takes its parameters and tokenizer as they are,
-        "upcycle_from" makes experts of its feed-forward layers.
+        "upcycle_from" makes experts of its feed-forward layers, "branch_from" goes on with all of its state at
+        init.branch_step, such as a decay of its own after the other run's stable steps.
+      equal_time_to: the name of an arm: this one is trained for as many seconds as that one's steps take, by a schedule of
+        as many steps as fit; they are found before the first run and take the place of train.steps.
+      tuned_as: the name of an arm whose winner of the study's grid this one has, without a search of its own.
+      margin: the difference, above 0, below which the arm counts as at least as good as its baseline; 0: the study's.
     """
 
     name: str
@@ -46,6 +80,9 @@ class Arm:
     base: Config | None = None
     starts_from: str = ""
     start: str = STARTS[0]
+    equal_time_to: str = ""
+    tuned_as: str = ""
+    margin: float = 0.0
 
 
 @dataclasses.dataclass
@@ -80,6 +117,13 @@ class Study:
       time is compared; 0: the highest last loss among the baseline's runs, which it reaches with every seed. epochs_limit:
       passes over a source's training text; a study of repetition raises it. title: of the tables. curves: arms in order of a
       quantity; they and `shown` may change at any time. shown: the arms in the pictures against steps; empty: all.
+
+    grid: candidates by name, each with settings over an arm's own; every arm is trained with every candidate from every one of
+      `tuning_seeds`, and its other runs have the settings of the one with the lowest mean validation loss, the first of equal
+      ones. Empty: arms are trained as they are. The seeds of the two must differ.
+    primary: the name of the arm whose difference to its baseline is the study's one question: it is tested alone, all others
+      together. margin: of all arms that have none of their own; 0: none. hours_limit: predicted hours, one run after the other,
+      above which the study is refused; it may change at any time.
     """
 
     base: Config
@@ -92,6 +136,11 @@ class Study:
     title: str = ""
     curves: tuple[Curve, ...] = ()
     shown: tuple[str, ...] = ()
+    grid: Grid = dataclasses.field(default_factory=dict)
+    tuning_seeds: tuple[int, ...] = (0, 1, 2)
+    primary: str = ""
+    margin: float = 0.0
+    hours_limit: float = 2.0
 
     def arm(self, name: str) -> Arm:
         """The arm of that name."""
@@ -113,6 +162,20 @@ class Study:
     def needs(self, arm: Arm) -> str:
         """The name of the arm whose run of a seed is finished before this one's of that seed begins; empty: none."""
         return arm.scores or self.defined_by(arm).starts_from
+
+    def tuned_by(self, arm: Arm) -> Arm:
+        """The arm whose winner of the grid an arm has: itself, or the one that it names, repeats or scores."""
+        own = self.defined_by(arm)
+        return self.arm(own.tuned_as) if own.tuned_as else own
+
+    def searched(self) -> list[Arm]:
+        """The arms that are trained with every candidate of the grid; an arm comes after the one that it starts from."""
+        arms = [arm for arm in self.trained() if self.grid and self.tuned_by(arm) is arm]
+        return sorted(arms, key=lambda arm: len(self.ancestors(arm)))
+
+    def margin_of(self, arm: Arm) -> float:
+        """The margin of an arm's difference; 0: none."""
+        return arm.margin or self.defined_by(arm).margin or self.margin
 
     def ancestors(self, arm: Arm) -> list[Arm]:
         """The arms whose runs were trained before this one's could start, the nearest first."""
@@ -150,13 +213,20 @@ def within(where: str, error: ConfigError) -> ConfigError:
     return ConfigError(f"{where} {field}", error.value, error.limit, error.fix)
 
 
+_TUPLES = ("seeds", "shown", "tuning_seeds")
+
+
 def study_to_dict(study: Study) -> dict[str, Any]:
     """A study as nested dicts and lists, ready for JSON."""
     own = {entry.name: getattr(study, entry.name) for entry in dataclasses.fields(study)}
     arms = [arm_to_dict(arm) for arm in study.arms]
     curves = [dataclasses.asdict(curve) | {"metrics": list(curve.metrics)} for curve in study.curves]
-    lists = {"seeds": list(study.seeds), "shown": list(study.shown)}
-    return own | {"base": to_dict(study.base), "arms": arms, "curves": curves} | lists
+    lists = {name: list(getattr(study, name)) for name in _TUPLES}
+    values = lambda settings: {
+        path: dataclasses.asdict(value) if isinstance(value, Scale) else value for path, value in settings.items()
+    }
+    grid = {name: values(settings) for name, settings in study.grid.items()}
+    return own | {"base": to_dict(study.base), "arms": arms, "curves": curves, "grid": grid} | lists
 
 
 def arm_to_dict(arm: Arm) -> dict[str, Any]:
@@ -176,8 +246,10 @@ def study_from_dict(tree: dict[str, Any]) -> Study:
         bases = [from_dict(arm["base"]) if arm.get("base") else None for arm in tree["arms"]]
         arms = tuple(Arm(**arm | {"base": base}) for arm, base in zip(tree["arms"], bases))
         curves = tuple(Curve(**curve | {"metrics": tuple(curve["metrics"])}) for curve in tree.get("curves", ()))
-        tuples = {"seeds": tuple(tree["seeds"]), "shown": tuple(tree.get("shown", ()))}
-        return Study(**own | {"base": from_dict(tree["base"]), "arms": arms, "curves": curves} | tuples)
+        values = lambda settings: {path: Scale(**v) if isinstance(v, dict) else v for path, v in settings.items()}
+        grid = {name: values(settings) for name, settings in tree.get("grid", {}).items()}
+        tuples = {name: tuple(own[name]) for name in _TUPLES if name in own}
+        return Study(**own | {"base": from_dict(tree["base"]), "arms": arms, "curves": curves, "grid": grid} | tuples)
     except (KeyError, TypeError, AttributeError) as error:
         limit = f"not a study ({type(error).__name__} {error})"
         raise ConfigError("description of the study", None, limit, "restore the file") from None

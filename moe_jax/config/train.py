@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from moe_jax.config.leaf import field
+from moe_jax.config.leaf import ConfigError, field
 
 
 @dataclasses.dataclass
@@ -39,8 +39,14 @@ class OptimizerConfig:
 
     learning_rate: float = field(3e-3, "Peak learning rate.", low=0)
     warmup_steps: int = field(100, "Steps of linear warm-up; of a run with fewer steps, all.", low=0)
-    schedule: str = field("cosine", "Decay after the warm-up.", choices=("cosine", "linear", "constant"))
+    schedule: str = field(
+        "cosine",
+        "After the warm-up: a decay to the last step; or wsd, which is stable at the peak, then decays linearly over the last "
+        "decay_fraction of the steps (arXiv:2404.06395).",
+        choices=("cosine", "linear", "constant", "wsd"),
+    )
     final_fraction: float = field(0.1, "Learning rate at the end, as a fraction of the peak.", low=0, high=1)
+    decay_fraction: float = field(0.2, "Share of all steps that the decay of schedule=wsd takes.", low=0, high=1)
     b1: float = field(0.9, "Decay of the first moment.", low=0, high=0.999999)
     b2: float = field(0.95, "Decay of the second moment.", low=0, high=0.999999)
     epsilon: float = field(1e-8, "Added to the root of the second moment.", low=0)
@@ -70,6 +76,9 @@ class TrainConfig:
         16, "Validation batches per source of an evaluation during training; 0: all.", low=0, role="runtime"
     )
     max_to_keep: int = field(2, "Checkpoints kept.", low=1, role="runtime")
+    keep_steps: str = field(
+        "", "Comma-separated steps whose checkpoints are saved and never deleted, such as those to branch from.", role="runtime"
+    )
     async_checkpoint: bool = field(True, "Write checkpoints while training goes on.", role="runtime")
     max_skipped: int = field(
         10, "Stop after this many steps in a row with a non-finite loss or gradient.", low=1, role="runtime"
@@ -79,6 +88,18 @@ class TrainConfig:
         0.0, "Peak TFLOP/s of one device for the MFU; 0: known for common devices.", low=0, role="runtime"
     )
     tensorboard: bool = field(True, "Write TensorBoard events beside metrics.jsonl.", role="runtime")
+
+
+def kept_steps(config: TrainConfig) -> tuple[int, ...]:
+    """The steps of `keep_steps`, in order.
+
+    Raises:
+      ConfigError: one is not a step.
+    """
+    texts = [text.strip() for text in config.keep_steps.split(",")] if config.keep_steps else []
+    if not all(text.isascii() and text.isdigit() and int(text) for text in texts):
+        raise ConfigError("train.keep_steps", config.keep_steps, "not steps of 1 or more", "write such as 400,800")
+    return tuple(sorted(set(map(int, texts))))
 
 
 @dataclasses.dataclass
@@ -93,6 +114,13 @@ class InitConfig:
         "model.moe.expert_width is ffn_width / G (arXiv:2212.05055).",
         role="runtime",
     )
+    branch_from: str = field(
+        "",
+        "Workdir of another run to go on from: parameters, moments, routers' state, place in the text and step. All that "
+        "fixes numbers is that run's, but for the schedule and the steps.",
+        role="runtime",
+    )
+    branch_step: int = field(0, "Step of branch_from's checkpoint; 0: the newest.", low=0, role="runtime")
 
 
 @dataclasses.dataclass

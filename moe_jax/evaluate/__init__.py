@@ -10,15 +10,15 @@ if TYPE_CHECKING:
 
 
 def evaluate_sets(
-    run: "LoadedRun", sets: dict[str, "EvaluationSet"], limit: int = 0, show_progress: bool = False
-) -> dict[str, dict[str, float]]:
+    run: "LoadedRun", sets: dict[str, "EvaluationSet"], limit: int = 0, show_progress: bool = False, by_document: bool = False
+) -> dict[str, dict[str, Any]]:
     """`train.evaluation.evaluate` of several sets by name, with one compilation and a bar on stderr."""
     import jax
     from tqdm import tqdm
 
     from moe_jax.train.evaluation import batch_count, evaluate, make_evaluation_step
 
-    step = make_evaluation_step(run.model, run.tokenizer.token_bytes)
+    step = make_evaluation_step(run.model, run.tokenizer.token_bytes, by_token=by_document)
     batch_size = run.config.data.batch_size
     total = sum(batch_count(evaluation_set, batch_size, limit) for evaluation_set in sets.values())
     hidden = not show_progress or jax.process_index() != 0

@@ -4,8 +4,10 @@
     python -m moe_jax.study --config=configs/studies/X.py --workdir=DIR --scale=full --jobs=2
     python -m moe_jax.study --workdir=DIR --summary
 
-First the steps of all arms are timed in turns in one process, which predicts how long everything takes; then each arm
-trains from each seed in DIR/runs/ARM/seed_N; then the steps of the trained arms are timed, whose numbers the table has.
+First the steps of all arms are timed in turns in one process, which predicts how long everything takes, and says how many
+steps an arm of equal time has; with a grid, each arm is then trained with every candidate from the tuning seeds in
+DIR/tuning/ARM/CANDIDATE/seed_N; then each arm trains from each seed in DIR/runs/ARM/seed_N; then the steps of the trained arms
+are timed, whose numbers the table has. What is predicted to take more than the study's hours_limit is refused.
 Results: DIR/study.json, study.md and *.png, at the end and whenever --summary asks. Interrupted (Ctrl-C, SIGTERM), the
 runs save, and the same command goes on. A run that fails is counted, those that need it are not run, the others go on, and
 the exit code is 1; the same command tries it again. The study is fixed by the first command: later ones may only add arms and
@@ -59,12 +61,15 @@ def main(study: Study | None, flags: absl_flags.FlagValues) -> int:
     with contextlib.ExitStack() as stack:
         if problem := lock_workdir(flags.workdir, stack):
             raise problem
-        if begun := load_description(flags.workdir):
-            if (pathlib.Path(flags.workdir) / "runs").exists():  # else nothing has begun: it was refused
-                check_unchanged(begun[0], study)
+        if (begun := load_description(flags.workdir)) and _has_runs(flags.workdir):  # else it was refused
+            check_unchanged(begun[0], study)
         save_description(flags.workdir, study, {"scale": flags.scale, "command": _command()})
         code = run(study, flags)
     return code
+
+
+def _has_runs(workdir: str) -> bool:
+    return any((pathlib.Path(workdir) / name).exists() for name in ("runs", "tuning"))
 
 
 def _command() -> str:
@@ -75,19 +80,27 @@ def _command() -> str:
 def run(study: Study, flags: absl_flags.FlagValues) -> int:
     """All phases of a study; returns the exit code."""
     from moe_jax.study import child
-    from moe_jax.study.plan import run_folder
-    from moe_jax.study.runs import Children, run_jobs
+    from moe_jax.study.fixed import load_fixed
+    from moe_jax.study.runs import Children
+    from moe_jax.study.work import announcement, check_hours, reported_runs, stages, tuning_runs, unfinished
 
+    if flags.jobs > 1 and (equal := [arm.name for arm in study.arms if arm.equal_time_to]):
+        limit = f"arm {equal[0]} has the seconds of another, and trains alone on the machine"
+        raise ConfigError("--jobs", flags.jobs, limit, "use --jobs=1")
     with Children() as children:
         if code := _time_arms(study, flags, children, "before"):
             return code
-        timing = _read_timing(flags.workdir, "before")
-        for line in announcement(study, timing, flags.jobs):
+        timing, fixed = _read_timing(flags.workdir, "before"), load_fixed(flags.workdir)
+        searched = [arm for stage in stages(study, fixed) for arm in stage]
+        left = unfinished(flags.workdir, tuning_runs(study, searched) + reported_runs(study))
+        for line in announcement(study, left, timing, flags.jobs, fixed):
             say(line)
-        pairs = [(seed, arm) for seed in study.seeds for arm in study.arms]
-        todo = [pair for pair in pairs if not (run_folder(flags.workdir, pair[1].name, pair[0]) / child.VALIDATION).exists()]
-        jobs = [_job(study, flags.workdir, arm, seed, timing) for seed, arm in todo]
-        codes = run_jobs(jobs, flags.jobs, children, len(pairs) - len(todo)) if jobs else {}
+        check_hours(study, left, timing)
+        for arms in stages(study, fixed):
+            if not children.signum:
+                _tune(study, arms, flags, timing, children)
+        runs = reported_runs(study)
+        codes = {} if children.signum else _run(study, runs, flags, timing, children)
         failed = sum(code != 0 for code in codes.values())
         if not children.signum and child.finished_folders(study, flags.workdir):
             if code := _time_arms(study, flags, children, "after"):
@@ -99,25 +112,51 @@ def run(study: Study, flags: absl_flags.FlagValues) -> int:
     return summarize(flags.workdir) or int(failed > 0)
 
 
-def _job(study: Study, workdir: str, arm: Arm, seed: int, timing: dict):
-    from moe_jax.study.plan import run_folder, run_name
-    from moe_jax.study.schedule import Job
+def _tune(study: Study, arms: list[Arm], flags, timing: dict, children) -> None:
+    """Trains arms with every candidate of the grid, and fixes the winners that can be told."""
+    from moe_jax.study.fixed import load_fixed, save_fixed
+    from moe_jax.study.tuning import decide
+    from moe_jax.study.work import tuning_runs
 
-    command = [sys.executable, "-m", "moe_jax.study.child", "train", workdir, arm.name, str(seed)]
-    facts, folder = timing["arms"][arm.scores or arm.name], run_folder(workdir, arm.name, seed)
-    seconds = predicted_seconds(facts, bool(arm.scores))
-    after = (run_name(needed, seed),) if (needed := study.needs(arm)) else ()
-    return Job(run_name(arm.name, seed), command, folder, facts["steps"], seconds, after)
+    say(f"tuning {', '.join(arm.name for arm in arms)}: {len(study.grid)} candidates each")
+    _run(study, tuning_runs(study, arms), flags, timing, children)
+    fixed = load_fixed(flags.workdir)
+    for arm in arms:
+        found = decide(study, arm, flags.workdir, fixed)
+        if found and found["winner"]:
+            fixed.tuning[arm.name] = found
+            say(f"{arm.name}: {found['winner']} wins, {found['candidates'][found['winner']]['loss']:.4f} nats per token")
+        elif found:
+            say(f"{arm.name}: no candidate finished with every tuning seed")
+    save_fixed(flags.workdir, fixed)
+
+
+def _run(study: Study, runs: list[tuple[Arm, int, str]], flags, timing: dict, children) -> dict[str, int]:
+    """Does those of the runs that are not finished; returns the exit codes of those that began."""
+    from moe_jax.study.fixed import load_fixed
+    from moe_jax.study.runs import run_jobs
+    from moe_jax.study.work import make_job, unfinished
+
+    fixed, todo = load_fixed(flags.workdir), unfinished(flags.workdir, runs)
+    jobs = [make_job(study, flags.workdir, _CHILD, run, timing, fixed) for run in todo]
+    return run_jobs(jobs, flags.jobs, children, len(runs) - len(todo)) if jobs else {}
+
+
+_CHILD = [sys.executable, "-m", "moe_jax.study.child"]
 
 
 def _time_arms(study: Study, flags, children, phase: str) -> int:
     """The timing of a phase in a process of its own, unless it is there; returns 0 or the exit code to stop with."""
     from moe_jax.study.child import timing_fingerprint
+    from moe_jax.study.fixed import FIXED, load_fixed
 
-    kept = _read_timing(flags.workdir, phase)
-    if kept and kept["fingerprint"] == timing_fingerprint(study, flags.workdir, phase, flags.rounds):
+    kept, fixed = _read_timing(flags.workdir, phase), load_fixed(flags.workdir)
+    whole = phase == "after" or all(fixed.steps(study, arm) for arm in study.arms if arm.equal_time_to)
+    if kept and whole and kept["fingerprint"] == timing_fingerprint(study, flags.workdir, phase, flags.rounds):
         return 0
-    command = [sys.executable, "-m", "moe_jax.study.child", "time", flags.workdir, phase, str(flags.rounds)]
+    if not _has_runs(flags.workdir):  # what an earlier command fixed was for other times, and for no run
+        (pathlib.Path(flags.workdir) / FIXED).unlink(missing_ok=True)
+    command = [*_CHILD, "time", flags.workdir, phase, str(flags.rounds)]
     say(f"timing the steps of {len(study.trained())} arms in turns, {phase} training")
     code = children.wait(children.start(command))
     return 128 + children.signum if children.signum else code
@@ -128,51 +167,6 @@ def _read_timing(workdir: str, phase: str) -> dict | None:
         return json.loads((pathlib.Path(workdir) / f"timing_{phase}.json").read_text())
     except (FileNotFoundError, ValueError):
         return None
-
-
-def predicted_seconds(arm: dict, scores: bool = False) -> float:
-    """Of one run of an arm: its steps, evaluations as forward passes of a third of a step, and starting up.
-
-    Of one that is scored once more, the starting up and the last evaluation.
-    """
-    ms = arm.get("ms") or 0.0
-    start = 15.0 + 2 * arm.get("compile_seconds", 0.0)
-    if scores:
-        return start + arm["last_evaluation_batches"] * ms / 3e3
-    return arm["steps"] * ms / 1e3 + arm["evaluation_batches"] * ms / 3e3 + start
-
-
-def announcement(study: Study, timing: dict, jobs: int) -> list[str]:
-    """What will be trained and how long it will take, before it begins."""
-    lines = [
-        f"{len(study.arms)} arms x {len(study.seeds)} seeds {', '.join(map(str, study.seeds))}; "
-        f"differences against {study.baseline}"
-    ]
-    total = 0.0
-    for arm in study.arms:
-        f = timing["arms"][arm.scores or arm.name]
-        seconds = predicted_seconds(f, bool(arm.scores))
-        total += seconds * len(study.seeds)
-        if arm.scores:
-            lines.append(f"  {arm.name}: the runs of {arm.scores}, scored once more")
-            continue
-        start = study.defined_by(arm).starts_from
-        start = f"starts from {start}; " if start else ""
-        step = f"cannot be timed ({f['error']})" if "error" in f else f"{f['ms']:.1f} ms a step"
-        lines.append(
-            f"  {arm.name}: {start}{f['tokens']:,} tokens, {f['epochs']:.2f} epochs; {f['training_flops_per_token'] / 1e6:.2f} "
-            f"MFLOP a token in training, {f['router_flops_per_token'] / 1e6:.3f} of them routers; "
-            f"{f['parameters']:,} parameters, {f['active_parameters']:,} active; {step}, "
-            f"{_interval(seconds)} a run, {_interval(seconds * len(study.seeds))} for all seeds"
-        )
-    side = f", less with {jobs} runs side by side" if jobs > 1 else ""
-    lines.append(f"predicted: {_interval(total)} one after the other{side}")
-    return lines
-
-
-def _interval(seconds: float) -> str:
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"
 
 
 def summarize(workdir: str) -> int:

@@ -8,7 +8,7 @@ from moe_jax.config import Config, ConfigError, differences, one_line, role
 from moe_jax.config.study import STARTS, Arm, Curve, Study
 from moe_jax.study.metrics import METRICS
 
-_NAME = re.compile(r"[A-Za-z0-9][\w.+-]*", re.ASCII)
+LABEL = re.compile(r"[A-Za-z0-9][\w.+-]*", re.ASCII)
 # What an arm that scores the runs of another cannot change any more.
 _TRAINED = ("train", "optimizer", "init", "data", "mesh")
 # What no arm has of its own: why, and where to set it.
@@ -43,15 +43,19 @@ def check_types(study: Study) -> None:
     for where, value in settings.items():
         if not isinstance(value, dict):
             raise ConfigError(where, repr(value), "not a dict", "write {'model.width': 64}")
-    fix = "write such as (0, 1, 2)"
-    if not isinstance(seeds, tuple | list) or not seeds:
-        raise ConfigError("study seeds", repr(seeds), "not a tuple of seeds", fix)
-    if len(set(seeds)) < len(seeds) or not all(type(seed) is int and 0 <= seed < 2**31 for seed in seeds):
-        raise ConfigError("study seeds", repr(seeds), "not different integers from 0 to 2147483647", fix)
+    check_seeds("study seeds", seeds)
     for name, low in (("target_loss", "0 or more"), ("epochs_limit", "above 0")):
         value = getattr(study, name)
         if type(value) not in (int, float) or not 0 <= value < math.inf or (name == "epochs_limit" and not value):
             raise ConfigError(f"study {name}", repr(value), f"not a number {low}", "write one")
+
+
+def check_seeds(where: str, seeds: Any) -> None:
+    fix = "write such as (0, 1, 2)"
+    if not isinstance(seeds, tuple | list) or not seeds:
+        raise ConfigError(where, repr(seeds), "not a tuple of seeds", fix)
+    if len(set(seeds)) < len(seeds) or not all(type(seed) is int and 0 <= seed < 2**31 for seed in seeds):
+        raise ConfigError(where, repr(seeds), "not different integers from 0 to 2147483647", fix)
 
 
 def check_arms(study: Study) -> None:
@@ -62,7 +66,7 @@ def check_arms(study: Study) -> None:
     """
     names = [arm.name for arm in study.arms]
     for arm in study.arms:
-        if not isinstance(arm.name, str) or not _NAME.fullmatch(arm.name):
+        if not isinstance(arm.name, str) or not LABEL.fullmatch(arm.name):
             fix = "use letters, digits, '_', '-', '+' and '.'"
             raise ConfigError("name of an arm", repr(arm.name), "not a label", fix)
         if names.count(arm.name) > 1:
@@ -193,7 +197,7 @@ def check_curves(study: Study) -> None:
     _check_tuple("study curves", study.curves, "(Curve('width', ...),)")
     taken = list(PICTURES)
     for curve in study.curves:
-        if not isinstance(curve, Curve) or not isinstance(curve.name, str) or not _NAME.fullmatch(curve.name):
+        if not isinstance(curve, Curve) or not isinstance(curve.name, str) or not LABEL.fullmatch(curve.name):
             raise ConfigError("study curves", repr(curve), "no Curve with a label as its name", "write Curve('width', ...)")
         where = f"curve {curve.name}"
         for field in ("title", "x"):

@@ -1,6 +1,6 @@
 """A study's work in a process of its own: one run, or the times of all arms. Started by `moe_jax.study`.
 
-    python -m moe_jax.study.child train DIR ARM SEED
+    python -m moe_jax.study.child train DIR ARM SEED [CANDIDATE]
     python -m moe_jax.study.child time DIR before|after ROUNDS
 
 Both read the study from DIR/description.json. Exit codes are those of train.py.
@@ -21,6 +21,7 @@ from moe_jax.config import ConfigError
 from moe_jax.config.study import Study
 
 VALIDATION = "validation.json"
+DOCUMENTS = "documents.npz"
 
 
 def main(argv: list[str]) -> int:
@@ -33,7 +34,7 @@ def main(argv: list[str]) -> int:
     try:
         study, _ = load_description(workdir)
         if kind == "train":
-            return train(study, workdir, rest[0], int(rest[1]))
+            return train(study, workdir, rest[0], int(rest[1]), *rest[2:])
         return time_arms(study, workdir, rest[0], int(rest[1]))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -49,26 +50,36 @@ def _follow_parent(parent: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def train(study: Study, workdir: str, name: str, seed: int) -> int:
-    """Trains a run, or goes on; then scores the validation text of the study's sources into validation.json.
+def train(study: Study, workdir: str, name: str, seed: int, candidate: str = "") -> int:
+    """Trains a run, or goes on; then scores the validation text of the study's sources into validation.json and documents.npz.
 
     An arm that scores the runs of another trains nothing: its folder has the scores, log.txt, and failed.json if it failed.
 
+    Args:
+      study, workdir, name, seed: the run of an arm.
+      candidate: in the grid, of a run that tunes the arm; empty: one that is reported, with the settings of the winner.
+
     Raises:
-      ConfigError: the run that it starts from, or scores, is not finished.
+      ConfigError: the run that it starts from, or scores, is not finished; or the arm's grid has no winner.
     """
     from moe_jax.data import open_data
     from moe_jax.data.hashing import digest, hash64
     from moe_jax.evaluate import evaluate_sets, finite
+    from moe_jax.study.documents import save_documents
+    from moe_jax.study.fixed import load_fixed
     from moe_jax.study.plan import run_config, run_folder
     from moe_jax.train.loop import fit
     from moe_jax.train.metrics import write_whole
     from moe_jax.train.restore import load_run
 
-    arm = study.arm(name)
-    config, folder = run_config(study, arm, seed, workdir), run_folder(workdir, name, seed)
+    arm, fixed = study.arm(name), load_fixed(workdir)
+    if study.grid and not (candidate or fixed.winner(study, arm)):
+        limit = "no candidate of the grid finished with every tuning seed"
+        raise ConfigError(f"arm {study.tuned_by(arm).name}", None, limit, "see the logs of its runs in tuning")
+    config = run_config(study, arm, seed, workdir, fixed, candidate or None)
+    folder = run_folder(workdir, name, seed, candidate)
     if other := study.needs(arm):
-        needed = run_folder(workdir, other, seed)
+        needed = run_folder(workdir, other, seed, candidate and fixed.winner(study, study.arm(other)))
         if not (needed / VALIDATION).exists():
             field = "scores" if arm.scores else "starts_from"
             raise ConfigError(f"arm {name} {field}", other, f"its run of seed {seed} is not finished", f"see {needed}")
@@ -80,7 +91,8 @@ def train(study: Study, workdir: str, name: str, seed: int) -> int:
     run = load_run(trained, config)
     data = dataclasses.replace(config.data, sources=study.base.data.sources)
     sets = open_data(data, tokenizer=run.tokenizer, splits=("validation",)).evaluation("validation")
-    scores = evaluate_sets(run, sets, show_progress=True)
+    scores = evaluate_sets(run, sets, show_progress=True, by_document=True)
+    save_documents(folder / DOCUMENTS, {source: one.pop("by_document") for source, one in scores.items()})
     for source, one in sets.items():  # `text` does not depend on the tokenizer
         scores[source] |= {"digest": one.digest, "text": digest(*map(hash64, one.texts()))}
     text = json.dumps(finite({"step": run.step, "sources": scores}), indent=1, allow_nan=False)
@@ -89,13 +101,17 @@ def train(study: Study, workdir: str, name: str, seed: int) -> int:
 
 
 def time_arms(study: Study, workdir: str, phase: str, rounds: int) -> int:
-    """Writes timing_before.json (fresh states) or timing_after.json (last states of the first seed), unless it is there."""
+    """Writes timing_before.json (fresh states) or timing_after.json (last states of the first seed).
+
+    Before training, the steps of arms of equal time are found too, and fixed, where they are not yet.
+    """
+    from moe_jax.study.fixed import load_fixed, save_fixed
     from moe_jax.study.measure import measure
     from moe_jax.study.plan import run_config
     from moe_jax.train.metrics import write_whole
 
-    seed, workdirs, starts = study.seeds[0], None, {}
-    configs = {arm.name: run_config(study, arm, seed, workdir) for arm in study.trained()}
+    seed, workdirs, starts, fixed, equal = study.seeds[0], None, {}, load_fixed(workdir), {}
+    configs = {arm.name: run_config(study, arm, seed, workdir, fixed) for arm in study.trained()}
     if phase == "after":
         workdirs = finished_folders(study, workdir)
         configs = {name: config for name, config in configs.items() if name in workdirs}
@@ -103,8 +119,13 @@ def time_arms(study: Study, workdir: str, phase: str, rounds: int) -> int:
         starts = {arm.name: own.starts_from for arm in study.trained() if (own := study.defined_by(arm)).starts_from}
         for name in starts:
             setattr(configs[name].init, study.defined_by(study.arm(name)).start, "")
+        equal = {arm.name: arm.equal_time_to for arm in study.arms if arm.equal_time_to and not fixed.steps(study, arm)}
+    twins = {arm.name: arm.twin_of for arm in study.arms if arm.twin_of}
     identity = timing_fingerprint(study, workdir, phase, rounds)
-    result = measure(configs, study.epochs_limit, rounds, workdirs, starts)
+    result = measure(configs, study.epochs_limit, rounds, workdirs, starts, equal, twins)
+    if found := result.pop("equal_time"):
+        fixed.equal_time |= found
+        save_fixed(workdir, fixed)
     text = json.dumps({"fingerprint": identity} | result, indent=1)
     write_whole(pathlib.Path(workdir) / f"timing_{phase}.json", text)
     return 0

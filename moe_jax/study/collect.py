@@ -9,14 +9,16 @@ from collections.abc import Collection
 from typing import Any
 
 from moe_jax.config import ConfigError
-from moe_jax.config.study import Arm, Study, study_to_dict
+from moe_jax.config.study import BRANCH, Arm, Study, study_to_dict
 from moe_jax.study.child import VALIDATION
+from moe_jax.study.compare import add_tests
 from moe_jax.study.curves import Runs, collect_curve, paired, same_tokens
 from moe_jax.study.description import load_description
+from moe_jax.study.fixed import Fixed, load_fixed
 from moe_jax.study.metrics import LOAD, METRICS, worst_layer
 from moe_jax.study.plan import has_sources_of_study, run_folder
 from moe_jax.study.runs import FAILED
-from moe_jax.study.statistics import Interval, first_reached, noise_band, t_interval, verdict
+from moe_jax.study.statistics import Interval, first_reached, noise_band, t_interval
 from moe_jax.train.metrics import read_metrics
 
 
@@ -26,22 +28,28 @@ def collect(workdir) -> dict[str, Any]:
     Returns:
       study, scale, command; environment (of the times in the rows); timing {before, after}; target {loss, how}; band: of
       the A/A pairs' mean differences; rows: one per arm; curves: see `collect_curve`; runs: one per arm and seed, with its
-      curves; counts of runs done, failed and missing. Losses are in nats per token; numbers that are not finite are None.
+      curves; tuning: see `Fixed`, with the arms whose winner is known; counts of runs done, failed and missing. Losses are in
+      nats per token; numbers that are not finite are None.
 
     Raises:
       ConfigError: no study there, a file that cannot be read, or runs that were scored on different text.
     """
     study, about = load_description(workdir)
     sources = [source.name for source in study.base.data.sources]
-    read = lambda arm, seed: read_run(run_folder(workdir, arm.name, seed), sources if has_sources_of_study(study, arm) else ())
+    timing, fixed = {phase: _timing(workdir, phase) for phase in ("before", "after")}, load_fixed(workdir)
+
+    def read(arm, seed):
+        own = sources if has_sources_of_study(study, arm) else ()
+        return read_run(run_folder(workdir, arm.name, seed), own, _facts(timing, "before", arm.name))
+
     runs = {(arm.name, seed): read(arm, seed) for arm in study.arms for seed in study.seeds}
     _check_text(workdir, runs)
     _add_differences(study, runs)
-    timing = {phase: _timing(workdir, phase) for phase in ("before", "after")}
     target = find_target(study, runs)
     aa = {arm.name: twin_interval(study, arm, runs) for arm in study.arms if arm.twin_of}
     band = noise_band([one["interval"] for one in aa.values() if one and not one["identical"]])
-    rows = [make_row(study, arm, runs, timing, band, aa.get(arm.name)) for arm in study.arms]
+    rows = [make_row(study, arm, runs, timing, fixed, aa.get(arm.name)) for arm in study.arms]
+    add_tests(study, rows, runs, band, workdir)
     curves = [collect_curve(curve, runs, study.seeds) for curve in study.curves]
     _add_times(rows, runs, target["loss"])
     states = collections.Counter(run["state"] for run in runs.values())
@@ -58,15 +66,17 @@ def collect(workdir) -> dict[str, Any]:
         "curves": _plain(curves),
         "runs": [{"arm": arm, "seed": seed, **run} for (arm, seed), run in runs.items()],
         "timing": timing,
+        "tuning": fixed.tuning,
     }
 
 
-def read_run(folder: pathlib.Path, sources: Collection[str]) -> dict[str, Any]:
+def read_run(folder: pathlib.Path, sources: Collection[str], facts: dict[str, Any]) -> dict[str, Any]:
     """One run: state (done, failed, missing), scores of its whole validation text, metrics, curves.
 
     Args:
       folder: of the run.
       sources: those whose evaluations in training make its `curve`; empty: it has none.
+      facts: of its arm, see `measure.facts`; {}: not known.
     """
     scores, failure = _json(folder / VALIDATION), _json(folder / FAILED)
     # Without a code it did not begin, because a run that it needs failed.
@@ -81,9 +91,22 @@ def read_run(folder: pathlib.Path, sources: Collection[str]) -> dict[str, Any]:
         run["sources"] = scores["sources"]
         run |= {name: metric.read(scores["sources"], training) for name, metric in METRICS.items() if metric.read}
         run["worst_layer"] = worst_layer(training)[0]
+        run["seconds"] = training_seconds(training, facts) if facts else None
         # To tell two runs that are the same from two that are close.
         run["losses"] = [row["loss"] for row in training]
     return run
+
+
+def training_seconds(rows: list[dict], facts: dict[str, Any]) -> float | None:
+    """The seconds that the steps of a run took, input included, evaluations and checkpoints not; None without any.
+
+    Where a run was interrupted, the steps up to the next row count as long as those that the row was measured on.
+    """
+    before, total = facts.get("first_step", 0), 0.0
+    for row in rows:
+        total += (row["step"] - before) * facts["tokens_per_step"] / row["tokens_per_second"]
+        before = row["step"]
+    return total if rows else None
 
 
 def _add_differences(study: Study, runs: Runs) -> None:
@@ -139,8 +162,8 @@ def twin_interval(study: Study, twin: Arm, runs: Runs) -> dict[str, Any] | None:
     return {"interval": t_interval([a["loss"] - b["loss"] for a, b in pairs]), "identical": same}
 
 
-def make_row(study: Study, arm: Arm, runs: Runs, timing: dict, band: float | None, aa: dict | None) -> dict[str, Any]:
-    """The row of one arm, without its time to the target."""
+def make_row(study: Study, arm: Arm, runs: Runs, timing: dict, fixed: Fixed, aa: dict | None) -> dict[str, Any]:
+    """The row of one arm, without its tests and its time to the target."""
     done = [run for (name, _), run in runs.items() if name == arm.name and run["state"] == "done"]
     states = collections.Counter(run["state"] for (name, _), run in runs.items() if name == arm.name)
     baseline = study.baseline_of(arm)
@@ -163,12 +186,11 @@ def make_row(study: Study, arm: Arm, runs: Runs, timing: dict, band: float | Non
         }
         for name in dict.fromkeys(name for run in done for name in run["sources"])
     }
-    # Where the tokens are others, bits per byte compare; the A/A band is in nats per token.
-    compared = (row["difference"], band) if row["difference"] else (row["bits_difference"], None)
-    row["verdict"] = "baseline" if arm.name == baseline else verdict(*compared)
     if arm.twin_of:
         row["aa"] = aa
-        row["verdict"] = "no noise: identical" if aa and aa["identical"] else "A/A"
+    row["seconds"] = t_interval([run["seconds"] for run in done if run.get("seconds") is not None])
+    row["equal_time"] = fixed.equal_time.get(arm.name)
+    row["winner"] = fixed.winner(study, arm)
     return row | _costs(study, arm, timing) | _start(study, arm, timing)
 
 
@@ -199,6 +221,7 @@ def _costs(study: Study, arm: Arm, timing: dict) -> dict[str, Any]:
     ms, base = (_facts(timing, phase, name).get("ms") for name in (trained, study.baseline))
     return costs | {
         "timed": phase if ms else None,
+        "predicted_seconds": (facts["steps"] - facts.get("first_step", 0)) * facts["ms"] / 1e3 if "ms" in facts else None,
         "ms": ms,
         "ratio": ms / base if ms and base else None,
         "tokens_per_second": 1e3 * facts["tokens_per_step"] / ms if ms and facts else None,
@@ -211,16 +234,24 @@ def _facts(timing: dict, phase: str, arm: str) -> dict[str, Any]:
 
 
 def _start(study: Study, arm: Arm, timing: dict) -> dict[str, Any]:
-    """The arm that a row starts from, and what the training of all runs before its own has cost, which no other number has."""
+    """The arm that a row starts from, and what the training of all runs before its own has cost, which no other number has.
+
+    A branch's own numbers count the steps that it takes over from its trunk.
+    """
     chain = study.ancestors(arm)
-    costs = [_costs(study, one, timing) for one in chain]
+    trunks = [study.defined_by(one).start == BRANCH for one in [arm, *chain]]
+    costs = [_costs(study, one, timing) for one, taken_over in zip(chain, trunks) if not taken_over]
     known = costs if all(one["ms"] and one["tokens"] for one in costs) else []
     cost = {
         "tokens": sum(one["tokens"] for one in known),
         "flops": sum(one["tokens"] * one["training_flops_per_token"] for one in known),
         "seconds": sum(one["steps"] * one["ms"] / 1e3 for one in known),
     }
-    return {"starts_from": chain[0].name if chain else "", "start_cost": cost if known else None}
+    return {
+        "starts_from": chain[0].name if chain else "",
+        "branch_step": _facts(timing, "before", arm.scores or arm.name).get("first_step", 0) if chain and trunks[0] else 0,
+        "start_cost": cost if known else None,
+    }
 
 
 def _add_times(rows: list[dict], runs: Runs, target: float | None) -> None:

@@ -47,10 +47,10 @@ def check_unchanged(begun: Study, study: Study) -> None:
     if changed := differences(begun.base, study.base):
         path, (old, new) = next(iter(changed.items()))
         raise _changed(path, new, one_line(old))
-    for name in ("baseline", "target_loss", "epochs_limit"):
+    for name in ("baseline", "target_loss", "epochs_limit", "grid", "tuning_seeds", "primary", "margin"):
         old, new = getattr(begun, name), getattr(study, name)
         if old != new:
-            raise _changed(f"study {name}", new, one_line(old))
+            raise _changed(f"study {name}", one_line(new) or "none", one_line(old) or "none")
     if missing := [seed for seed in begun.seeds if seed not in study.seeds]:
         raise _changed("study seeds", study.seeds, f"seed {missing[0]} too")
     now = {arm.name: arm for arm in study.arms}

@@ -3,6 +3,7 @@
 Every arm's whole training state lies in memory at once.
 """
 
+import copy
 import sys
 import time
 from typing import Any
@@ -16,6 +17,7 @@ from moe_jax.models import MODELS
 from moe_jax.models.flops import active_parameters, router_flops_per_token, training_flops_per_token
 from moe_jax.parallel.mesh import mesh_from_config, start_devices
 from moe_jax.parallel.rules import local_rows, put_batch
+from moe_jax.study.fixed import equal_steps
 from moe_jax.study.plan import fingerprint
 from moe_jax.study.timing import environment, interleaved, median
 from moe_jax.train.checkpoint import Checkpoints, load_meta
@@ -89,24 +91,32 @@ def epochs(config: Config, data: TextData) -> float:
     return max(rows * weight / total / data.report[name]["train"]["rows"] for name, weight in weights.items())
 
 
+def first_step(config: Config) -> int:
+    """The steps of another run that a branch goes on from; 0 of other runs."""
+    return config.init.branch_step
+
+
 def evaluation_batches(config: Config, data: TextData) -> dict[str, int]:
     """Batches that a run evaluates, and those of the whole text at its end alone."""
     t, size = config.train, config.data.batch_size
     sets = data.evaluation("validation").values()
-    inside = -(-t.steps // t.eval_every) if t.eval_every else 1
+    inside = -(-t.steps // t.eval_every) - first_step(config) // t.eval_every if t.eval_every else 1
     last = sum(batch_count(one, size) for one in sets)
     during = sum(inside * batch_count(one, size, t.eval_batches) for one in sets)
     return {"evaluation_batches": during + last, "last_evaluation_batches": last}
 
 
 def facts(config: Config, data: TextData) -> dict[str, Any]:
-    """Sizes of one arm: tokens, epochs, FLOPs a token (training: three times the forward pass), parameters, state bytes."""
+    """Sizes of one arm: steps, the first of them, tokens, epochs, FLOPs a token (training: three times the forward pass),
+    parameters, state bytes. Of a branch, the steps and tokens of the other run too.
+    """
     vocabulary = data.tokenizer.vocab_size
     model = MODELS[config.model.name](config.model, vocabulary)
     state = abstract_state(model, config, mesh_from_config(config.mesh))
     tokens = config.data.batch_size * config.data.sequence_length
     return {
         "steps": config.train.steps,
+        "first_step": first_step(config),
         "tokens_per_step": tokens,
         "tokens": config.train.steps * tokens,
         "epochs": epochs(config, data),
@@ -125,6 +135,8 @@ def measure(
     rounds: int,
     workdirs: dict[str, str] | None = None,
     starts: dict[str, str] | None = None,
+    equal_time: dict[str, str] | None = None,
+    twins: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Facts and step times of every arm.
 
@@ -134,10 +146,13 @@ def measure(
       rounds: turns of the interleaved times.
       workdirs: of finished runs by arm, whose last state is timed; None: a fresh one.
       starts: arm -> the other one whose parameters and tokenizer its run will begin with.
+      equal_time: arm -> the other one whose seconds say how many steps it has.
+      twins: A/A arm -> the one whose runs it repeats, with as many steps.
 
     Returns:
       `environment`, `rounds`, and `arms`: for each the facts, `ms` (median of the interleaved steps), `runs_ms` (all),
-      `alone_ms` (median of steps in a row) and `compile_seconds`; where an arm cannot run, `error` instead.
+      `alone_ms` (median of steps in a row) and `compile_seconds`; where an arm cannot run, `error` instead. `equal_time`: what
+      `study.fixed.Fixed` keeps of each of those arms; their facts, and those of their twins, are of these steps.
 
     Raises:
       ConfigError: too many epochs, a mesh that the devices do not fill, or text that cannot be read.
@@ -146,11 +161,8 @@ def measure(
     workdirs = workdirs or {}
     texts = open_texts(configs, workdirs, starts or {})
     arms = {name: facts(config, texts[name]) for name, config in configs.items()}
-    for name, arm in arms.items():
-        if arm["epochs"] > epochs_limit:
-            limit = f"{arm['epochs']:.1f} passes over the training text, more than epochs_limit={epochs_limit:g}"
-            fix = "train fewer steps, on more text, or raise the study's epochs_limit if repetition is the subject"
-            raise ConfigError(f"arm {name} config.train.steps", arm["steps"], limit, fix)
+    for name in configs:
+        check_epochs(name, arms[name], epochs_limit)
     conditions = environment()
     steppers = {}
     for name, config in configs.items():
@@ -173,4 +185,39 @@ def measure(
         arms[name] |= {"ms": median(runs), "runs_ms": runs}
     for name, error in errors.items():
         arms[name]["error"] = error
-    return {"environment": conditions, "rounds": rounds, "arms": arms}
+    found = {name: equal_time_of(name, other, arms) for name, other in (equal_time or {}).items()}
+    for name in configs:
+        if not (equal := found.get((twins or {}).get(name, name))):
+            continue
+        config = copy.deepcopy(configs[name])
+        config.train.steps = equal["steps"]
+        arms[name] |= facts(config, texts[name])
+        check_epochs(name, arms[name], epochs_limit)
+    return {"environment": conditions, "rounds": rounds, "arms": arms, "equal_time": found}
+
+
+def check_epochs(name: str, arm: dict[str, Any], limit: float) -> None:
+    """That an arm does not repeat its text too often.
+
+    Raises:
+      ConfigError: it does.
+    """
+    if arm["epochs"] > limit:
+        text = f"{arm['epochs']:.1f} passes over the training text, more than epochs_limit={limit:g}"
+        fix = "train fewer steps, on more text, or raise the study's epochs_limit if repetition is the subject"
+        raise ConfigError(f"arm {name} config.train.steps", arm["steps"], text, fix)
+
+
+def equal_time_of(name: str, other: str, arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What `study.fixed.Fixed` keeps of an arm of equal time, from the facts and times of all.
+
+    Raises:
+      ConfigError: one of the two could not be timed.
+    """
+    for one in (name, other):
+        if "error" in arms[one]:
+            limit = f"{one} cannot be timed ({arms[one]['error']})"
+            raise ConfigError(f"arm {name} equal_time_to", other, limit, "make the arm smaller, or take it out")
+    ms, to_ms = arms[name]["ms"], arms[other]["ms"]
+    steps = equal_steps(arms[other]["steps"], to_ms, ms)
+    return {"to": other, "steps": steps, "ms": ms, "to_ms": to_ms, "seconds": steps * ms / 1e3}

@@ -7,10 +7,13 @@ from typing import Any
 
 from moe_jax.config import Config, ConfigError, SourceConfig, leaves, to_dict
 from moe_jax.config.flags import apply_overrides
-from moe_jax.config.study import Arm, Curve, Settings, Study, within
+from moe_jax.config.study import BRANCH, Arm, Curve, Scale, Settings, Study, within
+from moe_jax.config.train import kept_steps
 from moe_jax.config.validate import validate
 from moe_jax.data.hashing import digest, hash64
 from moe_jax.study.checks import check_arms, check_curves, check_tokenizers, check_types
+from moe_jax.study.checks_protocol import check_protocol
+from moe_jax.study.fixed import Fixed
 
 
 def prepare(study: Study, scale: str) -> Study:
@@ -30,13 +33,38 @@ def prepare(study: Study, scale: str) -> Study:
             raise within("study full", error) from None
         arms = [dataclasses.replace(arm, settings=arm.settings | arm.full) for arm in study.arms]
     arms = tuple(dataclasses.replace(arm, full={}) for arm in arms)
-    study = dataclasses.replace(study, full={}, arms=arms, seeds=tuple(study.seeds))
+    study = dataclasses.replace(study, full={}, arms=arms, seeds=tuple(study.seeds), tuning_seeds=tuple(study.tuning_seeds))
     check_arms(study)
+    check_protocol(study)
     # An error in an arm's settings has its name, and not that of one that scores its runs.
     ordered = sorted(study.arms, key=lambda arm: bool(arm.scores))
     check_tokenizers(study, {arm.name: run_config(study, arm, study.seeds[0]) for arm in ordered})
+    for candidate in study.grid:
+        for arm in study.arms:
+            run_config(study, arm, study.seeds[0], candidate=candidate)
+    for arm in [arm for arm in study.trained() if study.defined_by(arm).start == BRANCH]:
+        _check_branch(study, arm)
     check_curves(study)
     return dataclasses.replace(study, curves=tuple(_resolved(study, curve) for curve in study.curves))
+
+
+def _check_branch(study: Study, arm: Arm) -> None:
+    """That a branch can go on from its trunk, which has saved the step, with every candidate of the grid."""
+    from moe_jax.train.branch import check_branch
+
+    trunk = study.arm(study.defined_by(arm).starts_from)
+    for candidate in study.grid or ("",):
+        config, other = (run_config(study, one, study.seeds[0], candidate=candidate) for one in (arm, trunk))
+        step, last = config.init.branch_step, other.train.steps
+        where = f"arm {arm.name}" + (f" candidate {candidate}" if candidate else "")
+        try:
+            if step not in (*kept_steps(other.train), last) or step > last:
+                limit = f"no checkpoint that {trunk.name} keeps of its {last} steps"
+                fix = f"give {trunk.name} train.keep_steps={step}" if 0 < step < last else f"name one from 1 to {last}"
+                raise ConfigError("init.branch_step", step, limit, fix)
+            check_branch(other, config, step)
+        except ConfigError as error:
+            raise within(where, error) from None
 
 
 def _resolved(study: Study, curve: Curve) -> Curve:
@@ -44,6 +72,9 @@ def _resolved(study: Study, curve: Curve) -> Curve:
 
     def number(name, x):
         found = x
+        if x == "train.steps" and study.defined_by(study.arm(name)).equal_time_to:
+            limit = "its steps are found before the first run"
+            raise ConfigError(f"curve {curve.name} arm {name}", repr(x), limit, "write a number")
         if isinstance(x, str):
             config = run_config(study, study.arm(name), study.seeds[0])
             found = next((getattr(owner, leaf.name) for path, owner, leaf in leaves(config) if path == x), x)
@@ -72,7 +103,9 @@ def flag(path: str, value: bool | int | float | str) -> str:
     return f"--config.{path}={str(value).lower() if isinstance(value, bool) else value}"
 
 
-def run_config(study: Study, arm: Arm, seed: int, workdir="DIR") -> Config:
+def run_config(
+    study: Study, arm: Arm, seed: int, workdir="DIR", fixed: Fixed | None = None, candidate: str | None = None
+) -> Config:
     """The config of one run. The seed fixes initialisation and data order; a twin's noise has a key of its own.
 
     Args:
@@ -80,22 +113,49 @@ def run_config(study: Study, arm: Arm, seed: int, workdir="DIR") -> Config:
       arm: one of them.
       seed: one of the study's.
       workdir: of the study, in which lies the run that this one starts from; "DIR" as in the tables.
+      fixed: what the study has found out; None: nothing yet.
+      candidate: in the grid, of a run that tunes the arm; None: the winner, once there is one, of a run that is reported.
 
     Raises:
       ConfigError: the arm's settings cannot be; it names the arm.
     """
-    own = study.defined_by(arm)
+    own, fixed = study.defined_by(arm), fixed or Fixed()
     settings = own.settings | arm.settings  # an A/A arm has none
     if own.starts_from:
-        settings = settings | {f"init.{own.start}": str(run_folder(workdir, own.starts_from, seed))}
+        other = fixed.winner(study, study.arm(own.starts_from)) if candidate else ""
+        settings = settings | {f"init.{own.start}": str(run_folder(workdir, own.starts_from, seed, other))}
+    if steps := fixed.steps(study, arm):
+        settings = settings | {"train.steps": steps}
+    chosen, where = fixed.winner(study, arm) if candidate is None else candidate, f"arm {arm.name}"
     try:
         config = _apply(study.base_of(arm), settings)
+        if chosen:
+            where = f"arm {arm.name} candidate {chosen}"
+            config = _apply(config, candidate_settings(study, chosen, config))
     except ConfigError as error:
-        raise within(f"arm {arm.name}", error) from None
+        raise within(where, error) from None
     config.seed = seed
     if arm.twin_of:
         config.noise_seed = hash64(f"{arm.name}/{seed}") % 2**31
     return config
+
+
+def candidate_settings(study: Study, candidate: str, config: Config) -> Settings:
+    """The settings of a candidate over `config`, an arm's, as values.
+
+    Raises:
+      ConfigError: a factor of what is no number.
+    """
+    values = {path: getattr(owner, leaf.name) for path, owner, leaf in leaves(config)}
+
+    def number(path, factor):
+        value = values.get(path, 1.0)  # what is no field is refused where it is set
+        if type(value) not in (int, float):
+            raise ConfigError(path, repr(value), f"no number to multiply by {factor:g}", "give the candidate a value")
+        return round(value * factor) if type(value) is int else value * factor
+
+    grid = study.grid[candidate]
+    return {path: number(path, value.factor) if isinstance(value, Scale) else value for path, value in grid.items()}
 
 
 def has_sources_of_study(study: Study, arm: Arm) -> bool:
@@ -114,14 +174,15 @@ def has_sources_of_study(study: Study, arm: Arm) -> bool:
     return all(text(source) in sources for source in study.base.data.sources)
 
 
-def run_folder(workdir, arm: str, seed: int) -> pathlib.Path:
-    """Where a run trains."""
-    return pathlib.Path(workdir) / "runs" / arm / f"seed_{seed}"
+def run_folder(workdir, arm: str, seed: int, candidate: str = "") -> pathlib.Path:
+    """Where a run trains: one that is reported, or one that tunes the arm with a candidate of the grid."""
+    place = ("tuning", arm, candidate) if candidate else ("runs", arm)
+    return pathlib.Path(workdir, *place, f"seed_{seed}")
 
 
-def run_name(arm: str, seed: int) -> str:
+def run_name(arm: str, seed: int, candidate: str = "") -> str:
     """What a run is called on the screen, and by the runs that need it."""
-    return f"{arm} seed {seed}"
+    return f"{arm} {candidate} seed {seed}" if candidate else f"{arm} seed {seed}"
 
 
 def fingerprint(*parts: Any) -> str:

@@ -224,7 +224,7 @@ class Bar:
 
     def _left(self, job: Job, step: int) -> float:
         # A share for starting and for the evaluation at the end, so that a bar at its end has no work behind it.
-        return job.seconds * (1 - 0.95 * min(step / job.steps, 1))
+        return job.seconds * (1 - 0.95 * min(max(step - job.first, 0) / (job.steps - job.first), 1))
 
     def _describe(self) -> None:
         counts = {"failed": self.failed, "not run": self.skipped}

@@ -9,6 +9,7 @@ class Job(NamedTuple):
     """A run to do: `command` in `folder`, of `steps` steps that are expected to take `seconds` in all.
 
     after: the names of jobs that must succeed before this one starts; those that are not in its schedule have done so before.
+    first: how many of the steps are another run's, from which this one goes on.
     """
 
     name: str
@@ -17,6 +18,7 @@ class Job(NamedTuple):
     steps: int
     seconds: float
     after: tuple[str, ...] = ()
+    first: int = 0
 
 
 class Schedule:

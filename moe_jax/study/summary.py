@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from moe_jax.study import protocol
 from moe_jax.study.metrics import METRICS
 from moe_jax.study.plan import flag
 from moe_jax.study.statistics import CONFIDENCE
@@ -28,9 +29,10 @@ def tables(result: dict[str, Any]) -> str:
         failed = [f"{r['arm']} seed {r['seed']}: {r['failure']['line']}" for r in result["runs"] if "failure" in r]
         parts.append(" ".join([missing, *failed]))
     rows = result["rows"]
+    parts.append(protocol.primary(rows, lambda row: differs(row, study)))
     parts += [quality(result, rows), routing(rows), *map(curve, result.get("curves", ()))]
-    parts.append(notes(result, study))
-    return "\n\n".join(parts)
+    parts += [protocol.tuning(result, table), notes(result, study)]
+    return "\n\n".join(filter(None, parts))
 
 
 def header(result: dict[str, Any]) -> str:
@@ -64,6 +66,8 @@ def quality(result: dict[str, Any], rows: list[dict]) -> str:
     reach = f"s to loss {target:.4f} (rank)" if target is not None else "s to the target (rank)"
     percent = f"{100 * CONFIDENCE:.0f} %"
     starts = ["starts from"] if any(row.get("starts_from") for row in rows) else []
+    tests, documents = ["p"] if protocol.tested(rows) else [], ["over documents"] if protocol.by_document(rows) else []
+    equal = ["steps"] if protocol.timed_equally(rows) else []
     titles = [
         "arm",
         "seeds",
@@ -71,9 +75,12 @@ def quality(result: dict[str, Any], rows: list[dict]) -> str:
         *per_source,
         f"difference [{percent}]",
         "",
+        *tests,
+        *documents,
         METRICS["bits_per_byte"].title,
         "ms per step (ratio)",
         "tokens per s",
+        *equal,
         reach,
         *starts,
     ]
@@ -89,9 +96,12 @@ def quality(result: dict[str, Any], rows: list[dict]) -> str:
                 *extra,
                 differs(row, study),
                 judged(row),
+                *([protocol.p_text(row["p_adjusted"])] if tests else []),
+                *([interval(row["over_documents"], "+.4f")] if documents else []),
                 shown("bits_per_byte", row["bits_per_byte"]),
                 ms,
                 number(row["tokens_per_second"], ",.0f"),
+                *([protocol.seconds(row)] if equal else []),
                 reached(row["time"]),
                 *([started(row)] if starts else []),
             ]
@@ -166,6 +176,7 @@ def notes(result: dict[str, Any], study: dict[str, Any]) -> str:
         "Loss: nats per token on the whole validation text, mean over seeds. Difference: to "
         f"{study['baseline']}{other}, paired by seed, with Student's interval; not corrected for the number of arms."
     ]
+    texts += protocol.notes(rows)
     texts += notes_of_arms(rows, study)
     twins = [row for row in rows if row["twin_of"]]
     if band is not None:
@@ -216,6 +227,12 @@ def notes_of_arms(rows: list[dict], study: dict[str, Any]) -> list[str]:
             "Starts from: the arm whose finished run of the same seed a run begins with, and what the training of all runs "
             "before its own has cost; tokens, FLOPs and seconds elsewhere are without it, and such an arm has no rank."
         )
+    for row in rows:
+        if row.get("branch_step"):
+            texts.append(
+                f"{row['arm']}: a branch of {row['starts_from']} at its step {row['branch_step']}; its steps, tokens and FLOPs "
+                "count those before."
+            )
     if own := [row["arm"] for row in rows if row.get("own_sources")]:
         texts.append(
             f"{', '.join(own)}: trained on other text, scored on that of the study's sources; what they evaluate in "

@@ -9,7 +9,7 @@ silence; the fingerprints do not.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import flax.traverse_util
@@ -58,6 +58,7 @@ class Checkpoints:
     Args:
       workdir: local or gs:// path.
       max_to_keep: newest checkpoints kept; an older one is deleted only after a newer one is complete.
+      keep: steps that are kept beside them.
       asynchronous: `save` returns once the arrays are copied to the host, and a thread writes them. An error
         in that thread is raised by the next `save`, `wait` or `close`.
       read_only: for evaluation and generation: creates, deletes and renames nothing.
@@ -69,6 +70,7 @@ class Checkpoints:
         workdir,
         *,
         max_to_keep: int = 1,
+        keep: Sequence[int] = (),
         asynchronous: bool = True,
         read_only: bool = False,
         field: str = "--workdir",
@@ -76,7 +78,9 @@ class Checkpoints:
         self.workdir, self.field = str(workdir), field
         self._read_only = read_only
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=checkpoint_managers.LatestN(max_to_keep),
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(
+                [checkpoint_managers.LatestN(max_to_keep), checkpoint_managers.CustomSteps(keep)]
+            ),
             enable_async_checkpointing=asynchronous and not read_only,
             create=not read_only,
             # What a killed process left of an uncommitted save.
@@ -122,9 +126,9 @@ class Checkpoints:
         """The `meta` of `step`, or of the newest checkpoint whose description can be read."""
         return self._first_readable(step, lambda s: self._record(s)["meta"])[1]
 
-    def restore_paths(self) -> list[str]:
-        """The paths of the leaves of the newest checkpoint whose description can be read."""
-        return self._first_readable(None, lambda s: list(self._record(s)["leaves"]))[1]
+    def restore_paths(self, step: int | None = None) -> list[str]:
+        """The paths of the leaves of `step`, or of the newest checkpoint whose description can be read."""
+        return self._first_readable(step, lambda s: list(self._record(s)["leaves"]))[1]
 
     def restore_identity(self) -> str:
         """A hash of what the newest checkpoint holds, arrays included."""

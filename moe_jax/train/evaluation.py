@@ -20,7 +20,7 @@ from moe_jax.train.routing_metrics import routing_metrics
 EvaluationStep = Callable[[dict[str, Any], dict[str, jax.Array]], dict[str, Any]]
 
 
-def make_evaluation_step(model: nn.Module, token_bytes: np.ndarray) -> EvaluationStep:
+def make_evaluation_step(model: nn.Module, token_bytes: np.ndarray, by_token: bool = False) -> EvaluationStep:
     """A jitted function (variables, batch) -> sums, which never writes `router_state`.
 
     The batch is that of `PackedRows`, [B, S]. The sums of each row, float32 [B], are whole in every process:
@@ -30,6 +30,7 @@ def make_evaluation_step(model: nn.Module, token_bytes: np.ndarray) -> Evaluatio
     Args:
       model: such as `Decoder`.
       token_bytes: int [V], bytes of text behind each id; 0 for the one that ends a document.
+      by_token: add `by_token`, what the sums are of, each [B, S].
     """
     config = model.config
     token_bytes = np.asarray(token_bytes, np.int32)
@@ -50,6 +51,8 @@ def make_evaluation_step(model: nn.Module, token_bytes: np.ndarray) -> Evaluatio
         }
         sums = {name: jnp.sum(values, axis=1) for name, values in counted.items()}
         sums["routing"] = by_layer(out.stats, config)
+        if by_token:
+            sums["by_token"] = counted
         if current_mesh() is None:
             return sums
         return jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a, PartitionSpec()), sums)
@@ -81,18 +84,21 @@ def evaluate(
     Returns:
       `loss` in nats per token, `perplexity`, `bits_per_byte`, `tokens`, `bytes`, `documents` and `seconds`;
       with routed layers also the totals of `routing_metrics`, such as `router/dropped`. Sums are kept in
-      float64 on the host.
+      float64 on the host. Where the step gives tokens and `limit` is 0, also `by_document`: the `nats`, float64, and the
+      `tokens` and `bytes`, int64 [documents], of each document in the order of the text.
     """
-    start, total = time.monotonic(), None
+    start, total, tokens = time.monotonic(), None, []
     with jax.set_mesh(mesh):
         for batch in evaluation_set.batches(batch_size, limit, rows=local_rows(mesh, batch_size)):
             sums = jax.device_get(step(variables, put_batch(batch, mesh, batch_size)))
+            tokens.append(sums.pop("by_token", None))
             sums = jax.tree.map(lambda a: np.asarray(a, np.float64), sums)
             sums |= {name: sums[name].sum() for name in sums if name != "routing"}
             total = sums if total is None else jax.tree.map(np.add, total, sums)
             if progress:
                 progress()
     loss = float(total["nats"] / total["tokens"])
+    whole = tokens[0] is not None and limit == 0
     routing = routing_metrics(total["routing"])
     return {
         "loss": loss,
@@ -103,7 +109,22 @@ def evaluate(
         "documents": int(total["documents"]),
         "seconds": time.monotonic() - start,
         **{name: value for name, value in routing.items() if name.count("/") == 1},
+        **({"by_document": sums_by_document(tokens)} if whole else {}),
     }
+
+
+def sums_by_document(batches: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """`nats`, `tokens` and `bytes` of each document, [documents], from those of the tokens of all batches in order, [B, S].
+
+    A document's last target is the token that ends it; the last document ends with the text.
+    """
+    flat = {name: np.concatenate([batch[name].ravel() for batch in batches]) for name in batches[0]}
+    real = flat["tokens"] > 0
+    ends = np.flatnonzero(flat["documents"][real] > 0)
+    starts = np.concatenate([[0], ends + 1])
+    starts = starts[starts < real.sum()]
+    kinds = {"nats": np.float64, "tokens": np.int64, "bytes": np.int64}
+    return {name: np.add.reduceat(flat[name][real].astype(kind), starts) for name, kind in kinds.items()}
 
 
 def batch_count(evaluation_set: EvaluationSet, batch_size: int, limit: int = 0) -> int:

@@ -14,6 +14,7 @@ from etils import epath
 
 from moe_jax.config import Config, ConfigError, from_dict, to_dict
 from moe_jax.config.load import run_folder
+from moe_jax.config.train import kept_steps
 from moe_jax.config.validate import validate
 from moe_jax.data import TextData, Tokenizer, check_same_text, open_data
 from moe_jax.models import MODELS
@@ -48,7 +49,9 @@ def fit(config: Config, workdir) -> int:
         try:
             with (
                 own_workdir(folder),
-                Checkpoints(folder, max_to_keep=t.max_to_keep, asynchronous=t.async_checkpoint) as checkpoints,
+                Checkpoints(
+                    folder, max_to_keep=t.max_to_keep, keep=kept_steps(t), asynchronous=t.async_checkpoint
+                ) as checkpoints,
                 jax.set_mesh(mesh),
             ):
                 code = train(config, folder, mesh, checkpoints, interrupts)
@@ -83,6 +86,9 @@ def train(config: Config, folder: epath.Path, mesh, checkpoints: Checkpoints, in
     if (warmup := warmup_steps(config.optimizer, config.train)) < (asked := config.optimizer.warmup_steps):
         say(f"warning: config.optimizer.warmup_steps={asked} is more than the steps there are: the warm-up takes all {warmup}")
 
+    if late := [step for step in kept_steps(config.train) if step > config.train.steps]:
+        say(f"warning: config.train.keep_steps={config.train.keep_steps}: there is no step {late[0]}")
+
     # The text.
     data = open_data(config.data, tokenizer=tokenizer, show_progress=jax.process_index() == 0)
     for name, splits in data.report.items():
@@ -98,7 +104,7 @@ def train(config: Config, folder: epath.Path, mesh, checkpoints: Checkpoints, in
     if saved:
         state, lines = resume(config, model, mesh, checkpoints)
     else:
-        check_free_space(folder, total_bytes(shapes), config.train.max_to_keep)
+        check_free_space(folder, total_bytes(shapes), config.train.max_to_keep + len(kept_steps(config.train)))
         state, lines = begin(config, model, data, mesh)
     for line in lines:
         say(line)
@@ -168,7 +174,7 @@ class Trainer:
 
     def _loop(self, compiled, batches, interrupts, reporter: Reporter, profile: Profile) -> int:
         c, t = self.config, self.config.train
-        waiting = collections.deque()
+        waiting, kept = collections.deque(), kept_steps(t)
         reporter.start()
         while self.step < t.steps:
             # Train.
@@ -185,6 +191,7 @@ class Trainer:
             profile.after(self.step, metrics)
             # Log.
             log, evaluation, save = (self._due(every) for every in (t.log_every, t.eval_every, t.checkpoint_every))
+            save = save or self.step in kept
             if log or evaluation or save:
                 with reporter.inside_step():  # or the wait would count as time outside
                     jax.block_until_ready(metrics)

@@ -26,6 +26,17 @@ def warmup_steps(config: OptimizerConfig, train: TrainConfig) -> int:
     return min(config.warmup_steps, train.steps)
 
 
+def decay_steps(config: OptimizerConfig, train: TrainConfig) -> int:
+    """The last steps over which schedule=wsd decays; none of them is in the warm-up."""
+    return min(round(config.decay_fraction * train.steps), max(train.steps - warmup_steps(config, train), 1))
+
+
+def stable_steps(config: OptimizerConfig, train: TrainConfig) -> int:
+    """The first steps whose learning rate, warm-up and then the peak, does not depend on where the schedule goes."""
+    whole = {"constant": train.steps, "wsd": train.steps - decay_steps(config, train)}
+    return whole.get(config.schedule, warmup_steps(config, train))
+
+
 def epsilon(config: OptimizerConfig) -> float:
     """What is added to the root of the second moment: the config's, or the smallest that float32 tells from 0 there."""
     return max(config.epsilon, SMALLEST_EPSILON)
@@ -33,15 +44,17 @@ def epsilon(config: OptimizerConfig) -> float:
 
 def learning_rate(config: OptimizerConfig, train: TrainConfig, step: jax.Array) -> jax.Array:
     """The learning rate of optimizer step `step`, counted from 0: linear warm-up, then the schedule to the last step."""
-    warmup, end = warmup_steps(config, train), config.learning_rate * config.final_fraction
-    rest = max(train.steps - warmup, 1)
+    peak, warmup = config.learning_rate, warmup_steps(config, train)
+    end, rest, last = peak * config.final_fraction, max(train.steps - warmup, 1), decay_steps(config, train)
+    constant = optax.constant_schedule(peak)
     decay = {
-        "cosine": optax.cosine_decay_schedule(config.learning_rate, rest, alpha=config.final_fraction),
-        "linear": optax.linear_schedule(config.learning_rate, end, rest),
-        "constant": optax.constant_schedule(config.learning_rate),
+        "cosine": optax.cosine_decay_schedule(peak, rest, alpha=config.final_fraction),
+        "linear": optax.linear_schedule(peak, end, rest),
+        "constant": constant,
+        "wsd": optax.join_schedules([constant, optax.linear_schedule(peak, end, max(last, 1))], [rest - last]),
     }[config.schedule]
     # Step 0 already learns: the warm-up counts from 1.
-    return jnp.where(step < warmup, config.learning_rate * (step + 1) / max(warmup, 1), decay(step - warmup))
+    return jnp.where(step < warmup, peak * (step + 1) / max(warmup, 1), decay(step - warmup))
 
 
 def leaf_paths(tree: Any) -> Any:

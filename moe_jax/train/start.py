@@ -1,7 +1,7 @@
 """How a run begins: a table of the ways to begin a new one, and going on from a run's own newest checkpoint.
 
-A new run's state is initialised from the seed; the way that a field of `config.init` asks for then fills it. `WAYS`
-is the table: another way, such as from converted or imported weights, is one more row.
+`WAYS` is the table: another way, such as from converted or imported weights, is one more row. Most initialise a state from the
+seed and fill parts of it; a branch goes on with another run's.
 """
 
 import dataclasses
@@ -26,9 +26,10 @@ from moe_jax.config import (
     to_dict,
 )
 from moe_jax.config.blocks import options_path
-from moe_jax.data import TextData, Tokenizer
+from moe_jax.data import TextData, Tokenizer, check_same_text
 from moe_jax.models.places import places
 from moe_jax.routing import ROUTERS
+from moe_jax.train.branch import check_branch
 from moe_jax.train.checkpoint import Checkpoints, leaves_by_path, load_meta
 from moe_jax.train.fill import fill_from
 from moe_jax.train.frozen import frozen_paths
@@ -44,13 +45,13 @@ class Way(NamedTuple):
     field: the field of `config.init` that asks for this way when it is not empty; "": for a config that asks for none.
     check(config): refuses what cannot work, before the text is read.
     tokenizer(config): the one that the parameters taken over were trained with; None: the data's own is used.
-    fill(config, model, state, mesh): (the initialised state with what is taken over, lines that report it).
+    state(config, model, data, mesh): (the state before the run's first step, on `mesh`, lines that report where it comes from).
     """
 
     field: str
     check: Callable[[Config], Any]
     tokenizer: Callable[[Config], Tokenizer | None]
-    fill: Callable[[Config, nn.Module, State, Any], tuple[State, list[str]]]
+    state: Callable[[Config, nn.Module, TextData, Any], tuple[State, list[str]]]
 
 
 def way_of(config: Config) -> Way:
@@ -71,18 +72,29 @@ def begin(config: Config, model: nn.Module, data: TextData, mesh) -> tuple[State
     """The state of a new run before its first step, on `mesh`, and lines that report where it comes from.
 
     Raises:
-      ConfigError: what `config.init` names does not fit the model.
+      ConfigError: what `config.init` names does not fit the model, or a branch the text.
       DamagedCheckpointError: it has no checkpoint that can be read.
     """
+    return way_of(config).state(config, model, data, mesh)
+
+
+# With new parameters.
+
+
+def _new_state(config: Config, model: nn.Module, data: TextData, mesh) -> tuple[State, list[str]]:
     state = place_state(model, config, mesh)
     state["router_state"] = start_router_state(
         state["router_state"], data.token_shares, config.model, data.tokenizer.vocab_size
     )
-    way = way_of(config)
-    state, lines = way.fill(config, model, state, mesh)
-    if "ema" in state and way is not FRESH:
+    return state, []
+
+
+def _filled(config: Config, state: State, **parts: Any) -> State:
+    """A new state with parts taken over, whose average begins with the parameters."""
+    state = state | parts
+    if "ema" in state:
         state["ema"] = jax.jit(lambda params: jax.tree.map(jnp.copy, params))(learned_params(config, state["params"]))
-    return state, lines
+    return state
 
 
 # From a checkpoint, by prefixes.
@@ -121,13 +133,14 @@ def _same_tokenizer(config: Config, fix: str) -> Tokenizer:
     return Tokenizer.from_json(meta["tokenizer"])
 
 
-def _fill_from_checkpoint(config: Config, model: nn.Module, state: State, mesh) -> tuple[State, list[str]]:
-    lines, part = [], {name: state[name] for name in ("params", "router_state")}
+def _from_checkpoint(config: Config, model: nn.Module, data: TextData, mesh) -> tuple[State, list[str]]:
+    state, lines = _new_state(config, model, data, mesh)
+    part = {name: state[name] for name in ("params", "router_state")}
     if reason := _other_routers(config):
         lines.append(f"the routers' state starts fresh: {reason}")
         del part["router_state"]
     filled, report = fill_from(config.init.checkpoint, part, _included(config))
-    return state | filled, [*lines, str(report)]
+    return _filled(config, state, **filled), [*lines, str(report)]
 
 
 def _other_routers(config: Config) -> str:
@@ -147,10 +160,11 @@ def _other_routers(config: Config) -> str:
 # Upcycled from a dense run.
 
 
-def _fill_upcycled(config: Config, model: nn.Module, state: State, mesh) -> tuple[State, list[str]]:
+def _upcycled(config: Config, model: nn.Module, data: TextData, mesh) -> tuple[State, list[str]]:
+    state, _ = _new_state(config, model, data, mesh)
     params, report = upcycle(config, state["params"], model.vocab_size, mesh)
     warnings = [f"warning: at step 0 the model is not the dense one: {warning}" for warning in report.warnings]
-    return state | {"params": params}, [str(report), *warnings]
+    return _filled(config, state, params=params), [str(report), *warnings]
 
 
 def _check_upcycled(config: Config) -> None:
@@ -158,15 +172,32 @@ def _check_upcycled(config: Config) -> None:
     _same_tokenizer(config, "set it to that")
 
 
-FRESH = Way(
-    field="",
-    check=lambda config: None,
-    tokenizer=lambda config: None,
-    fill=lambda config, model, state, mesh: (state, []),
-)
+# As a branch of another run, see `train.branch`.
+
+
+def _branch_meta(config: Config) -> dict[str, Any]:
+    """`meta` of the checkpoint that a branch goes on from."""
+    return load_meta(config.init.branch_from, config.init.branch_step or None, field="init.branch_from")
+
+
+def _check_branch(config: Config) -> None:
+    meta = _branch_meta(config)
+    check_branch(from_dict(meta["config"]), config, meta["step"])
+
+
+def _branched(config: Config, model: nn.Module, data: TextData, mesh) -> tuple[State, list[str]]:
+    meta = _branch_meta(config)
+    lines = [f"warning: {warning}" for warning in check_same_text(meta, data)]
+    with Checkpoints(config.init.branch_from, read_only=True, field="init.branch_from") as checkpoints:
+        restored = checkpoints.restore(abstract_state(model, config, mesh), meta["step"])
+    return restored.state, [*lines, f"branched from {config.init.branch_from} step {restored.step}"]
+
+
+FRESH = Way("", lambda config: None, lambda config: None, _new_state)
 WAYS = (
-    Way("checkpoint", _check_checkpoint, _checkpoint_tokenizer, _fill_from_checkpoint),
-    Way("upcycle_from", _check_upcycled, lambda config: _same_tokenizer(config, "set it to that"), _fill_upcycled),
+    Way("checkpoint", _check_checkpoint, _checkpoint_tokenizer, _from_checkpoint),
+    Way("upcycle_from", _check_upcycled, lambda config: _same_tokenizer(config, "set it to that"), _upcycled),
+    Way("branch_from", _check_branch, lambda config: Tokenizer.from_json(_branch_meta(config)["tokenizer"]), _branched),
     FRESH,
 )
 

@@ -189,3 +189,52 @@ def test_runs_that_start_from_others(file, tmp_path):
         "upcycled seed 0: not run: dense seed 0 failed" in err and "tuned seed 0: not run: upcycled seed 0 was not run" in err
     )
     assert "**2 of 3 runs are missing, 1 failed.**" in out
+
+
+PROTOCOL = """
+    t.steps, t.eval_every, t.checkpoint_every, t.keep_steps = 30, 15, 0, "10"
+    config.optimizer.schedule = "constant"
+    decay = {{"optimizer.schedule": "wsd", "optimizer.decay_fraction": 0.5, "train.steps": 20, "init.branch_step": 10}}
+    arms = (
+        Arm("dense", {{"model.pattern": "dense,dense"}}),
+        Arm("routed", equal_time_to="dense"),
+        Arm("decayed", {{"model.pattern": "dense,dense"}} | decay, starts_from="dense", start="branch_from", tuned_as="dense"),
+    )
+    grid = {{"slow": {{"optimizer.learning_rate": c.Scale(1e-6)}}, "as_is": {{}}}}
+    more = dict(grid=grid, tuning_seeds=(0,), primary="routed", hours_limit=float(text or 2))
+    return Study(config, arms, "dense", seeds=(10,), **more)
+"""
+
+
+def test_tuned_equally_timed_and_branched(file, tmp_path):
+    protocol = file.with_name("protocol.py")
+    protocol.write_text(file.read_text().partition("    arms = ")[0] + PROTOCOL.format()[1:])
+    _, err = study(f"--config={protocol}:0.001", f"--workdir={tmp_path}", expect=2)
+    assert "error: study hours_limit=0.001: " in err and not (tmp_path / "runs").exists()
+    out, err = study(f"--config={protocol}", f"--workdir={tmp_path}")
+    assert (
+        "2 arms are tuned first: 2 candidates x 1 seeds 0 each" in err and "the primary comparison: routed against dense" in err
+    )
+    assert "dense: as_is wins" in err and "runs 4/4" in err and "runs 3/3" in err
+    fixed = json.loads((tmp_path / "fixed.json").read_text())
+    assert {name: arm["winner"] for name, arm in fixed["tuning"].items()} == {"dense": "as_is", "routed": "as_is"}
+    equal = fixed["equal_time"]["routed"]
+    assert equal["steps"] == round(30 * equal["to_ms"] / equal["ms"])
+    result = json.loads((tmp_path / "study.json").read_text())
+    rows = {row["arm"]: row for row in result["rows"]}
+    assert [rows[name]["steps"] for name in ("dense", "routed", "decayed")] == [30, equal["steps"], 20]
+    assert all(row["seconds"]["mean"] > 0 and row["winner"] == "as_is" for row in rows.values())
+    assert rows["routed"]["over_documents"]["mean"] == pytest.approx(rows["routed"]["difference"]["mean"], abs=1e-6)
+    assert rows["decayed"]["branch_step"] == 10 and rows["decayed"]["start_cost"]["tokens"] == 0
+    log = (tmp_path / "runs" / "decayed" / "seed_10" / "log.txt").read_text()
+    assert f"branched from {tmp_path}/runs/dense/seed_10 step 10" in log
+    assert "**Tuning**" in out and "**Primary comparison, routed - dense: " in out
+
+    # Times of another day change neither the steps nor the winners.
+    (tmp_path / "timing_before.json").unlink()
+    (tmp_path / "runs" / "routed" / "seed_10" / "validation.json").unlink()
+    _, err = study(f"--config={protocol}", f"--workdir={tmp_path}")
+    assert "before training" in err and "runs 3/3  routed seed 10: done" in err and "tuning" not in err.replace("tuned", "")
+    assert json.loads((tmp_path / "fixed.json").read_text()) == fixed
+    _, err = study(f"--config={protocol}", f"--workdir={tmp_path}", "--jobs=2", expect=2)
+    assert "error: --jobs=2: arm routed has the seconds of another" in err

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from moe_jax.study.statistics import Interval, first_reached, noise_band, t_interval, verdict
+from moe_jax.study.statistics import Interval, first_reached, holm, noise_band, p_value, t_interval, verdict
 
 
 @pytest.mark.smoke
@@ -70,3 +70,41 @@ def test_verdict(difference, band, expected):
 )
 def test_first_reached(values, expected):
     assert first_reached([5, 10, 20], values, 2.5) == expected
+
+
+def test_p_values_say_what_intervals_say():
+    """Below 0.05 where the interval leaves the hypothesis out; by hand: t = 2 / (1 / sqrt(3)), 2 degrees of freedom."""
+    # Two degrees of freedom: p = 1 - t / sqrt(t^2 + 2).
+    t = 2 * math.sqrt(3)
+    assert p_value([1.0, 2.0, 3.0]) == p_value([-1.0, -2.0, -3.0]) == pytest.approx(1 - t / math.sqrt(t * t + 2), rel=1e-9)
+    for values in ([0.1, 0.2, 0.3, 0.15], [-0.1, 0.2, 0.3], [0.01, -0.02, 0.015]):
+        found = t_interval(values)
+        assert (p_value(values) < 0.05) == (found.low > 0 or found.high < 0)
+        for margin in (found.high - 1e-9, found.high + 1e-9):
+            assert (p_value(values, margin) < 0.05) == (found.high < margin)
+    assert p_value([0.3]) is None and p_value([]) is None
+    assert (p_value([0.1] * 3), p_value([0.0] * 3), p_value([0.1] * 3, 0.2), p_value([0.2] * 3, 0.2)) == (0, 1, 0, 1)
+    assert p_value([0.5, 0.6, 0.7], 0.1) == 1.0
+
+
+def test_holm():
+    """Worked out by hand: 4 * 0.005, 3 * 0.01, 2 * 0.03, and 0.04, which may not be below the one before."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.04]) == [0.04] and holm([]) == [] and holm([0.6, 0.9]) == [1.0, 1.0]
+    assert holm([None, 0.02]) == [None, 0.04]  # what is missing counts
+
+
+@pytest.mark.parametrize(
+    "difference, band, p, margin, p_margin, expected",
+    [
+        (Interval(-0.5, -0.6, -0.4, 3), None, 0.2, None, None, "not resolved"),  # the corrected test decides
+        (Interval(-0.5, -0.6, -0.4, 3), None, 0.02, 0.1, 0.01, "resolved"),
+        (Interval(0.01, -0.01, 0.03, 3), None, 0.3, 0.05, 0.01, "at least as good (margin 0.05)"),
+        (Interval(0.02, 0.01, 0.03, 3), None, 0.01, 0.05, 0.01, "resolved, at least as good (margin 0.05)"),
+        (Interval(0.01, -0.01, 0.06, 3), None, 0.3, 0.05, 0.08, "not resolved"),
+        (Interval(0.01, -0.01, 0.03, 3), 0.02, 0.3, 0.05, 0.01, "at least as good (margin 0.05)"),
+        (Interval(0.01, None, None, 1), None, None, 0.05, None, "not resolved (one seed)"),
+    ],
+)
+def test_verdict_of_a_family_and_a_margin(difference, band, p, margin, p_margin, expected):
+    assert verdict(difference, band, p, margin, p_margin) == expected

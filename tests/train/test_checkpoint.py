@@ -103,6 +103,15 @@ def test_retention_and_saving_a_step_twice(tmp_path):
         assert_bit_equal(checkpoints.restore(abstract(make_state(0)), 3).state, make_state(3))
 
 
+def test_steps_that_are_kept(tmp_path):
+    with Checkpoints(tmp_path, max_to_keep=1, keep=(2, 3)) as checkpoints:
+        for step in (1, 2, 3, 4, 5):
+            checkpoints.save(step, make_state(step), META)
+        checkpoints.wait()
+        assert checkpoints.steps() == [2, 3, 5]
+        assert_bit_equal(checkpoints.restore(abstract(make_state(0)), 2).state, make_state(2))
+
+
 def test_meta_is_what_json_makes_of_it(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         with pytest.raises(TypeError):

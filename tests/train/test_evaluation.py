@@ -24,6 +24,27 @@ MODEL = Decoder(
 VARIABLES = random_variables(MODEL)
 
 
+def test_documents_add_up(text, scores, step):
+    """Of text in several batches, and documents that end in the middle of a row: every token in one, in order."""
+    found = evaluate(make_evaluation_step(MODEL, TOKENIZER.token_bytes, by_token=True), VARIABLES, text, mesh_of(2, 1, 1, 1), 4)
+    by_document = found.pop("by_document")
+    assert {name: found[name] for name in ("loss", "tokens", "bytes")} == pytest.approx(
+        {name: scores[name] for name in ("loss", "tokens", "bytes")}, rel=1e-6
+    )
+    documents = list(text.texts())
+    assert by_document["bytes"].tolist() == list(map(len, documents))
+    assert by_document["tokens"].tolist() == [len(document) + 1 for document in documents]
+    # A document alone, from its first token; attention ends at a document's edge, so its loss is the same.
+    lone = next(text.batches(text.rows))
+    first = by_document["tokens"][0]
+    out = jax.jit(MODEL.apply)(VARIABLES, lone["tokens"][:1], lone["positions"][:1], lone["segment_ids"][:1])
+    logits = np.einsum("SD,VD->SV", np.asarray(out.x[0], np.float64), np.asarray(out.table, np.float64))[:first]
+    nats = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, lone["targets"][0][:first, None], -1)[:, 0]
+    assert by_document["nats"][0] == pytest.approx(nats.sum(), rel=1e-6)
+    assert by_document["nats"].sum() / scores["tokens"] == pytest.approx(scores["loss"], rel=1e-6)
+    assert "by_document" not in scores
+
+
 def mesh_of(*shape):
     return compat.make_mesh(jax.devices()[: math.prod(shape)], AXES, shape)
 

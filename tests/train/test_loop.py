@@ -77,6 +77,12 @@ def test_evaluates_saves_and_ends(monkeypatch, tmp_path):
     assert run.events == ["evaluate 2", "evaluate 4", "save 4", "evaluate 6", "save 6", "wait 6"]
 
 
+def test_steps_to_keep_are_saved(monkeypatch, tmp_path):
+    run = Loop(small(keep_steps="5,3", eval_every=0), tmp_path)
+    assert run.go(monkeypatch) == 0
+    assert run.events == ["save 3", "save 4", "save 5", "evaluate 6", "save 6", "wait 6"]
+
+
 def test_a_signal_saves_before_an_evaluation(monkeypatch, tmp_path):
     run = Loop(small(), tmp_path, signals=(2,))
     assert run.go(monkeypatch) == 128 + TERM

@@ -9,7 +9,7 @@ import pytest
 
 from moe_jax.config import ConfigError, ParameterGroup
 from moe_jax.ops.row_gradient import sort_rows
-from moe_jax.train.optimizer import check_groups, group_factors, learning_rate, make_optimizer
+from moe_jax.train.optimizer import check_groups, group_factors, learning_rate, make_optimizer, stable_steps
 from moe_jax.train.row_update import init_rows, row_gradient, update_rows
 from tests.train.small import Runner, make_batch, make_config
 
@@ -28,6 +28,33 @@ def test_schedule(schedule, middle):
     assert all(a >= b for a, b in zip(rate[10:], rate[11:]))
     last = {"cosine": 0.1, "linear": 0.1, "constant": 1.0}[schedule]
     np.testing.assert_allclose(rate[-1], last, atol=0.02)
+
+
+def test_wsd():
+    """Warm-up, then exactly the peak, then a line that would reach its end one step after the last."""
+    config = make_config(
+        train__steps=100,
+        optimizer__warmup_steps=10,
+        optimizer__schedule="wsd",
+        optimizer__learning_rate=0.3,
+        optimizer__final_fraction=0.25,
+        optimizer__decay_fraction=0.4,
+    )
+
+    def rates(steps=100):
+        return np.asarray(learning_rate(config.optimizer, config.train, jnp.arange(steps)))
+
+    found, peak = rates(), np.float32(0.3)
+    np.testing.assert_allclose(found[:10], 0.03 * np.arange(1, 11), rtol=1e-6)
+    assert (found[10:60] == peak).all() and stable_steps(config.optimizer, config.train) == 60
+    np.testing.assert_allclose(found[60:], 0.3 * (1 - 0.75 * np.arange(40) / 40), rtol=1e-5)
+    assert found[61] < peak
+    np.testing.assert_allclose(rates(102)[100:], 0.075, rtol=1e-5)
+    # A decay of all steps begins after the warm-up, and one of none is none.
+    config.optimizer.decay_fraction = 1.0
+    np.testing.assert_allclose(rates()[[10, 55]], [0.3, 0.3 * (1 - 0.75 / 2)], rtol=1e-5)
+    config.optimizer.decay_fraction = 0.0
+    assert (rates()[10:] == peak).all()
 
 
 def test_a_short_run_warms_up_as_long_as_it_lasts():

@@ -76,7 +76,7 @@ def test_a_run_shorter_than_its_warm_up_says_so(tmp_path, monkeypatch, capsys, s
 
 def test_the_table_of_ways():
     """A way for every field that names a run, and one without a field, last."""
-    assert [way.field for way in WAYS] == ["checkpoint", "upcycle_from", ""]
+    assert [way.field for way in WAYS] == ["checkpoint", "upcycle_from", "branch_from", ""]
     assert way_of(make_config()) is FRESH
     assert all(way_of(make_config(**{f"init__{way.field}": "x"})) is way for way in WAYS if way.field)
 
@@ -101,7 +101,7 @@ FREE = {
     },
     **{"train.peak_tflops": 7.0, "train.tensorboard": False, "model.scan": False, "model.remat": True},
     **{"data.cache_dir": "x", "sample.prompt": "x", "init.checkpoint": "x", "init.include": "x"},
-    "init.upcycle_from": "x",
+    **{"init.upcycle_from": "x", "init.branch_from": "x", "init.branch_step": 7, "train.keep_steps": "7"},
 }
 WARNED = {
     **{

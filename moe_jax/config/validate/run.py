@@ -6,6 +6,7 @@ from moe_jax.config.blocks import RETRIEVING, block_layers, distinct_layers, exp
 from moe_jax.config.leaf import ConfigError
 from moe_jax.config.model import FFNConfig, ModelConfig
 from moe_jax.config.run import Config
+from moe_jax.config.train import kept_steps
 
 _STEP_RANGE = re.compile(r"(\d+):(\d+)", re.ASCII)
 
@@ -57,12 +58,27 @@ def check_run(config: Config) -> None:
         if not 1 <= first < end <= train.steps + 1:
             limit = f"not a range 'first:end' with 1 <= first < end <= train.steps + 1 = {train.steps + 1}"
             raise ConfigError("train.profile_steps", train.profile_steps, limit, "write one such as 10:13")
+    kept_steps(train)
     if init.upcycle_from:
         _check_upcycle(config)
+    if init.branch_from:
+        _check_branch(config)
+    elif init.branch_step:
+        raise ConfigError("init.branch_step", init.branch_step, "init.branch_from is empty", "name a run, or use 0")
     if init.include and not init.checkpoint:
         raise ConfigError("init.include", init.include, "init.checkpoint is empty", "name a checkpoint, or empty it")
     if init.include and not all(prefix.strip() for prefix in init.include.split(",")):
         raise ConfigError("init.include", init.include, "an empty prefix between commas", "remove the extra comma")
+
+
+def _check_branch(config: Config) -> None:
+    init, steps = config.init, config.train.steps
+    for name in ("checkpoint", "upcycle_from", "include"):
+        if value := getattr(init, name):
+            raise ConfigError(f"init.{name}", value, f"excludes init.branch_from={init.branch_from}", "empty one of them")
+    if init.branch_step >= steps:
+        limit = f"no step is left of train.steps={steps}, which counts from the first step of the other run"
+        raise ConfigError("init.branch_step", init.branch_step, limit, "raise train.steps, or name an earlier step")
 
 
 def _check_upcycle(config: Config) -> None:
