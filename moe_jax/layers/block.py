@@ -77,7 +77,8 @@ class Block(nn.Module):
             x = x + h
         h = make_norm(c.norm, c.norm_epsilon, dtype, name="norm_ffn")(x) if self.ffn.norm else x
         if self.ffn.kind == "dense":
-            h = FeedForward(self.ffn.width or c.ffn_width, c.activation, c.ffn_bias, dtype, name="ffn")(h)
+            width, start = self.ffn.width or c.ffn_width, c.residual_init
+            h = FeedForward(width, c.activation, c.ffn_bias, dtype, output_init=start, name="ffn")(h)
         elif self.ffn.kind == "routed":
             h, aux = self._moe()(h, router_inputs(inputs, layer))
         else:
@@ -101,6 +102,7 @@ class Block(nn.Module):
             output_bias=c.output_bias,
             backend=c.attention,
             dtype=dtype,
+            output_init=c.residual_init,
             name="attention",
         )
 
@@ -118,6 +120,7 @@ class Block(nn.Module):
             shared_width=p.shared_width,
             split=p.split,
             backend=p.backend,
+            output_init=self.config.residual_init,
             name="peer",
         )
 
@@ -142,5 +145,6 @@ class Block(nn.Module):
             backend=m.backend,
             exchange=m.exchange,
             exchange_buffer=m.exchange_buffer,
+            output_init=c.residual_init,
             name="moe",
         )

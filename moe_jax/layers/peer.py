@@ -29,6 +29,7 @@ POOL_AXES = {"width": (None, None, "retrieved_width"), "experts": ("experts", No
 FIELDS = {
     **limited_fields(PeerConfig, without=("activation", "share_pool", "row_gradients")),
     "replaces": (ModelConfig, "activation"),
+    "output_init": (ModelConfig, "residual_init"),
 }
 
 
@@ -55,6 +56,7 @@ class PEER(nn.Module):
         shard_map it is always `blocks`: its replication checks refuse kernels.
       dtype: compute dtype; None: that of x. The router computes in float32 at least.
       param_dtype: of the pool.
+      output_init: factor on the standard deviation with which output rows, and `w_out` of the network beside them, start.
     """
 
     experts: int = 1024**2
@@ -70,6 +72,7 @@ class PEER(nn.Module):
     backend: str | None = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
+    output_init: float = 1.0
 
     @nn.compact
     @standard_promotion()
@@ -114,7 +117,10 @@ class PEER(nn.Module):
                     passes=self._passes(width, jnp.result_type(tokens, pool)),
                 )
         if self.shared_width:
-            y = y + FeedForward(self.shared_width, self.replaces, False, tokens.dtype, name="shared")(tokens)
+            shared = FeedForward(
+                self.shared_width, self.replaces, False, tokens.dtype, output_init=self.output_init, name="shared"
+            )
+            y = y + shared(tokens)
         row_ids = {} if sink is None else {"experts": choice.expert_ids[: math.prod(x.shape[:-1])]}
         return unflatten_tokens(y, x.shape), Aux(losses, stats, row_ids)
 
@@ -122,10 +128,11 @@ class PEER(nn.Module):
         """Pre-activations of variance 1 from inputs of mean square 1, and the output variance of what is replaced.
 
         A head's gates are near 1/K at the start, so that var(y) = H/K E[act^2] var(v); of a feed-forward layer it is E[act^2].
+        `output_init` comes on top.
         """
         own = 1.0 if self.activation is None else SECOND_MOMENT[self.activation]
         out = math.sqrt(SECOND_MOMENT[self.replaces] / own * self.top_k / self.heads)
-        stds = jnp.array([1 / math.sqrt(shape[-1])] * (shape[1] - 1) + [out], dtype)
+        stds = jnp.array([1 / math.sqrt(shape[-1])] * (shape[1] - 1) + [self.output_init * out], dtype)
         return jax.random.normal(key, shape, dtype) * stds[:, None]
 
     def _passes(self, width, dtype):

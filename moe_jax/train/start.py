@@ -203,7 +203,7 @@ def check_resume(saved: Config, new: Config, parameters: Iterable[str]) -> list[
     """
     changed = differences(saved, new)
     _check_groups_freeze(saved.optimizer, new.optimizer, parameters)
-    free = lambda field: role(field) in ("runtime", "rounding") or field.startswith("optimizer.groups")
+    free = lambda field: role(field) in ("start", "runtime", "rounding") or field.startswith("optimizer.groups")
     refused = {f: values for f, values in changed.items() if not free(f)}
     if refused:
         changes = [f"{f} {one_line(old, 40)} -> {one_line(now, 40)}" for f, (old, now) in refused.items()]
