@@ -1,6 +1,6 @@
 """One Transformer block: attention, then a feed-forward layer of some kind, each after a norm and with a residual."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -15,7 +15,7 @@ from moe_jax.layers.moe import MoE
 from moe_jax.layers.norms import make_norm
 from moe_jax.layers.peer import PEER
 from moe_jax.layers.rotary import Rotary
-from moe_jax.routing import ROUTERS, Sizes
+from moe_jax.routing import ROUTERS, SELECTORS, Router, Sizes
 from moe_jax.types import Aux, RouterInputs
 
 
@@ -54,6 +54,13 @@ def router_sizes(config: MoEConfig, vocab_size: int = 0) -> Sizes:
     return Sizes(config.experts, config.top_k, config.virtual_experts, vocab_size)
 
 
+def router_of(ffn: FFNConfig, vocab_size: int = 0) -> tuple[Router, Sizes, Any]:
+    """The router of a layer that has one, what it is built for, and its options."""
+    if ffn.kind == "routed":
+        return ROUTERS[ffn.moe.router], router_sizes(ffn.moe, vocab_size), ffn.moe.options
+    return SELECTORS[ffn.peer.selector], Sizes(ffn.peer.experts, ffn.peer.top_k, 0, vocab_size), ffn.peer
+
+
 class Block(nn.Module):
     """A pre-norm block with the feed-forward layer `ffn`.
 
@@ -85,6 +92,10 @@ class Block(nn.Module):
             h, aux = self._peer()(h, router_inputs(inputs, layer))
         return x + h, aux, cache
 
+    def _router(self) -> nn.Module:
+        router, sizes, options = router_of(self.ffn, self.vocab_size)
+        return router.build(sizes, options)
+
     def _attention(self, dtype) -> Attention:
         c, rotary = self.config, None
         if c.positions == "rope":
@@ -110,11 +121,7 @@ class Block(nn.Module):
         p = self.ffn.peer
         return PEER(
             p.experts,
-            p.heads,
-            p.top_k,
-            p.key_width,
-            p.share_keys,
-            p.query_norm,
+            router=self._router(),
             activation=p.activation if self.ffn.kind == "peer" else None,
             replaces=self.config.activation,
             shared_width=p.shared_width,
@@ -130,7 +137,7 @@ class Block(nn.Module):
             experts=m.experts,
             width=width,
             top_k=m.top_k,
-            router=ROUTERS[m.router].build(router_sizes(m, self.vocab_size), m.options),
+            router=self._router(),
             activation=c.activation,
             use_bias=c.ffn_bias,
             zero_experts=m.zero_experts,
