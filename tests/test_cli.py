@@ -71,7 +71,7 @@ BAD_OVERRIDES = [
     ),
     (
         ["--config.model.pattern=peer", "--config.model.peer.query_rank=4"],
-        "config.model.peer.share_keys=true: with one query for all heads, model.peer.query_rank=4",
+        "config.model.peer.share_keys=True: with one query for all heads, model.peer.query_rank=4",
         "use false, or model.peer.query_rank=0",
     ),
     (

@@ -51,6 +51,8 @@ class TokenHash(nn.Module):
         table = self.variable("router_state", "table", draw).value
         valid, routed = usable_tokens(x, inputs)
         shares = jnp.full((x.shape[0], self.heads, self.top_k), 1 / self.top_k, accumulator(x.dtype))
+        # A barrier: where XLA sees that all are equal it sums in another order in a loop over blocks than unrolled.
+        shares = jax.lax.optimization_barrier(shares)
         gates = (self.gate_scale * shares).reshape(-1, draws)
         choice = token_choice(table[inputs.token_ids], gates, routed, self.experts)
         stats = retrieval_statistics(choice, shares, routed, routed | ~valid, self.experts, inputs.train)
