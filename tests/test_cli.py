@@ -69,6 +69,31 @@ BAD_OVERRIDES = [
         "config.model.peer.backend=mosaic: 192 values of an expert's row on a device",
         "use model.peer.backend=auto",
     ),
+    (
+        ["--config.model.pattern=peer", "--config.model.peer.query_rank=4"],
+        "config.model.peer.share_keys=True: with one query for all heads, model.peer.query_rank=4",
+        "use false, or model.peer.query_rank=0",
+    ),
+    (
+        ["--config.model.pattern=pkm", "--config.model.peer.query_rank=5", "--config.model.peer.share_keys=false"],
+        "config.model.peer.query_rank=5: odd",
+        "use 6",
+    ),
+    (
+        ["--config.model.pattern=peer", "--config.model.peer.top_k=1"],
+        "config.model.peer.top_k=1: the softmax over one score is 1",
+        "use 2 or more, or another model.peer.score",
+    ),
+    (
+        ["--config.model.pattern=peer", "--config.model.peer.selector=token_hash", "--config.model.peer.score=raw"],
+        "config.model.peer.score=raw: without effect on model.peer.selector=token_hash",
+        "use softmax",
+    ),
+    (
+        ["--config.model.pattern=peer", "--config.model.peer.selector=token_hash", "--config.model.peer.experts=127"],
+        "config.model.peer.experts=127: 128 different experts for a token with model.peer.heads=8",
+        "use 128 or more, or a smaller heads or top_k",
+    ),
     (["--config.model.top_k=1"], "config.model.top_k=1", "did you mean config.model.moe.top_k?"),
     (["--config.data.bach_size=8"], "config.data.bach_size=8", "did you mean config.data.batch_size?"),
     (

@@ -4,9 +4,10 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-# What a field may change in a run that has begun. "runtime": how it runs, no number. "rounding": the last bits of numbers too.
-# "scoring": what evaluation computes, but no shape of what was trained. The first two may change on resume.
-ROLES = ("runtime", "rounding", "scoring")
+# What a field may change in a run that has begun. "start": nothing, it shapes the first parameters of a new one. "runtime": how
+# it runs, no number. "rounding": the last bits of numbers too. "scoring": what evaluation computes, but no shape of what was
+# trained. The first three may change on resume.
+ROLES = ("start", "runtime", "rounding", "scoring")
 
 
 def field(

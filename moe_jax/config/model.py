@@ -61,6 +61,14 @@ class ModelConfig:
     tied_embeddings: bool = field(True, "Use the token embedding as the output projection.")
     row_gradients: bool = field(False, "Row-wise gradients and updates of the token embedding; needs tied_embeddings=False.")
     init_std: float = field(0.02, "Standard deviation of embeddings; other weights are scaled by fan-in.", low=0)
+    residual_init: float = field(
+        1.0,
+        "Factor on the standard deviation with which all that writes into the residual stream starts: output projections of "
+        "attention, feed-forward layers and experts, constant experts, output rows of peer and pkm. For new runs alone: one "
+        "that has begun goes on from its own parameters, whatever this is.",
+        low=0,
+        role="start",
+    )
     dtype: str = field("float32", "Compute dtype; parameters are float32.", choices=("float32", "bfloat16"), role="scoring")
     scan: bool = field(True, "Compile one group and loop over it; off: unrolled. Same parameters, same bits.", role="runtime")
     remat: bool = field(False, "Recompute each block in the backward pass instead of storing it. Same bits.", role="runtime")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.layers.attention_kernels import dot_product_attention, segment_mask
+from moe_jax.layers.initializers import scaled
 from moe_jax.layers.kv_cache import KVCache, update_cache
 from moe_jax.layers.norms import RMSNorm
 from moe_jax.layers.rotary import Rotary, apply_rotary
@@ -36,6 +37,7 @@ class Attention(nn.Module):
         with different lengths needs a general mask.
       dtype: compute dtype; the result has it.
       param_dtype: dtype of the parameters.
+      output_init: factor on the standard deviation with which `w_o` starts.
     """
 
     heads: int
@@ -50,6 +52,7 @@ class Attention(nn.Module):
     backend: str = "auto"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    output_init: float = 1.0
 
     def _parameter(self, name: str, init, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
         return self.param(name, nn.with_logical_partitioning(init, axes), shape, self.param_dtype).astype(self.dtype)
@@ -118,7 +121,8 @@ class Attention(nn.Module):
                 frequencies = self.rotary.frequencies(q.shape[-1])
                 q, k = (apply_rotary(y, positions, frequencies) for y in (q, k))
             y, cache = self._attend(q, k, v, segment_ids, cache)
-            weight = self._parameter("w_o", _fan_in((0, 1), 2), (*q.shape[2:], width), ("heads", "head", "embed"))
+            init = scaled(_fan_in((0, 1), 2), self.output_init)
+            weight = self._parameter("w_o", init, (*q.shape[2:], width), ("heads", "head", "embed"))
             y = y.reshape(-1, weight.shape[0] * weight.shape[1]) @ weight.reshape(-1, width)
             y = y.reshape(x.shape)
             if self.output_bias:

@@ -1,6 +1,6 @@
 """One Transformer block: attention, then a feed-forward layer of some kind, each after a norm and with a residual."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -15,7 +15,7 @@ from moe_jax.layers.moe import MoE
 from moe_jax.layers.norms import make_norm
 from moe_jax.layers.peer import PEER
 from moe_jax.layers.rotary import Rotary
-from moe_jax.routing import ROUTERS, Sizes
+from moe_jax.routing import ROUTERS, SELECTORS, Router, Sizes
 from moe_jax.types import Aux, RouterInputs
 
 
@@ -54,6 +54,13 @@ def router_sizes(config: MoEConfig, vocab_size: int = 0) -> Sizes:
     return Sizes(config.experts, config.top_k, config.virtual_experts, vocab_size)
 
 
+def router_of(ffn: FFNConfig, vocab_size: int = 0) -> tuple[Router, Sizes, Any]:
+    """The router of a layer that has one, what it is built for, and its options."""
+    if ffn.kind == "routed":
+        return ROUTERS[ffn.moe.router], router_sizes(ffn.moe, vocab_size), ffn.moe.options
+    return SELECTORS[ffn.peer.selector], Sizes(ffn.peer.experts, ffn.peer.top_k, 0, vocab_size), ffn.peer
+
+
 class Block(nn.Module):
     """A pre-norm block with the feed-forward layer `ffn`.
 
@@ -77,12 +84,17 @@ class Block(nn.Module):
             x = x + h
         h = make_norm(c.norm, c.norm_epsilon, dtype, name="norm_ffn")(x) if self.ffn.norm else x
         if self.ffn.kind == "dense":
-            h = FeedForward(self.ffn.width or c.ffn_width, c.activation, c.ffn_bias, dtype, name="ffn")(h)
+            width, start = self.ffn.width or c.ffn_width, c.residual_init
+            h = FeedForward(width, c.activation, c.ffn_bias, dtype, output_init=start, name="ffn")(h)
         elif self.ffn.kind == "routed":
             h, aux = self._moe()(h, router_inputs(inputs, layer))
         else:
             h, aux = self._peer()(h, router_inputs(inputs, layer))
         return x + h, aux, cache
+
+    def _router(self) -> nn.Module:
+        router, sizes, options = router_of(self.ffn, self.vocab_size)
+        return router.build(sizes, options)
 
     def _attention(self, dtype) -> Attention:
         c, rotary = self.config, None
@@ -101,6 +113,7 @@ class Block(nn.Module):
             output_bias=c.output_bias,
             backend=c.attention,
             dtype=dtype,
+            output_init=c.residual_init,
             name="attention",
         )
 
@@ -108,16 +121,13 @@ class Block(nn.Module):
         p = self.ffn.peer
         return PEER(
             p.experts,
-            p.heads,
-            p.top_k,
-            p.key_width,
-            p.share_keys,
-            p.query_norm,
+            router=self._router(),
             activation=p.activation if self.ffn.kind == "peer" else None,
             replaces=self.config.activation,
             shared_width=p.shared_width,
             split=p.split,
             backend=p.backend,
+            output_init=self.config.residual_init,
             name="peer",
         )
 
@@ -127,7 +137,7 @@ class Block(nn.Module):
             experts=m.experts,
             width=width,
             top_k=m.top_k,
-            router=ROUTERS[m.router].build(router_sizes(m, self.vocab_size), m.options),
+            router=self._router(),
             activation=c.activation,
             use_bias=c.ffn_bias,
             zero_experts=m.zero_experts,
@@ -142,5 +152,6 @@ class Block(nn.Module):
             backend=m.backend,
             exchange=m.exchange,
             exchange_buffer=m.exchange_buffer,
+            output_init=c.residual_init,
             name="moe",
         )

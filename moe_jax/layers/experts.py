@@ -11,6 +11,7 @@ from moe_jax.config.validate.common import must_divide
 from moe_jax.dispatch.capacity import Slots, run_slots
 from moe_jax.dispatch.exchange import run_local, run_sharded
 from moe_jax.dispatch.filled_slots import run_chosen, run_mixed
+from moe_jax.layers.initializers import scaled
 from moe_jax.ops.activations import is_gated
 from moe_jax.ops.expert_ffn import expert_ffn
 from moe_jax.ops.grouped_matmul import BACKENDS, resolve_backend
@@ -38,7 +39,7 @@ class Experts(nn.Module):
 
     Parameters: w_in [E, D, F], w_out [E, F, D], for a gated activation w_gate [E, D, F]; with `use_bias` b_in
     [E, F], b_gate [E, F], b_out [E, D]. `exchange` and `exchange_buffer` are those of
-    `moe_jax.dispatch.exchange.run_sharded`.
+    `moe_jax.dispatch.exchange.run_sharded`; `output_init` is a factor on the standard deviation with which w_out starts.
     """
 
     experts: int
@@ -49,6 +50,7 @@ class Experts(nn.Module):
     param_dtype: Any = jnp.float32
     exchange: str | None = None
     exchange_buffer: float = 2.0
+    output_init: float = 1.0
 
     def _weights(self, width: int) -> dict[str, jax.Array]:
         """By name, for tokens of D = `width`."""
@@ -60,6 +62,7 @@ class Experts(nn.Module):
         def weight(name):
             axes = WEIGHT_AXES[name]
             init = EXPERT_INIT if len(axes) == 3 else nn.initializers.zeros_init()
+            init = scaled(init, self.output_init) if name == "w_out" else init
             shape = tuple(sizes[axis] for axis in axes)
             return self.param(name, nn.with_logical_partitioning(init, axes), shape, self.param_dtype)
 

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from moe_jax.layers.initializers import scaled
 from moe_jax.ops import activations
 
 # Variance 1/fan_in, truncated at two standard deviations. Also the initializer of the attention projections.
@@ -24,6 +25,7 @@ class FeedForward(nn.Module):
       use_bias: adds a bias to every projection.
       dtype: compute dtype; the result has it.
       param_dtype: dtype of the parameters.
+      output_init: factor on the standard deviation with which `w_out` starts.
     """
 
     hidden: int
@@ -31,9 +33,11 @@ class FeedForward(nn.Module):
     use_bias: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    output_init: float = 1.0
 
     def _parameter(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
         init = MATRIX_INIT if len(shape) > 1 else nn.initializers.zeros_init()
+        init = scaled(init, self.output_init) if name == "w_out" else init
         return self.param(name, nn.with_logical_partitioning(init, axes), shape, self.param_dtype).astype(self.dtype)
 
     @nn.compact

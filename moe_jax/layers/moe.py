@@ -30,6 +30,7 @@ FIELDS = {
     "activation": (ModelConfig, "activation"),
     "use_bias": (ModelConfig, "ffn_bias"),
     "shared_width": (PeerConfig, "shared_width"),
+    "output_init": (ModelConfig, "residual_init"),
 }
 
 
@@ -64,6 +65,8 @@ class MoE(nn.Module):
       exchange_buffer: room for rows in "all_to_all" and "ragged", relative to an even load; a call that needs more takes
         "gather". 0: room for everything that can come.
       dtype: compute dtype; None: that of x. The router computes in float32 at least.
+      output_init: factor on the standard deviation with which starts what is added to the residual stream: `w_out` of the
+        experts and of the network beside them, the vectors of constant experts.
     """
 
     experts: int
@@ -85,6 +88,7 @@ class MoE(nn.Module):
     exchange: str | None = None
     exchange_buffer: float = 2.0
     dtype: Any = None
+    output_init: float = 1.0
 
     @nn.compact
     @standard_promotion()
@@ -121,12 +125,20 @@ class MoE(nn.Module):
             self.backend,
             exchange=self.exchange,
             exchange_buffer=self.exchange_buffer,
+            output_init=self.output_init,
             name="experts",
         )
         tokens = tokens.astype(self.dtype or x.dtype)
         y, sent = run(tokens, choice, slots, sequences)
         if virtual:
-            others = VirtualExperts(self.experts, self.zero_experts, self.copy_experts, self.constant_experts, name="virtual")
+            others = VirtualExperts(
+                self.experts,
+                self.zero_experts,
+                self.copy_experts,
+                self.constant_experts,
+                output_init=self.output_init,
+                name="virtual",
+            )
             y = (y + others(tokens, choice)).astype(y.dtype)
         if self.shared_width:
             y = y + self._shared(tokens)
@@ -185,7 +197,10 @@ class MoE(nn.Module):
         return limit_assignments(choice, self.experts, capacity, self.capacity_priority, self.renormalise_kept)
 
     def _shared(self, x):
-        y = FeedForward(self.shared_width, self.activation, self.use_bias, x.dtype, name="shared")(x)
+        shared = FeedForward(
+            self.shared_width, self.activation, self.use_bias, x.dtype, output_init=self.output_init, name="shared"
+        )
+        y = shared(x)
         if not self.shared_gate:
             return y
         init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", None))

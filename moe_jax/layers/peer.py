@@ -1,5 +1,6 @@
 """A layer of a million one-neuron experts (PEER), or of as many values (product-key memory)."""
 
+import functools
 import math
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import compat
-from moe_jax.config import ModelConfig, PeerConfig
+from moe_jax.config import ConfigError, ModelConfig, PeerConfig
 from moe_jax.config.arguments import check_arguments, limited_fields
 from moe_jax.config.validate.common import check_product_keys
 from moe_jax.dispatch.retrieval import AXIS, sharded_passes
@@ -27,9 +28,17 @@ POOL_AXES = {"width": (None, None, "retrieved_width"), "experts": ("experts", No
 
 # Arguments with the type and limits of a field of the config; the activation may be None besides.
 FIELDS = {
-    **limited_fields(PeerConfig, without=("activation", "share_pool", "row_gradients")),
+    **limited_fields(
+        PeerConfig,
+        without=("activation", "share_pool", "row_gradients", "selector", "query_rank", "score", "gate_scale"),
+    ),
     "replaces": (ModelConfig, "activation"),
+    "output_init": (ModelConfig, "residual_init"),
 }
+
+
+# Arguments that a given router has of its own.
+OF_ROUTER = ("heads", "top_k", "key_width", "share_keys", "query_norm")
 
 
 class PEER(nn.Module):
@@ -45,8 +54,8 @@ class PEER(nn.Module):
     the collection `row_sinks`. The pool then gets no gradient; that of the zeros, with `Aux.row_ids`, is the pool's by rows.
 
     Attributes:
-      experts: N, a square.
-      heads, top_k, key_width, share_keys, query_norm: see `ProductKeys`.
+      experts: N, a square where product keys search it.
+      heads, top_k, key_width, share_keys, query_norm: see `ProductKeys`; not for a given `router`.
       activation: of the neurons; None: the experts are output rows alone, multiplied by their gates (product-key memory).
       replaces: activation of the feed-forward layer whose output variance this one starts with.
       shared_width: hidden width of a dense network beside the experts that sees every token; 0: none.
@@ -55,6 +64,10 @@ class PEER(nn.Module):
         shard_map it is always `blocks`: its replication checks refuse kernels.
       dtype: compute dtype; None: that of x. The router computes in float32 at least.
       param_dtype: of the pool.
+      router: a module of N = `experts` called with (x [T, D], RouterInputs) that returns (TokenChoice, losses, stats) and has
+        `gate_square`, about the sum of the squares of a token's gates at the start; such as a `ProductKeys` with other options,
+        or a `TokenHash`. None: `ProductKeys` as the arguments say.
+      output_init: factor on the standard deviation with which output rows, and `w_out` of the network beside them, start.
     """
 
     experts: int = 1024**2
@@ -70,6 +83,8 @@ class PEER(nn.Module):
     backend: str | None = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
+    router: nn.Module | None = None
+    output_init: float = 1.0
 
     @nn.compact
     @standard_promotion()
@@ -87,17 +102,15 @@ class PEER(nn.Module):
         """
         activation = {} if self.activation is None else {"activation": (PeerConfig, "activation")}
         check_arguments("PEER", vars(self), FIELDS | activation)
-        check_product_keys("PEER ", self.experts, self.top_k, self.key_width)
+        router = self._router()
         compat.refuse_explicit_axes("PEER")
         tokens, inputs, _ = flatten_tokens(x, inputs, train, "PEER")
         width = x.shape[-1]
-        router = ProductKeys(
-            self.experts, self.heads, self.top_k, self.key_width, self.share_keys, self.query_norm, name="router"
-        )
         with jax.named_scope("route"), needs_router_state("PEER"):
             choice, losses, stats = router(tokens, inputs)
         rows = rows_of_expert(self.activation)
-        init = nn.with_logical_partitioning(self._init, POOL_AXES[self.split])
+        init = functools.partial(self._init, router.gate_square)
+        init = nn.with_logical_partitioning(init, POOL_AXES[self.split])
         pool = self.param("experts", init, (self.experts, rows, width), self.param_dtype)
         sink = self.get_variable("row_sinks", "experts") if self.has_variable("row_sinks", "experts") else None
         tokens = tokens.astype(self.dtype or x.dtype)
@@ -114,18 +127,36 @@ class PEER(nn.Module):
                     passes=self._passes(width, jnp.result_type(tokens, pool)),
                 )
         if self.shared_width:
-            y = y + FeedForward(self.shared_width, self.replaces, False, tokens.dtype, name="shared")(tokens)
+            shared = FeedForward(
+                self.shared_width, self.replaces, False, tokens.dtype, output_init=self.output_init, name="shared"
+            )
+            y = y + shared(tokens)
         row_ids = {} if sink is None else {"experts": choice.expert_ids[: math.prod(x.shape[:-1])]}
         return unflatten_tokens(y, x.shape), Aux(losses, stats, row_ids)
 
-    def _init(self, key, shape, dtype):
+    def _router(self):
+        if self.router is None:
+            check_product_keys("PEER ", self.experts, self.top_k, self.key_width)
+            return ProductKeys(
+                self.experts, self.heads, self.top_k, self.key_width, self.share_keys, self.query_norm, name="router"
+            )
+        for name in OF_ROUTER:
+            if (value := getattr(self, name)) != type(self).__dataclass_fields__[name].default:
+                raise ConfigError(f"PEER {name}", value, "without effect on the given router", "leave it out, and set it there")
+        if self.router.experts != self.experts:
+            limit = f"its router was built for {self.router.experts} experts"
+            raise ConfigError("PEER experts", self.experts, limit, "give both the same number")
+        return self.router
+
+    def _init(self, gate_square, key, shape, dtype):
         """Pre-activations of variance 1 from inputs of mean square 1, and the output variance of what is replaced.
 
-        A head's gates are near 1/K at the start, so that var(y) = H/K E[act^2] var(v); of a feed-forward layer it is E[act^2].
+        var(y) = gate_square E[act^2] var(v); of a feed-forward layer it is E[act^2].
+        `output_init` comes on top.
         """
         own = 1.0 if self.activation is None else SECOND_MOMENT[self.activation]
-        out = math.sqrt(SECOND_MOMENT[self.replaces] / own * self.top_k / self.heads)
-        stds = jnp.array([1 / math.sqrt(shape[-1])] * (shape[1] - 1) + [out], dtype)
+        out = math.sqrt(SECOND_MOMENT[self.replaces] / own / gate_square)
+        stds = jnp.array([1 / math.sqrt(shape[-1])] * (shape[1] - 1) + [self.output_init * out], dtype)
         return jax.random.normal(key, shape, dtype) * stds[:, None]
 
     def _passes(self, width, dtype):

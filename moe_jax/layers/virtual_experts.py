@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from moe_jax.layers.initializers import scaled
 from moe_jax.ops.precision import accumulator
 from moe_jax.types import TokenChoice
 
@@ -14,7 +15,8 @@ class VirtualExperts(nn.Module):
     """Zero experts, then copy experts, then constant ones: ids E+1, E+2, ... of a `TokenChoice`.
 
     A zero expert returns 0, a copy expert its input, a constant expert a x + b v with (a, b) = softmax(x mix). Parameters, with
-    constant experts: `constant` [constants, D], v, and `mix` [constants, D, 2].
+    constant experts: `constant` [constants, D], v, and `mix` [constants, D, 2]. `output_init` is a factor on the standard
+    deviation with which v starts.
     """
 
     experts: int
@@ -22,6 +24,7 @@ class VirtualExperts(nn.Module):
     copies: int = 0
     constants: int = 0
     param_dtype: Any = jnp.float32
+    output_init: float = 1.0
 
     @nn.compact
     def __call__(self, x: jax.Array, choice: TokenChoice) -> jax.Array:
@@ -38,7 +41,7 @@ class VirtualExperts(nn.Module):
         share = jnp.sum(gate(first, self.copies), axis=1)
         y = 0.0
         if self.constants:
-            v = self._parameter("constant", nn.initializers.normal(0.02), x.shape[1]).astype(wide)
+            v = self._parameter("constant", scaled(nn.initializers.normal(0.02), self.output_init), x.shape[1]).astype(wide)
             mix = self._parameter("mix", nn.initializers.lecun_normal(batch_axis=0), x.shape[1], 2).astype(wide)
             gates = gate(first + self.copies, self.constants)
             logits = jnp.einsum("TD,VDM->TVM", x, mix, precision=jax.lax.Precision.HIGHEST)

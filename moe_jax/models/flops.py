@@ -58,8 +58,7 @@ def block_flops(config: ModelConfig, ffn: FFNConfig, sequence_length: int, exper
         return BlockFlops(attention, routed, 2.0 * d * moe.options.columns(moe), 2 * d * width * experts)
     peer = ffn.peer
     rows = rows_of_expert(peer.activation if ffn.kind == "peer" else None)
-    # The query network, and its halves against sqrt(N) keys each.
-    retrieval = 2.0 * peer.heads * peer.key_width * (d + math.isqrt(peer.experts))
+    retrieval = 2.0 * peer.selector_products(d)
     return BlockFlops(attention, 2 * d * (rows * peer.heads * peer.top_k + matrices * peer.shared_width), retrieval, 0.0)
 
 

@@ -1,4 +1,4 @@
-"""Tables from token id to expert for Hash layers (arXiv 2106.04426, section 3.1): random, and balanced by frequency.
+"""Tables from token id to experts for Hash layers (arXiv 2106.04426, section 3.1): random, balanced by frequency, of several.
 
 NumPy on the host, once per model. Draws are raw words of PCG64, whose stream is the same on every platform and in every
 NumPy version; the methods of a Generator do not promise that.
@@ -13,6 +13,28 @@ def random_hash_table(vocab_size: int, experts: int, seed: int) -> np.ndarray:
     """int32 [V] of independent uniform experts, fixed by `seed`, an integer >= 0."""
     words = np.random.PCG64(seed).random_raw(vocab_size) >> np.uint64(32)
     return ((words * np.uint64(experts)) >> np.uint64(32)).astype(np.int32)
+
+
+def distinct_hash_table(vocab_size: int, experts: int, draws: int, seed: int) -> np.ndarray:
+    """int32 [V, draws]: for each token a uniform set of different experts, fixed by `seed`; the order in a row says nothing.
+
+    Floyd's sampling (Bentley and Floyd, CACM 30(9), 1987) rejects no draw, so that the rows of a smaller vocabulary are the
+    first of a larger one's.
+
+    Args:
+      vocab_size: V.
+      experts: from which they are drawn, below 2^31.
+      draws: of each token, at most `experts`.
+      seed: integer >= 0.
+    """
+    words = (np.random.PCG64(seed).random_raw(vocab_size * draws) >> np.uint64(32)).reshape(vocab_size, draws)
+    table = np.empty((vocab_size, draws), np.int32)
+    for i in range(draws):
+        last = experts - draws + i
+        drawn = ((words[:, i] * np.uint64(last + 1)) >> np.uint64(32)).astype(np.int32)
+        taken = (table[:, :i] == drawn[:, None]).any(axis=1)
+        table[:, i] = np.where(taken, last, drawn)
+    return table
 
 
 def balanced_hash_table(counts, experts: int, seed: int) -> np.ndarray:

@@ -147,8 +147,9 @@ def _run_facts(m: Material) -> list[tuple[str, str]]:
 def _layer_facts(m: Material, ffn: FFNConfig, names: list[str], prefix: str) -> list[tuple[str, str]]:
     """The rows of a feed-forward layer, whose blocks are `names`."""
     if ffn.kind != "routed":
-        p = ffn.peer
-        return [(f"{prefix}retrieval", f"N = {p.experts:,} experts in a pool; H = {p.heads} heads, K = {p.top_k} of each")]
+        p, chosen = ffn.peer, "" if ffn.peer.searches else ", by the token id alone"
+        facts = f"N = {p.experts:,} experts in a pool; H = {p.heads} heads, K = {p.top_k} of each{chosen}"
+        return [(f"{prefix}retrieval", facts)]
     moe, columns = ffn.moe, m.columns[names[0]]
     virtual = f", and {', '.join(columns[moe.experts :])}" if moe.virtual_experts else ""
     execution = moe.execution + (f", factor {moe.capacity_factor:g}" if moe.execution == "capacity" else "")

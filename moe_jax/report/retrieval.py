@@ -54,7 +54,8 @@ def retrieval(m: Material) -> str:
         "used: experts that any of these tokens retrieves. if all were even: what independent draws, equally likely, "
         "would use of so few tokens. unevenness: divergence of the experts' shares of all gates from even ones; 0 "
         "is even, ln N one expert with all. as many as even: N exp(-unevenness). of the top 1 %: gates of the "
-        f"experts with the most. entropy of gates: of a head's softmax over its picks, at most {limits} nats.",
+        f"experts with the most. entropy of gates: of a head's over its picks, at most {limits} nats. Gates of scores "
+        "that may be negative count by their absolute value.",
         note=True,
     )
     out += picture(

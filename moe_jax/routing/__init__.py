@@ -1,6 +1,6 @@
 """Routers, one file each, and what they share."""
 
 from moe_jax.routing.contract import Router, Sizes, Step
-from moe_jax.routing.registry import ROUTERS, register_router
+from moe_jax.routing.registry import ROUTERS, SELECTORS, register_router
 
-__all__ = ["ROUTERS", "Router", "Sizes", "Step", "register_router"]
+__all__ = ["ROUTERS", "SELECTORS", "Router", "Sizes", "Step", "register_router"]

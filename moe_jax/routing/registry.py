@@ -1,11 +1,17 @@
-"""The table of routers: for each field of `RoutersConfig` the `ROUTER` of the file with that name in this folder."""
+"""The tables of routers, each the `ROUTER` of the file with that name in this folder.
+
+`ROUTERS`, of routed layers, has one for each field of `RoutersConfig`. `SELECTORS`, of layers that retrieve, has one for each
+choice of `PeerConfig.selector`; their options are the `PeerConfig` itself.
+"""
 
 import importlib
 
 from moe_jax.config.routers import ROUTER_NAMES, RouterOptions, register_options
+from moe_jax.routing import product_keys, token_hash
 from moe_jax.routing.contract import Router
 
 ROUTERS: dict[str, Router] = {name: importlib.import_module(f"moe_jax.routing.{name}").ROUTER for name in ROUTER_NAMES}
+SELECTORS: dict[str, Router] = {"product_keys": product_keys.ROUTER, "token_hash": token_hash.ROUTER}
 
 
 def register_router(name: str, options: type[RouterOptions], router: Router) -> None:

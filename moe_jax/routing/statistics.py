@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.ops.counting import count_experts
-from moe_jax.types import Assignment, ExpertChoice, SlotMix
+from moe_jax.types import Assignment, ExpertChoice, SlotMix, TokenChoice
 
 
 def choice_statistics(expert_ids, probabilities, routed, finite, experts: int) -> dict[str, jax.Array]:
@@ -38,6 +38,29 @@ def token_statistics(probabilities, routed, finite) -> dict[str, jax.Array]:
     p = jnp.where(routed[:, None], probabilities, 1.0)  # entropy 0
     entropy = -jnp.sum(p * jnp.log(jnp.maximum(p, jnp.finfo(p.dtype).tiny)), axis=-1)
     return {"tokens": jnp.sum(routed), "entropy_sum": jnp.sum(entropy), "nonfinite": jnp.sum(~finite)}
+
+
+def retrieval_statistics(choice: TokenChoice, shares, routed, finite, experts: int, train: bool) -> dict[str, jax.Array]:
+    """The statistics of routers that retrieve some of very many experts; all additive over microbatches.
+
+    Args:
+      choice: [T, H*K].
+      shares: [T, H, K], of the gates of each head; they sum to 1.
+      routed, finite: as in `choice_statistics`.
+      experts: N.
+      train: whether in training.
+
+    Returns:
+      tokens, entropy_sum (nats, a mean over heads), nonfinite; outside training mass [N], the sum of the absolute gates of each
+      expert.
+    """
+    heads = shares.shape[1]
+    stats = token_statistics(shares.reshape(-1, shares.shape[-1]), jnp.repeat(routed, heads), finite)
+    stats |= {"tokens": jnp.sum(routed), "entropy_sum": stats["entropy_sum"] / heads}
+    if not train:
+        mass = jnp.zeros(experts, choice.gates.dtype)
+        stats["mass"] = mass.at[choice.expert_ids].add(jnp.abs(choice.gates), mode="drop")
+    return stats
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["counts"], meta_fields=["low", "high"])

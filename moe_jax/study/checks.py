@@ -125,7 +125,7 @@ def _check_scoring(arm: Arm) -> None:
     for path, value in arm.settings.items():
         if path.partition(".")[0] in _TRAINED:
             raise ConfigError(f"{where} config.{path}", value, trained, "change the evaluation alone")
-        if path.startswith("model.") and not role(path):
+        if path.startswith("model.") and role(path) in ("", "start"):
             limit = f"no option of evaluation, and {trained}"
             raise ConfigError(f"{where} config.{path}", value, limit, "leave it out, or train the arm")
 

@@ -7,13 +7,14 @@ import jax
 import numpy as np
 
 from moe_jax.config import FFNConfig, ModelConfig
-from moe_jax.layers.block import router_sizes
+from moe_jax.config.blocks import RETRIEVING
+from moe_jax.layers.block import router_of, router_sizes
 from moe_jax.models.places import Place, stacked_places
-from moe_jax.routing import ROUTERS, Step, product_keys
+from moe_jax.routing import ROUTERS, Step
 
 
 def update_router_state(router_state: Any, stats: Any, params: Any, applied: jax.Array, config: ModelConfig) -> Any:
-    """The routers' state after a step, see `Router.update`, and of layers that retrieve `product_keys.update`.
+    """The routers' state after a step, see `Router.update`.
 
     Args:
       router_state: before it.
@@ -23,7 +24,7 @@ def update_router_state(router_state: Any, stats: Any, params: Any, applied: jax
       config: the model's.
     """
     state = router_state.get("stack", {})
-    blocks = sorted(stacked_places(config, "routed", "peer", "pkm"), key=lambda place: place.path)
+    blocks = sorted(stacked_places(config, "routed", *RETRIEVING), key=lambda place: place.path)
     totals = _totals(blocks, stats)
     new = state
     for place in blocks:
@@ -31,10 +32,7 @@ def update_router_state(router_state: Any, stats: Any, params: Any, applied: jax
         if not old:
             continue
         sums, router_params = place.find(stats), _router(place, params.get("stack", {}))
-        if place.ffn.kind == "routed":
-            update = _update_of(place.ffn, totals[place.ffn.name], applied)
-        else:
-            update = lambda state, stats, params: product_keys.update(state, stats)
+        update = _update_of(place.ffn, totals[place.ffn.name], applied)
         if update is not None:
             made = (update if place.group is None else jax.vmap(update))(old, sums, router_params or {})
             new = _replaced(new, (*place.path, place.module, "router"), made)
@@ -43,19 +41,17 @@ def update_router_state(router_state: Any, stats: Any, params: Any, applied: jax
 
 def _update_of(ffn: FFNConfig, total: Any, applied: jax.Array):
     """(state, stats, params) of one block -> its new state; None: the router keeps it."""
-    router, moe = ROUTERS[ffn.moe.router], ffn.moe
+    router, sizes, options = router_of(ffn)
     if router.update is None:
         return None
-    return lambda state, stats, params: router.update(
-        state, Step(stats, total, params, applied), router_sizes(moe), moe.options
-    )
+    return lambda state, stats, params: router.update(state, Step(stats, total, params, applied), sizes, options)
 
 
 def _totals(blocks: list[Place], stats: Any) -> dict[str, Any]:
-    """The statistics summed over the blocks of each routed layer, by its name."""
+    """The statistics summed over the blocks of each layer with a router, by its name."""
     totals: dict[str, Any] = {}
     for place in blocks:
-        if place.ffn.kind == "routed" and (sums := place.find(stats)):
+        if sums := place.find(stats):
             over_groups = sums if place.group is None else jax.tree.map(lambda a: a.sum(axis=0), sums)
             name = place.ffn.name
             totals[name] = jax.tree.map(lambda a, b: a + b, totals[name], over_groups) if name in totals else over_groups

@@ -25,7 +25,7 @@ from moe_jax.config import (
     shorten_list,
     to_dict,
 )
-from moe_jax.config.blocks import options_path
+from moe_jax.config.blocks import RETRIEVING, options_path
 from moe_jax.data import TextData, Tokenizer, check_same_text
 from moe_jax.models.places import places
 from moe_jax.routing import ROUTERS
@@ -145,7 +145,8 @@ def _from_checkpoint(config: Config, model: nn.Module, data: TextData, mesh) -> 
 
 def _other_routers(config: Config) -> str:
     """Why the routers' state of `init.checkpoint` is not for this model: ids in a table mean other tokens or experts."""
-    theirs = {place.name: place.ffn.moe for place in places(from_dict(_other_run(config)["config"]).model, "routed")}
+    model = from_dict(_other_run(config)["config"]).model
+    theirs = {place.name: place.ffn.moe for place in places(model, "routed")}
     new_tokens = _checkpoint_tokenizer(config) is None
     for place in places(config.model, "routed"):
         ours, path = place.ffn.moe, options_path(config.model, place.ffn)
@@ -154,6 +155,11 @@ def _other_routers(config: Config) -> str:
         for name in ("router", "experts", "virtual_experts") if place.name in theirs else ():
             if (old := getattr(theirs[place.name], name)) != getattr(ours, name):
                 return f"{path}moe.{name} is {getattr(ours, name)}, and {old} in init.checkpoint"
+    pools = {place.name: place.ffn.peer for place in places(model, *RETRIEVING)}
+    for place in places(config.model, *RETRIEVING):
+        ours, old, path = place.ffn.peer, pools.get(place.name), options_path(config.model, place.ffn)
+        if old and not (ours.searches or old.searches) and ours.experts != old.experts:
+            return f"{path}peer.experts is {ours.experts}, and {old.experts} in init.checkpoint"
     return ""
 
 
@@ -234,7 +240,7 @@ def check_resume(saved: Config, new: Config, parameters: Iterable[str]) -> list[
     """
     changed = differences(saved, new)
     _check_groups_freeze(saved.optimizer, new.optimizer, parameters)
-    free = lambda field: role(field) in ("runtime", "rounding") or field.startswith("optimizer.groups")
+    free = lambda field: role(field) in ("start", "runtime", "rounding") or field.startswith("optimizer.groups")
     refused = {f: values for f, values in changed.items() if not free(f)}
     if refused:
         changes = [f"{f} {one_line(old, 40)} -> {one_line(now, 40)}" for f, (old, now) in refused.items()]

@@ -8,6 +8,7 @@ from moe_jax import PEER, MoE, RouterInputs, compat
 from moe_jax.config.routers import GShardConfig, TopKConfig
 from moe_jax.routing.expert_choice import ExpertChoiceRouter
 from moe_jax.routing.gshard import GShard
+from moe_jax.routing.product_keys import ProductKeys
 from moe_jax.routing.soft_moe import SoftMoE
 from moe_jax.routing.switch import Switch
 from moe_jax.routing.top_k import TopK
@@ -44,6 +45,7 @@ def refusal(layer, *args, **options):
         ({"backend": "pallas"}, "MoE backend=pallas: not a choice; choose auto or blocks or"),
         ({"activation": "tanh"}, "MoE activation=tanh: not a choice; choose gelu_tanh or"),
         ({"use_bias": "no"}, "MoE use_bias='no': a str, not a bool; write true or false"),
+        ({"output_init": -1}, "MoE output_init=-1.0: at least 0; raise it to 0 or more"),
         ({"shared_width": -8}, "MoE shared_width=-8: at least 0; raise it to 0 or more"),
         ({"shared_gate": True}, "MoE shared_gate=True: shared_width=0; raise it, or switch the gate off"),
         (
@@ -91,10 +93,17 @@ def test_moe(arguments, message):
         ({"split": "rows"}, "PEER split=rows: not a choice; choose width or experts"),
         ({"backend": "cuda"}, "PEER backend=cuda: not a choice; choose auto or blocks or triton or mosaic"),
         ({"shared_width": -1}, "PEER shared_width=-1: at least 0; raise it to 0 or more"),
+        ({"output_init": -1.0}, "PEER output_init=-1.0: at least 0; raise it to 0 or more"),
+        ({"router": ProductKeys(49)}, "PEER heads=2: without effect on the given router; leave it out, and set it there"),
     ],
 )
 def test_peer(arguments, message):
     assert message in refusal(PEER(**{"experts": 49, "heads": 2, "top_k": 4, "key_width": 6} | arguments))
+
+
+def test_peer_with_a_router():
+    assert "PEER experts=49: its router was built for 64 experts; give" in refusal(PEER(49, router=ProductKeys(64)))
+    assert "ProductKeys top_k=16: more than the 7 keys of a half" in refusal(PEER(49, router=ProductKeys(49)))
 
 
 @pytest.mark.parametrize("layer", [MoE(4, 8), PEER(49, 2, 4, 6)], ids=["MoE", "PEER"])

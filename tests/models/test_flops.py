@@ -1,7 +1,8 @@
+import flax.linen as nn
 import jax
 import pytest
 
-from moe_jax.config import ModelConfig
+from moe_jax.config import ModelConfig, PeerConfig
 from moe_jax.models.decoder import Decoder
 from moe_jax.models.flops import (
     active_parameters,
@@ -37,6 +38,27 @@ def test_routers_by_hand():
     assert router_flops_per_token(c) == 3 * 2 * 8 * 5
     c.pattern, c.inserts = "dense", ""
     assert router_flops_per_token(c) == 0
+
+
+@pytest.mark.parametrize("kind, rows", [("peer", 2), ("pkm", 1)])
+def test_retrieval_by_hand(kind, rows):
+    c = ModelConfig(layers=1, width=8, pattern=kind, heads=2, activation="gelu", positions="none")
+    c.peer = PeerConfig(experts=25, heads=3, top_k=2, key_width=6, shared_width=7)
+    experts = 2 * rows * 3 * 2 * 8 + 2 * 2 * 8 * 7
+    attention, output = 2 * 4 * 8 * 8 + 2 * 10 * 8, 2 * 8 * 50
+
+    def check(router, count):
+        """FLOPs of the router, and parameters of its products."""
+        assert router_flops_per_token(c) == router
+        assert forward_flops_per_token(c, 50, 10) == attention + experts + router + output
+        params = nn.unbox(abstract_variables(Decoder(c, 50)))["params"]["stack"]["groups"]["block_0"]["peer"]
+        assert sum(params["router"][name].size for name in ("kernel", "keys") if "router" in params) == count
+
+    check(2 * 3 * (8 * 6 + 2 * 5 * 3), 3 * 8 * 6 + 2 * 5 * 3)
+    c.peer.share_keys, c.peer.query_rank = False, 4
+    check(2 * (8 * 4 + 3 * 2 * 5 * 2), 8 * 4 + 3 * 2 * 5 * 2)
+    c.peer.selector, c.peer.query_rank = "token_hash", 0
+    check(0, 0)
 
 
 def test_active_parameters_by_hand():

@@ -4,10 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.ops.hash_table import balanced_hash_table, random_hash_table
+from moe_jax.ops.hash_table import balanced_hash_table, distinct_hash_table, random_hash_table
 
 V, E = 1000, 8
 PINNED_RANDOM = [6, 3, 6, 5, 0, 7, 6, 6, 1, 3, 2, 7]
+PINNED_DISTINCT = [[27, 15, 31, 26, 3, 39], [26, 28, 4, 17, 14, 37]]
 PINNED_BALANCED = [0, 1, 2, 1, 2, 0]
 
 
@@ -34,6 +35,19 @@ def test_random():
     share = np.bincount(random_hash_table(64_000, 7, 0), minlength=7) / 64_000
     np.testing.assert_allclose(share, 1 / 7, atol=5 * np.sqrt(6 / 49 / 64_000))
     np.testing.assert_array_equal(random_hash_table(5, 1, 0), 0)
+
+
+def test_distinct():
+    """Pinned as the random one; different experts in a row, each equally often; all of them where all are drawn."""
+    table = distinct_hash_table(V, 40, 6, 42)
+    assert table.dtype == np.int32 and table[:2].tolist() == PINNED_DISTINCT
+    np.testing.assert_array_equal(table[:100], distinct_hash_table(100, 40, 6, 42))
+    assert all(len(set(row)) == 6 for row in table.tolist())
+    # Each in a row with probability 6 / 40: within 5 standard deviations.
+    share = np.bincount(table.ravel(), minlength=40) / V
+    np.testing.assert_allclose(share, 6 / 40, atol=5 * np.sqrt(6 / 40 * 34 / 40 / V))
+    np.testing.assert_array_equal(np.sort(distinct_hash_table(9, 5, 5, 0)), np.tile(np.arange(5), (9, 1)))
+    assert distinct_hash_table(50, 2**30, 4, 0).max() > 2**29
 
 
 @pytest.mark.parametrize("seed", range(5))

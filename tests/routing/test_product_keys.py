@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.routing.product_keys import ProductKeys, update, usage
+from moe_jax.routing.product_keys import ProductKeys, first_scores, update, usage
 from moe_jax.types import RouterInputs
 from tests.compiled import apply
 
@@ -83,6 +83,49 @@ def test_mass_is_the_gates_of_each_expert():
     np.testing.assert_allclose(stats["mass"].sum(), H * real.sum(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("score, scale", [("softmax", 4.0), ("sigmoid", 1.0), ("raw", 2.0)])
+def test_mass_and_entropy_of_any_gates_are_of_their_sizes(score, scale):
+    """Raw gates may be negative: K is n, so that the worst pairs of some heads are chosen too."""
+    router, variables, x = make(experts=16, score=score, gate_scale=scale, share_keys=False, query_rank=6)
+    choice, _, stats = apply(router, variables, x, RouterInputs(valid=VALID))
+    real, ids, gates = np.asarray(VALID), *(np.asarray(a, np.float64) for a in choice)
+    assert np.any(gates < 0) == (score == "raw")
+    expected = np.zeros(16)
+    np.add.at(expected, ids[real].astype(int), np.abs(gates[real]))
+    np.testing.assert_allclose(stats["mass"], expected, rtol=1e-5)
+    assert 0 <= usage(stats["mass"])["unevenness"] <= math.log(16)
+    shares = np.abs(gates[real]).reshape(-1, K)
+    shares = shares / shares.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(stats["entropy_sum"], -np.sum(shares * np.log(shares)) / H, rtol=1e-5)
+    if score == "softmax":
+        np.testing.assert_allclose(gates[real].reshape(-1, K).sum(1), scale, rtol=1e-5)
+
+
+def test_one_query_has_one_layer_norm():
+    router, variables, x = make(query_norm="layernorm", query_rank=6, share_keys=False, score="raw")
+    params = variables["params"]
+    assert params["scale"].shape == params["bias"].shape == (6,)
+    choice = apply(router, variables, x, RouterInputs())[0]
+    q = np.asarray(x, np.float64) @ np.asarray(params["kernel"], np.float64)
+    q = (q - q.mean(-1, keepdims=True)) / np.sqrt(q.var(-1, keepdims=True) + 1e-5)
+    keys = np.asarray(params["keys"], np.float64)
+    scores = (
+        np.einsum("tw,hiw->thi", q[:, :3], keys[:, 0])[..., None] + np.einsum("tw,hjw->thj", q[:, 3:], keys[:, 1])[:, :, None]
+    )
+    best = -np.sort(-scores.reshape(T, H, N), axis=-1)[..., :K]
+    np.testing.assert_allclose(choice.gates, best.reshape(T, H * K), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("n, top_k", [(32, 4), (128, 16)])
+def test_first_scores(n, top_k):
+    """Against draws of normal halves, to a tenth: the mean over draws of the mean square."""
+    halves = np.random.default_rng(0).normal(size=(400, 2, n)) / math.sqrt(3)
+    best = np.sort((halves[:, 0, :, None] + halves[:, 1, None]).reshape(400, -1), axis=1)[:, -top_k:]
+    expected = first_scores(n, top_k)
+    assert np.all(np.diff(expected) <= 0)
+    np.testing.assert_allclose(np.mean(expected**2), np.mean(best**2), rtol=0.1)
+
+
 def test_a_token_that_is_not_finite_goes_nowhere_and_is_counted():
     router, variables, x = make()
     inputs = RouterInputs(train=True)
@@ -116,6 +159,10 @@ def test_usage_of_nothing():
         ({"key_width": 7}, "key_width=7: odd"),
         ({"top_k": 9}, "top_k=9: more than the 8 keys of a half"),
         ({"query_norm": "rms"}, "query_norm='rms': one of batchnorm"),
+        ({"score": "relu"}, "ProductKeys score=relu: not a choice; choose softmax or sigmoid or raw"),
+        ({"gate_scale": 0.0}, "ProductKeys gate_scale=0.0: at least 1e-06"),
+        ({"query_rank": 5, "share_keys": False}, "ProductKeys query_rank=5: odd, but each half of the query meets keys"),
+        ({"query_rank": 4}, "ProductKeys share_keys=True: with one query for all heads, ProductKeys query_rank=4, all would"),
     ],
 )
 def test_refuses_what_cannot_be(options, message):

@@ -72,6 +72,10 @@ def get_config(text="64"):
             "arm s config.model.width=64: no option of evaluation, and the runs of routed are trained; leave it out",
         ),
         (
+            {"arms": (Arm("routed"), Arm("s", {"model.residual_init": 0.1}, scores="routed"))},
+            "arm s config.model.residual_init=0.1: no option of evaluation",
+        ),
+        (
             {
                 "arms": (Arm("routed"), Arm("s", full={"model.moe.zero_experts": 2}, scores="routed")),
                 "full": {"train.steps": 900},
@@ -152,7 +156,9 @@ def test_settings_are_those_of_the_command_line(settings, message):
     assert str(error.value).startswith(message)
 
 
-SCORED = [path for path, leaf in leaf_fields(ModelConfig).items() if leaf.metadata["role"] and "[]" not in path]
+SCORED = [
+    path for path, leaf in leaf_fields(ModelConfig).items() if leaf.metadata["role"] not in ("", "start") and "[]" not in path
+]
 
 
 @pytest.mark.slow

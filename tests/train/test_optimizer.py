@@ -1,6 +1,8 @@
 import re
 
 import chex
+import flax.linen as nn
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +10,11 @@ import optax
 import pytest
 
 from moe_jax.config import ConfigError, ParameterGroup
+from moe_jax.models.decoder import Decoder
 from moe_jax.ops.row_gradient import sort_rows
 from moe_jax.train.optimizer import check_groups, group_factors, learning_rate, make_optimizer, stable_steps
 from moe_jax.train.row_update import init_rows, row_gradient, update_rows
+from tests.models.small import boxed_shapes
 from tests.train.small import Runner, make_batch, make_config
 
 
@@ -120,6 +124,25 @@ def test_groups_first_match_counts():
     scales, decays = group_factors(make_config(optimizer__groups=groups).optimizer, params)
     assert scales == {"embed": {"embedding": 1.0}, "stack": {"experts": {"w_in": 0.25}, "router": {"kernel": 0.5}}}
     assert decays == {"embed": {"embedding": 0.1}, "stack": {"experts": {"w_in": 0.1}, "router": {"kernel": 0.3}}}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_groups_of_a_layer_that_retrieves(shared):
+    """Pool, keys and query network by a path each; the keys may be without decay, the pool is."""
+    peer = {"experts": 16, "heads": 2, "top_k": 2, "key_width": 4, "share_pool": shared}
+    config = make_config(model__pattern="peer", **{f"model__peer__{name}": value for name, value in peer.items()})
+    pool = "pool/experts$" if shared else "peer/experts$"
+    config.optimizer.groups = (
+        ParameterGroup(pool, 3.0),
+        ParameterGroup("peer/router/keys$", 0.3, 0.0),
+        ParameterGroup("peer/router/kernel$", 0.5),
+    )
+    params = nn.unbox(boxed_shapes(Decoder(config.model, 23)))["params"]
+    check_groups(config.optimizer, params)
+    found = flax.traverse_util.flatten_dict(jax.tree.map(lambda *a: a, *group_factors(config.optimizer, params)), sep="/")
+    found = {path.split("/")[-1]: value for path, value in found.items() if re.search("/(peer|pool)/", path)}
+    usual = {"scale": (1.0, 0.0), "bias": (1.0, 0.0)}
+    assert found == usual | {"experts": (3.0, 0.0), "keys": (0.3, 0.0), "kernel": (0.5, 0.1)}
 
 
 def test_a_group_without_effect_is_refused():

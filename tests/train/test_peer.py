@@ -31,6 +31,53 @@ def test_it_learns(kind):
     assert np.abs(state["mean"]).max() > 1e-3 and np.abs(np.asarray(state["variance"]) - 1).max() > 1e-3
 
 
+OPTIONS = {
+    "one query": {"share_keys": False, "query_rank": 6, "score": "sigmoid", "gate_scale": 2.0},
+    "raw": {"score": "raw", "query_norm": "none", "shared_width": 16},
+    "token hash": {"selector": "token_hash", "gate_scale": 4.0, "shared_width": 16},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["peer", "pkm"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_any_router_learns_and_is_evaluated(options, kind):
+    runner = Runner(make(INSERT | {"model__inserts": f"middle={kind}@1", "model__residual_init": 0.1}, **OPTIONS[options]))
+    losses = runner.losses(20)
+    assert losses[-1] < losses[0] - 0.2
+    batch = make_batch(0)
+    variables = {name: runner.state[name] for name in ("params", "router_state")}
+    out = jax.jit(runner.model.apply)(variables, batch["tokens"], batch["positions"], batch["segment_ids"])
+    row = routing_metrics(by_layer(out.stats, runner.config.model))
+    assert 0 < row["router/usage"] <= 1 and 0 < row["router/gate_entropy"] <= np.log(4) + 1e-6
+
+
+def test_a_table_of_token_ids_stays_and_its_experts_learn():
+    """Only those of tokens that were seen."""
+    runner = Runner(make(selector="token_hash", experts=900, heads=2))
+    table = np.asarray(leaf(runner.state["router_state"], "stack/middle/peer/router/table"))
+    before, batch = np.array(leaf(runner.state["params"], POOL)), make_batch(0)
+    runner.step(batch)
+    np.testing.assert_array_equal(leaf(runner.state["router_state"], "stack/middle/peer/router/table"), table)
+    seen = table[np.unique(batch["tokens"][batch["segment_ids"] > 0])]
+    touched = (leaf(runner.state["params"], POOL) != before).any(axis=(1, 2))
+    np.testing.assert_array_equal(np.flatnonzero(touched), np.unique(seen))
+    assert table.shape == (96, 8) and 0 < touched.sum() < 900
+
+
+@pytest.mark.slow
+@pytest.mark.fused
+@pytest.mark.parametrize("options", OPTIONS)
+def test_scan_over_any_router_equals_unrolled_ones(options):
+    states = []
+    for scan in (True, False):
+        overrides = {"model__pattern": "peer", "model__layers": 2, "optimizer__epsilon": 1e-3, "model__scan": scan}
+        runner = Runner(make(overrides, **OPTIONS[options]))
+        runner.losses(1)
+        states.append(jax.device_get(runner.state))
+    chex.assert_trees_all_equal(*states)
+
+
 @pytest.mark.fused
 def test_scan_over_groups_of_pools_equals_unrolled_ones_and_recomputation():
     """The first gives the same bits; recomputed batch statistics may round differently."""
@@ -71,12 +118,13 @@ def test_rows_give_the_first_update_of_dense_gradients(mesh, parts):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("split", ["width", "experts"])
-def test_eight_devices_are_one(split):
+@pytest.mark.parametrize("split, options", [("width", ""), ("experts", ""), ("width", "one query"), ("experts", "token hash")])
+def test_eight_devices_are_one(split, options):
     runs = []
     for mesh, devices in (({}, 1), ({"mesh__expert": 4, "mesh__data": 2}, 8)):
         # With a small epsilon Adam makes whole steps of what is 0 but for rounding, and other experts are chosen.
-        runner = Runner(make(INSERT | mesh | {"optimizer__epsilon": 1e-3}, split=split), devices)
+        peer = OPTIONS.get(options, {})
+        runner = Runner(make(INSERT | mesh | {"optimizer__epsilon": 1e-3}, split=split, **peer), devices)
         runs.append((runner.losses(6), jax.device_get(runner.state["router_state"])))
         if devices == 8:
             shard = leaf(runner.state["params"], POOL).addressable_shards[0].data

@@ -102,6 +102,7 @@ FREE = {
     **{"train.peak_tflops": 7.0, "train.tensorboard": False, "model.scan": False, "model.remat": True},
     **{"data.cache_dir": "x", "sample.prompt": "x", "init.checkpoint": "x", "init.include": "x"},
     **{"init.upcycle_from": "x", "init.branch_from": "x", "init.branch_step": 7, "train.keep_steps": "7"},
+    **{"model.residual_init": 0.1},
 }
 WARNED = {
     **{

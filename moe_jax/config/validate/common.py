@@ -19,7 +19,9 @@ def check_exchange_buffer(field: str, value: float) -> None:
         raise ConfigError(field, value, limit, "use 1 or more, or 0 for a buffer that holds everything")
 
 
-def check_product_keys(path: str, experts: int, top_k: int, key_width: int) -> None:
+def check_product_keys(
+    path: str, experts: int, top_k: int, key_width: int, share_keys: bool = False, query_rank: int = 0
+) -> None:
     """Refuses sizes that product keys cannot search. path: what stands before the fields' names."""
     side = math.isqrt(experts)
     if side * side != experts:
@@ -31,3 +33,9 @@ def check_product_keys(path: str, experts: int, top_k: int, key_width: int) -> N
     if key_width % 2:
         limit = "odd, but each half of a query meets keys of its own"
         raise ConfigError(path + "key_width", key_width, limit, f"use {key_width + 1}")
+    if query_rank % 2:
+        limit = "odd, but each half of the query meets keys of its own"
+        raise ConfigError(path + "query_rank", query_rank, limit, f"use {query_rank + 1}")
+    if query_rank and share_keys:
+        limit = f"with one query for all heads, {path}query_rank={query_rank}, all would choose the same experts"
+        raise ConfigError(path + "share_keys", True, limit, f"use false, or {path}query_rank=0")

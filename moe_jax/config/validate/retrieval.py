@@ -3,6 +3,7 @@
 from moe_jax.config.blocks import block_layers
 from moe_jax.config.leaf import ConfigError
 from moe_jax.config.model import FFNConfig
+from moe_jax.config.peer import PeerConfig
 from moe_jax.config.run import Config
 from moe_jax.config.validate.common import check_product_keys, must_divide
 
@@ -10,7 +11,7 @@ from moe_jax.config.validate.common import check_product_keys, must_divide
 def check_retrieval(config: Config, ffn: FFNConfig, path: str) -> None:
     """That the options of a layer that retrieves, at the dotted path `path`, fit together."""
     peer, mesh = ffn.peer, config.mesh
-    check_product_keys(path, peer.experts, peer.top_k, peer.key_width)
+    _check_selector(peer, path)
     field = "model.width" if peer.split == "width" else path + "experts"
     total = config.model.width if peer.split == "width" else peer.experts
     must_divide("mesh.expert", mesh.expert, field, total)
@@ -20,9 +21,6 @@ def check_retrieval(config: Config, ffn: FFNConfig, path: str) -> None:
         raise ConfigError(path + "backend", peer.backend, limit, f"use {path}backend=auto, or another model.width")
     if peer.shared_width:
         must_divide("mesh.tensor", mesh.tensor, path + "shared_width", peer.shared_width)
-    if peer.top_k == 1:
-        limit = "the softmax over one score is 1, so that the router gets no gradient"
-        raise ConfigError(path + "top_k", 1, limit, "use 2 or more")
     layers = block_layers(config.model).count(ffn)
     if layers * peer.experts >= 2**31:
         limit = f"with {layers} such blocks {layers * peer.experts} ids, which do not fit into int32"
@@ -34,3 +32,20 @@ def check_retrieval(config: Config, ffn: FFNConfig, path: str) -> None:
     if peer.row_gradients and config.optimizer.ema_decay:
         limit = f"an average of all of the pool, with {path}row_gradients=true"
         raise ConfigError("optimizer.ema_decay", config.optimizer.ema_decay, limit, f"use 0, or {path}row_gradients=false")
+
+
+def _check_selector(peer: PeerConfig, path: str) -> None:
+    if peer.searches:
+        check_product_keys(path, peer.experts, peer.top_k, peer.key_width, peer.share_keys, peer.query_rank)
+        if peer.top_k == 1 and peer.score == "softmax":
+            limit = "the softmax over one score is 1, so that the router gets no gradient"
+            raise ConfigError(path + "top_k", 1, limit, f"use 2 or more, or another {path}score")
+        return
+    for name, default in (("query_rank", 0), ("score", "softmax")):
+        if getattr(peer, name) != default:
+            limit = f"without effect on {path}selector={peer.selector}, which has neither queries nor scores"
+            raise ConfigError(path + name, getattr(peer, name), limit, f"use {default}")
+    if peer.heads * peer.top_k > peer.experts:
+        limit = f"{peer.heads * peer.top_k} different experts for a token with {path}heads={peer.heads}"
+        fix = f"use {peer.heads * peer.top_k} or more, or a smaller heads or top_k"
+        raise ConfigError(path + "experts", peer.experts, limit, fix)
