@@ -8,6 +8,7 @@ from typing import Any
 # it runs, no number. "rounding": the last bits of numbers too. "scoring": what evaluation computes, but no shape of what was
 # trained. The first three may change on resume.
 ROLES = ("start", "runtime", "rounding", "scoring")
+ON_RESUME = ROLES[:3]  # may change
 
 
 def field(

@@ -6,6 +6,7 @@ schedule goes from there, and how many steps there are, is the branch's own.
 """
 
 from moe_jax.config import Config, ConfigError, differences, one_line, role, shorten_list
+from moe_jax.config.leaf import ON_RESUME
 from moe_jax.train.optimizer import stable_steps, warmup_steps
 
 # What a branch may change beside what resuming may. It counts from the step on, which `check_rates` sees to.
@@ -21,7 +22,7 @@ def check_branch(trunk: Config, config: Config, step: int) -> None:
     changed = {
         field: values
         for field, values in differences(trunk, config).items()
-        if field not in SCHEDULE and role(field) not in ("runtime", "rounding")
+        if field not in SCHEDULE and role(field) not in ON_RESUME
     }
     if changed:
         changes = [f"{field} {one_line(old, 40)} -> {one_line(new, 40)}" for field, (old, new) in changed.items()]

@@ -26,6 +26,7 @@ from moe_jax.config import (
     to_dict,
 )
 from moe_jax.config.blocks import RETRIEVING, options_path
+from moe_jax.config.leaf import ON_RESUME
 from moe_jax.data import TextData, Tokenizer, check_same_text
 from moe_jax.models.places import places
 from moe_jax.routing import ROUTERS
@@ -240,7 +241,7 @@ def check_resume(saved: Config, new: Config, parameters: Iterable[str]) -> list[
     """
     changed = differences(saved, new)
     _check_groups_freeze(saved.optimizer, new.optimizer, parameters)
-    free = lambda field: role(field) in ("start", "runtime", "rounding") or field.startswith("optimizer.groups")
+    free = lambda field: role(field) in ON_RESUME or field.startswith("optimizer.groups")
     refused = {f: values for f, values in changed.items() if not free(f)}
     if refused:
         changes = [f"{f} {one_line(old, 40)} -> {one_line(now, 40)}" for f, (old, now) in refused.items()]

@@ -32,7 +32,7 @@ LONG = dict(optimizer__schedule="wsd", optimizer__decay_fraction=0.5, optimizer_
         ({}, {}, 20),
         (LONG, {"optimizer__final_fraction": 0.3}, 20),
         (LONG, {"train__steps": 60, "optimizer__schedule": "constant"}, 50),
-        ({}, {"train__log_every": 3, "mesh__data": 2, "optimizer__decay_fraction": 0.1}, 36),
+        ({}, {"train__log_every": 3, "mesh__data": 2, "model__residual_init": 0.1, "optimizer__decay_fraction": 0.1}, 36),
         # Another decay from within the warm-up, and the same schedule from anywhere.
         (dict(optimizer__schedule="cosine"), {"optimizer__schedule": "linear"}, 10),
         (dict(optimizer__schedule="cosine"), {"train__steps": 100, "optimizer__schedule": "cosine", **LONG}, 10),
