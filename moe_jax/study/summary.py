@@ -268,7 +268,8 @@ def started(row: dict[str, Any]) -> str:
         return NONE
     cost = row["start_cost"]
     costs = f" ({cost['tokens']:,} tokens, {cost['flops'] / 1e12:.3g} TFLOP, {cost['seconds']:.3g} s)" if cost else ""
-    return row["starts_from"] + costs
+    step = f" step {row['branch_step']}" if row.get("branch_step") else ""
+    return row["starts_from"] + step + costs
 
 
 def judged(row: dict[str, Any]) -> str:

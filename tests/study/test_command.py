@@ -225,9 +225,10 @@ def test_tuned_equally_timed_and_branched(file, tmp_path):
     assert [rows[name]["steps"] for name in ("dense", "routed", "decayed")] == [30, equal["steps"], 20]
     assert all(row["seconds"]["mean"] > 0 and row["winner"] == "as_is" for row in rows.values())
     assert rows["routed"]["over_documents"]["mean"] == pytest.approx(rows["routed"]["difference"]["mean"], abs=1e-6)
-    assert rows["decayed"]["branch_step"] == 10 and rows["decayed"]["start_cost"]["tokens"] == 0
+    assert rows["decayed"]["branch_step"] == 10 and rows["decayed"]["start_cost"] is None  # its steps count the other run's
     log = (tmp_path / "runs" / "decayed" / "seed_10" / "log.txt").read_text()
     assert f"branched from {tmp_path}/runs/dense/seed_10 step 10" in log
+    assert "| dense step 10 |" in out and "decayed: a branch of dense at its step 10; its steps, tokens" in out
     assert "**Tuning**" in out and "**Primary comparison, routed - dense: " in out
 
     # Times of another day change neither the steps nor the winners.
