@@ -26,7 +26,12 @@ def distinct_hash_table(vocab_size: int, experts: int, draws: int, seed: int) ->
       experts: from which they are drawn, below 2^31.
       draws: of each token, at most `experts`.
       seed: integer >= 0.
+
+    Raises:
+      ValueError: more draws than experts.
     """
+    if draws > experts:
+        raise ValueError(f"draws={draws}: at most the {experts} experts, which are different")
     words = (np.random.PCG64(seed).random_raw(vocab_size * draws) >> np.uint64(32)).reshape(vocab_size, draws)
     table = np.empty((vocab_size, draws), np.int32)
     for i in range(draws):

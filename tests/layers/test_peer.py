@@ -144,7 +144,7 @@ def test_experts_by_the_token_id():
             layer.apply(variables, x)
 
 
-@pytest.mark.parametrize("split", ["width", "experts"])
+@pytest.mark.parametrize("split", ["width", pytest.param("experts", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["product keys", pytest.param("token hash", marks=pytest.mark.slow)])
 def test_routers_with_options_on_eight_devices(kind, split):
     """Value, statistics and every gradient are those of one."""

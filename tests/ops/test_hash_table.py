@@ -48,6 +48,8 @@ def test_distinct():
     np.testing.assert_allclose(share, 6 / 40, atol=5 * np.sqrt(6 / 40 * 34 / 40 / V))
     np.testing.assert_array_equal(np.sort(distinct_hash_table(9, 5, 5, 0)), np.tile(np.arange(5), (9, 1)))
     assert distinct_hash_table(50, 2**30, 4, 0).max() > 2**29
+    with pytest.raises(ValueError, match="draws=6: at most the 5 experts"):
+        distinct_hash_table(9, 5, 6, 0)
 
 
 @pytest.mark.parametrize("seed", range(5))
