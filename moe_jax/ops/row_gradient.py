@@ -16,6 +16,9 @@ from moe_jax.ops.precision import accumulator
 
 # Bytes of summed rows in memory at once, by platform.
 BLOCK_BYTES = {"cpu": 2**21, "other": 2**27}
+# Bytes of the rows that a function gets in one call. A block of pairs holds fewer rows than pairs; calls for the places that no
+# row takes are left out. "other": one call for each block, which does not wait for a number of calls.
+CALL_BYTES = {"cpu": 2**18, "other": 2**62}
 
 
 class RowSink(NamedTuple):
@@ -36,10 +39,11 @@ class RowGradient(NamedTuple):
 class SortedRows(NamedTuple):
     """A `RowGradient` with its pairs (t, r) in the order of their ids, in blocks of C.
 
-    The pairs of a row follow each other and may cross the end of a block. A block has C+1 sums of pairs: sum 0
+    The pairs of a row follow each other and may cross the end of a block. A block has S >= C+1 sums of pairs: sum 0
     continues the row that the block before did not finish, and each other sum begins a row.
 
-    ids int32 [blocks, C+1]: the row of each sum that ends in the block; for the others a number past the table, all different.
+    ids int32 [blocks, S]: the row of each sum that ends in the block; for the others a number past the table, all different.
+      S is a multiple of the rows of a call of `fold_rows`.
     slots int32 [blocks, C]: the sum that each pair is added to. places int32 [blocks, C]: the pair, t R + r. weights [T R, M],
     vectors [T, M, D].
     """
@@ -57,16 +61,19 @@ def sort_rows(gradient: RowGradient, table_rows: int) -> SortedRows:
     pairs, (_, m, d) = ids.size, vectors.shape
     flat = jnp.where(ids < table_rows, ids, table_rows).reshape(-1).astype(jnp.int32)
     # Even blocks, and at least one place left for an id past the table, which ends the last row.
-    blocks = -(-(pairs + 1) // _block_rows(m * d * vectors.dtype.itemsize))
+    row_bytes = m * d * vectors.dtype.itemsize
+    blocks = -(-(pairs + 1) // _rows_of(BLOCK_BYTES, row_bytes))
     size = -(-(pairs + 1) // blocks)
+    call = min(_rows_of(CALL_BYTES, row_bytes), size + 1)
+    sums = -(-(size + 1) // call) * call
     order, fill = stable_order(flat, table_rows), (0, blocks * size - pairs)
     flat = jnp.pad(flat[order], fill, constant_values=table_rows)
     before = jnp.concatenate([jnp.full(1, table_rows, jnp.int32), flat[:-1]])
     slots = jnp.cumsum((flat != before).reshape(blocks, size), axis=1, dtype=jnp.int32)
-    block, others = jnp.arange(blocks)[:, None], table_rows + jnp.arange(size + 1, dtype=jnp.int32)
+    block, others = jnp.arange(blocks)[:, None], table_rows + jnp.arange(sums, dtype=jnp.int32)
     named = jnp.tile(others, (blocks, 1)).at[block, slots].set(flat.reshape(blocks, size))
     named = named.at[:, 0].set(before[::size])
-    named = jnp.where((jnp.arange(size + 1) < slots[:, -1:]) & (named < table_rows), named, others)
+    named = jnp.where((jnp.arange(sums) < slots[:, -1:]) & (named < table_rows), named, others)
     places = jnp.pad(order, fill).reshape(blocks, size)
     return SortedRows(named, slots, places, weights.reshape(pairs, m), vectors)
 
@@ -75,7 +82,7 @@ def fold_rows(step: Callable[[Any, jax.Array, jax.Array], Any], carry: Any, rows
     """Hands the rows of a gradient, a block at a time and each once, to a function.
 
     Args:
-      step: (carry, ids int32 [C+1], rows [C+1, M, D]) -> carry. Over all calls every touched row occurs once, with the whole of
+      step: (carry, ids int32 [C], rows [C, M, D]) -> carry. Over all calls every touched row occurs once, with the whole of
         its sum; all other ids of a call are different from each other and at least N, their rows without meaning.
       carry: for the first call.
       rows: from `sort_rows`.
@@ -83,16 +90,24 @@ def fold_rows(step: Callable[[Any, jax.Array, jax.Array], Any], carry: Any, rows
     Returns:
       The last carry.
     """
-    size, m = rows.slots.shape[1], rows.weights.shape[1]
+    sums_of_block, m = rows.ids.shape[1], rows.weights.shape[1]
     retrieved = rows.weights.shape[0] // max(rows.vectors.shape[0], 1)
     dtype = jnp.result_type(rows.weights, rows.vectors)
+    call = min(_rows_of(CALL_BYTES, m * rows.vectors.shape[2] * rows.vectors.dtype.itemsize), sums_of_block)
 
     def add_block(carried, block):
         carry, open_row = carried
         ids, slots, places = block
         shares = rows.weights[places][:, :, None] * rows.vectors[places // retrieved]
-        sums = jax.ops.segment_sum(shares, slots, size + 1, indices_are_sorted=True).at[0].add(open_row)
-        return (step(carry, ids, sums), sums[slots[-1]]), None
+        sums = jax.ops.segment_sum(shares, slots, sums_of_block, indices_are_sorted=True).at[0].add(open_row)
+        if call == sums_of_block:
+            return (step(carry, ids, sums), sums[slots[-1]]), None
+
+        def hand_over(i, carry):
+            return step(carry, *(jax.lax.dynamic_slice_in_dim(a, i * call, call) for a in (ids, sums)))
+
+        # Sums from the last slot on do not end here.
+        return (jax.lax.fori_loop(0, -(-slots[-1] // call), hand_over, carry), sums[slots[-1]]), None
 
     start = (carry, jnp.zeros((m, rows.vectors.shape[2]), dtype))
     axes = compat.varying_axes(*rows)
@@ -137,5 +152,5 @@ def stable_order(ids: jax.Array, largest: int) -> jax.Array:
     return order
 
 
-def _block_rows(row_bytes: int) -> int:
-    return max(1, compat.for_platform(BLOCK_BYTES) // row_bytes)
+def _rows_of(limit: dict[str, int], row_bytes: int) -> int:
+    return max(1, compat.for_platform(limit) // row_bytes)
