@@ -18,6 +18,7 @@ from moe_jax.ops.precision import accumulator
 BLOCK_BYTES = {"cpu": 2**21, "other": 2**27}
 # Bytes of the rows that a function gets in one call. A block of pairs holds fewer rows than pairs; calls for the places that no
 # row takes are left out. "other": one call for each block, which does not wait for a number of calls.
+WHOLE_PAIRS = {"cpu": 4, "other": 0}
 CALL_BYTES = {"cpu": 2**18, "other": 2**62}
 
 
@@ -53,6 +54,30 @@ class SortedRows(NamedTuple):
     places: jax.Array
     weights: jax.Array
     vectors: jax.Array
+
+
+class WholeRows(NamedTuple):
+    """A table's gradient as an array. rows [N, M, D]; touched bool [N]: whether the row has a pair, be its weight 0."""
+
+    rows: jax.Array
+    touched: jax.Array
+
+
+def join_rows(gradient: RowGradient, table_rows: int) -> SortedRows | WholeRows:
+    """The gradient of a table of N = `table_rows` rows in the form that takes less time: `WholeRows` where the pairs are
+    WHOLE_PAIRS N or more, which are then added up once and not for every use.
+    """
+    least = compat.for_platform(WHOLE_PAIRS)
+    if not least or gradient.ids.size < least * table_rows:
+        return sort_rows(gradient, table_rows)
+    dtype = jnp.result_type(gradient.weights, gradient.vectors)
+    whole = WholeRows(jnp.zeros((table_rows, *gradient.vectors.shape[1:]), dtype), jnp.zeros(table_rows, bool))
+
+    def put(whole, ids, rows):
+        at = lambda array, values: array.at[ids].set(values, mode="drop", unique_indices=True)
+        return WholeRows(at(whole.rows, rows), at(whole.touched, True))
+
+    return fold_rows(put, whole, sort_rows(gradient, table_rows))
 
 
 def sort_rows(gradient: RowGradient, table_rows: int) -> SortedRows:
@@ -115,8 +140,10 @@ def fold_rows(step: Callable[[Any, jax.Array, jax.Array], Any], carry: Any, rows
     return jax.lax.scan(add_block, start, (rows.ids, rows.slots, rows.places))[0][0]
 
 
-def squared_norm(rows: SortedRows, table_rows: int) -> jax.Array:
+def squared_norm(rows: SortedRows | WholeRows, table_rows: int) -> jax.Array:
     """The sum of squares of the gradient of a table of N = `table_rows` rows; float32 scalar at least."""
+    if isinstance(rows, WholeRows):
+        return jnp.sum(jnp.square(rows.rows.astype(accumulator(rows.rows.dtype))))
     wide = accumulator(jnp.result_type(rows.weights, rows.vectors))
 
     def add(total, ids, sums):
