@@ -12,13 +12,18 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import compat
-from moe_jax.ops.precision import accumulator
+from moe_jax.ops.precision import accumulator, batched_product
 
 # Bytes of summed rows in memory at once, by platform.
 BLOCK_BYTES = {"cpu": 2**21, "other": 2**27}
+# A table is summed up as an array (`WholeRows`) where it is touched by at least so many pairs for each of its N rows; 0: never.
+WHOLE_PAIRS = {"cpu": 4, "other": 0}
+# By products of matrices where N is at most so many times R: sorting the pairs and adding up row by row takes longer.
+PRODUCT_ROWS = {"cpu": 32, "other": 0}
+# Bytes of a matrix [T, N] of such a product.
+MATRIX_BYTES = 2**22
 # Bytes of the rows that a function gets in one call. A block of pairs holds fewer rows than pairs; calls for the places that no
 # row takes are left out. "other": one call for each block, which does not wait for a number of calls.
-WHOLE_PAIRS = {"cpu": 4, "other": 0}
 CALL_BYTES = {"cpu": 2**18, "other": 2**62}
 
 
@@ -64,12 +69,13 @@ class WholeRows(NamedTuple):
 
 
 def join_rows(gradient: RowGradient, table_rows: int) -> SortedRows | WholeRows:
-    """The gradient of a table of N = `table_rows` rows in the form that takes less time: `WholeRows` where the pairs are
-    WHOLE_PAIRS N or more, which are then added up once and not for every use.
-    """
-    least = compat.for_platform(WHOLE_PAIRS)
+    """The gradient of a table of N = `table_rows` rows in the form that takes less time: see WHOLE_PAIRS and PRODUCT_ROWS."""
+    least, (_, retrieved) = compat.for_platform(WHOLE_PAIRS), gradient.ids.shape
     if not least or gradient.ids.size < least * table_rows:
         return sort_rows(gradient, table_rows)
+    if table_rows <= compat.for_platform(PRODUCT_ROWS) * retrieved:
+        touched = jnp.zeros(table_rows, bool).at[gradient.ids.reshape(-1)].set(True, mode="drop")
+        return WholeRows(_product_rows(gradient, table_rows), touched)
     dtype = jnp.result_type(gradient.weights, gradient.vectors)
     whole = WholeRows(jnp.zeros((table_rows, *gradient.vectors.shape[1:]), dtype), jnp.zeros(table_rows, bool))
 
@@ -78,6 +84,34 @@ def join_rows(gradient: RowGradient, table_rows: int) -> SortedRows | WholeRows:
         return WholeRows(at(whole.rows, rows), at(whole.touched, True))
 
     return fold_rows(put, whole, sort_rows(gradient, table_rows))
+
+
+def _product_rows(gradient: RowGradient, table_rows: int) -> jax.Array:
+    """[N, M, D]: for each m the matrix of weights [T, N], transposed, times the vectors, a few tokens at a time."""
+    tokens, (_, m, d) = gradient.ids.shape[0], gradient.vectors.shape
+    dtype = jnp.result_type(gradient.weights, gradient.vectors)
+    blocks = -(-tokens * table_rows * dtype.itemsize // MATRIX_BYTES)
+    fill = -tokens % blocks
+
+    def split(array, value=0):
+        widths = [(0, fill)] + [(0, 0)] * (array.ndim - 1)
+        return jnp.pad(array, widths, constant_values=value).reshape(blocks, -1, *array.shape[1:])
+
+    def add_block(rows, part):
+        ids, weights, vectors = part
+        products = [batched_product("tn,td->nd", add_at(ids, weights[..., i], table_rows), vectors[:, i]) for i in range(m)]
+        return rows + jnp.stack(products, axis=1).astype(dtype), None
+
+    parts = split(gradient.ids, table_rows), split(gradient.weights.astype(dtype)), split(gradient.vectors.astype(dtype))
+    zeros = compat.vary(jnp.zeros((table_rows, m, d), dtype), compat.varying_axes(*gradient))
+    return jax.lax.scan(add_block, zeros, parts)[0]
+
+
+def add_at(ids: jax.Array, values: jax.Array, columns: int) -> jax.Array:
+    """[T, R] values -> [T, N], each added in the column of its id; ids of N or more are left out."""
+    tokens = jnp.arange(ids.shape[0], dtype=ids.dtype)[:, None]
+    zeros = compat.zeros((ids.shape[0], columns), values.dtype, like=values)
+    return zeros.at[tokens, ids].add(values, mode="drop")
 
 
 def sort_rows(gradient: RowGradient, table_rows: int) -> SortedRows:

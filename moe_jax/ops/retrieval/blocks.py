@@ -64,20 +64,15 @@ def backward(
         rows = _fetch(table, ids, x, slice(-1)) if rows is None else rows[:, :, :-1]
         return _sum(d_hidden, rows)
 
-    def inner(hidden, gates, d_h):
-        h, vjp = jax.vjp(lambda hidden, gates: hidden_values(activation, hidden, gates), hidden, gates)
-        d_hidden, d_gates = vjp(d_h[..., 0])
-        return d_hidden, d_gates, jnp.concatenate([d_hidden, h[..., None]], axis=-1)
-
     def both(d_y, x, ids, gates, hidden):
         rows = _fetch(table, ids, d_y)
-        d_hidden, d_gates, weights = inner(hidden, gates, project(d_y, ids, rows))
+        d_hidden, d_gates, weights = hidden_gradients(activation, hidden, gates, project(d_y, ids, rows))
         return combine(x, ids, d_hidden, rows), d_gates, weights
 
     d_y = d_y.astype(x.dtype)
     if reduce is None:
         return _over_tokens(both, table, d_y, x, ids, gates, hidden)
-    d_hidden, d_gates, weights = inner(hidden, gates, reduce(_over_tokens(project, table, d_y, ids)))
+    d_hidden, d_gates, weights = hidden_gradients(activation, hidden, gates, reduce(_over_tokens(project, table, d_y, ids)))
     return _over_tokens(combine, table, x, ids, d_hidden), d_gates, weights
 
 
@@ -87,6 +82,15 @@ def hidden_values(activation: str | None, hidden: jax.Array, gates: jax.Array) -
         return gates
     gate = hidden[..., 1] if hidden.shape[-1] > 1 else None
     return gates * activate(activation, hidden[..., 0], gate)
+
+
+def hidden_gradients(
+    activation: str | None, hidden: jax.Array, gates: jax.Array, d_h: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(d_hidden [T, R, M-1], d_gates [T, R], weights [T, R, M] of the table's gradient) from that of h, [T, R, 1]."""
+    h, vjp = jax.vjp(lambda hidden, gates: hidden_values(activation, hidden, gates), hidden, gates)
+    d_hidden, d_gates = vjp(d_h[..., 0])
+    return d_hidden, d_gates, jnp.concatenate([d_hidden, h[..., None]], axis=-1)
 
 
 def _fetch(table, ids, like, which=slice(None)):
@@ -111,9 +115,14 @@ def _sum(h, rows):
 
 def _over_tokens(block, table, *arrays):
     """`block` of all arrays [T, ...], so many tokens at a time that the rows of a block are about BLOCK_BYTES."""
-    (_, m, d), tokens, retrieved = table.shape, arrays[0].shape[0], arrays[-1].shape[1]
-    size = compat.for_platform(BLOCK_BYTES)
-    size = max(1, size // (retrieved * m * d * arrays[0].dtype.itemsize))
+    (_, m, d), retrieved = table.shape, arrays[-1].shape[1]
+    size = compat.for_platform(BLOCK_BYTES) // (retrieved * m * d * arrays[0].dtype.itemsize)
+    return over_tokens(block, size, *arrays)
+
+
+def over_tokens(block: Callable, size: int, *arrays: jax.Array):
+    """`block` of all arrays [T, ...], `size` tokens at a time, one at least."""
+    tokens, size = arrays[0].shape[0], max(size, 1)
     if size >= tokens:
         return block(*arrays)
     blocks = -(-tokens // size)
