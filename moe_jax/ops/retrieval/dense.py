@@ -13,7 +13,7 @@ from moe_jax.ops.retrieval.blocks import Reduce, hidden_gradients, hidden_values
 from moe_jax.ops.row_gradient import add_at
 
 # Of one matrix [T, N] of a block of tokens.
-BLOCK_BYTES = {"cpu": 2**22, "other": 2**28}
+BLOCK_BYTES = {"cpu": 2**21, "other": 2**28}
 
 
 def forward(
@@ -26,7 +26,7 @@ def forward(
         return _of_retrieved(x, ids, inputs)
 
     def combine(ids, h):
-        return _sum(ids, h[..., None], [output], x.dtype)
+        return _sum(ids, h[..., None], [output], x.shape[1], x.dtype)
 
     def both(x, ids, gates):
         hidden = project(x, ids)
@@ -56,7 +56,7 @@ def backward(
         return _of_retrieved(d_y, ids, [output])
 
     def combine(ids, d_hidden):
-        return _sum(ids, d_hidden, inputs, x.dtype)
+        return _sum(ids, d_hidden, inputs, x.shape[1], x.dtype)
 
     def both(d_y, ids, gates, hidden):
         d_hidden, d_gates, weights = hidden_gradients(activation, hidden, gates, project(d_y, ids))
@@ -81,9 +81,9 @@ def _of_retrieved(x, ids, rows):
     return jnp.stack(products, axis=-1) if rows else compat.zeros((*ids.shape, 0), x.dtype, like=x)
 
 
-def _sum(ids, h, rows, dtype):
+def _sum(ids, h, rows, width, dtype):
     """[T, R, m] times the rows -> [T, D]."""
-    y = compat.zeros((), h.dtype, like=h)
+    y = compat.zeros((ids.shape[0], width), h.dtype, like=h)
     for m, row in enumerate(rows):
         y = y + batched_product("tn,nd->td", add_at(ids, h[..., m], row.shape[0]).astype(dtype), row)
     return y
