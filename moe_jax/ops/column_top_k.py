@@ -1,8 +1,8 @@
 """The k largest of every column, all columns at once: for CPUs, where XLA's top-k takes one row after the other.
 
 A column's value and its id are one int64, so that a comparison is one instruction. Rows come in groups of four, sorted
-beforehand. To merge one into the k best so far takes 8 minima and maxima for each of the k, over all columns: the k-th largest of
-two descending lists c and x is the largest of min(c[k-j], x[j]) over j, with infinity before the first.
+beforehand. To merge one into the k best so far takes 8 minima and maxima for each of the k, over all columns: the k-th largest
+of two descending lists c and x is the largest of min(c[k-j], x[j]) over j, with infinity before the first.
 """
 
 import jax
