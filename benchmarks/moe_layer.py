@@ -283,11 +283,12 @@ def measure(cases: Iterable[Case], rounds: int, progress: bool = True) -> list[d
         label = f"{'+'.join(case.name for case in cases)} {kind}"
         times, errors = timing.interleaved(functions, rounds, label, progress)
         for case in cases:
-            alike = [c.name for c in cases if c.dense_shape == case.dense_shape]
+            alike = [other.name for other in cases if other.dense_shape == case.dense_shape]
             base = [ms for name in alike for ms in times.get((name, "dense"), ())]
             for backend in case.backends:
                 key = case.name, backend
-                rows.append(make_row(case, backend, kind, times.get(key), base, errors.get(key)))
+                own = base if backend == "dense" else times.get(key)
+                rows.append(make_row(case, backend, kind, own, base, errors.get(key)))
     return rows
 
 
