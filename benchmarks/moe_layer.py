@@ -21,19 +21,23 @@ import jax.numpy as jnp
 import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+from moe_jax.config import MoEConfig  # noqa: E402
 from moe_jax.dispatch.capacity import slots_ffn  # noqa: E402
 from moe_jax.layers.ffn import FeedForward  # noqa: E402
 from moe_jax.layers.moe import MoE  # noqa: E402
+from moe_jax.ops.activations import is_gated  # noqa: E402
 from moe_jax.ops.counting import slots_per_expert  # noqa: E402
 from moe_jax.ops.expert_ffn import expert_ffn  # noqa: E402
 from moe_jax.ops.grouped_matmul import resolve_backend  # noqa: E402
+from moe_jax.routing import ROUTERS  # noqa: E402
+from moe_jax.routing.contract import Sizes  # noqa: E402
 from moe_jax.routing.top_k import TopK  # noqa: E402
 from moe_jax.study import timing  # noqa: E402
 from moe_jax.types import RouterInputs, TokenChoice  # noqa: E402
 
-ACTIVATION = "gelu_tanh"
 CAPACITY_FACTOR = 1.25
 BALANCE_WEIGHT = 0.01
+VOCABULARY = 4096  # of the token ids that a hash routes by
 PASSES = ("forward", "forward+backward")
 LAYERS = ("dense", "equal_groups", "dropless", "capacity")
 SORTED = ("grouped_matmul", "torch_grouped_mm")  # the products alone, over rows that lie sorted
@@ -41,7 +45,8 @@ SORTED = ("grouped_matmul", "torch_grouped_mm")  # the products alone, over rows
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Sizes of a layer, and what runs in it. `second`: every so many-th token has more than one expert."""
+    """Sizes of a layer, and what runs in it. `second`: every so many-th token has more than one expert. `router`: "top_k" of
+    softmax, "switch", or "hash" of random token ids."""
 
     name: str
     tokens: int
@@ -52,6 +57,8 @@ class Case:
     backends: tuple[str, ...]
     dtype: str = "float32"
     second: int = 1
+    activation: str = "gelu_tanh"
+    router: str = "top_k"
 
     @property
     def assignments(self) -> int:
@@ -60,7 +67,14 @@ class Case:
 
     def flops(self, kind: str) -> float:
         """Of the active experts' products in a pass."""
-        return 4.0 * self.assignments * self.width * self.expert_width * (3 if kind == PASSES[1] else 1)
+        products = 3 if is_gated(self.activation) else 2
+        return 2.0 * products * self.assignments * self.width * self.expert_width * (3 if kind == PASSES[1] else 1)
+
+    @property
+    def dense_shape(self) -> tuple:
+        """What a dense layer of as many FLOPs is made of: cases with the same one share its times."""
+        hidden = round(self.expert_width * self.assignments / self.tokens)
+        return self.tokens, self.width, hidden, self.activation, self.dtype
 
 
 OTHERS = ("ragged_dot", "one_hot")
@@ -70,6 +84,14 @@ GROUPS: dict[str, tuple[str, tuple[Case, ...]]] = {
     "e16": ("cpu", (Case("e16", 4096, 256, 1024, 16, 1, LAYERS + OTHERS),)),
     # ragged_dot does the work of all 64 experts for every row on a CPU, and takes gigabytes for it.
     "e64": ("cpu", (Case("e64", 4096, 256, 1024, 64, 1, (*LAYERS, "one_hot")),)),
+    "small": (
+        "cpu",
+        (
+            Case("small_hash", 2048, 128, 512, 8, 1, LAYERS[:3], activation="swiglu", router="hash"),
+            Case("small_switch", 2048, 128, 512, 8, 1, LAYERS[:3], activation="swiglu", router="switch"),
+            Case("small_top2", 2048, 128, 256, 16, 2, LAYERS[:3], activation="swiglu"),
+        ),
+    ),
     "second": (
         "cpu",
         (
@@ -104,15 +126,23 @@ class SomeSeconds(nn.Module):
 
 def make_layer(case: Case, **options) -> MoE:
     """The routed layer of a case."""
-    router = SomeSeconds(case.experts, case.top_k, case.second) if case.second > 1 else None
-    return MoE(case.experts, case.expert_width, case.top_k, router, ACTIVATION, **options)
+    if case.second > 1:
+        router = SomeSeconds(case.experts, case.top_k, case.second)
+    else:
+        build, sizes = ROUTERS[case.router].build, Sizes(case.experts, case.top_k, vocab_size=VOCABULARY)
+        router = build(sizes, getattr(MoEConfig().routers, case.router))
+    return MoE(case.experts, case.expert_width, case.top_k, router, case.activation, **options)
+
+
+def router_inputs(case: Case) -> RouterInputs:
+    """Random token ids, in training."""
+    return RouterInputs(token_ids=jax.random.randint(jax.random.key(1), (case.tokens,), 0, VOCABULARY), train=True)
 
 
 def one_hot_layer(case: Case, params: dict, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Capacity by one-hot tensors [T, E, C] (GShard, arXiv:2006.16668), as most layers of einsums do it."""
     experts = case.experts
-    router = make_layer(case).router or TopK(experts, case.top_k)
-    choice, losses, _ = router.apply({"params": params["router"]}, x, RouterInputs())
+    choice, losses, _ = make_layer(case).router.apply({"params": params["router"]}, x, RouterInputs())
     capacity = slots_per_expert(CAPACITY_FACTOR, x.shape[0], case.top_k, experts)
     chosen = jax.nn.one_hot(choice.expert_ids, experts, dtype=jnp.int32)  # [T, K, E]; E, no expert: zeros
     position = jnp.cumsum(chosen.reshape(-1, experts), axis=0).reshape(chosen.shape) * chosen - 1
@@ -121,7 +151,7 @@ def one_hot_layer(case: Case, params: dict, x: jax.Array) -> tuple[jax.Array, ja
         slot = jax.nn.one_hot(position[:, k], capacity, dtype=x.dtype)  # [T, E, C]; beyond C: zeros
         combine += choice.gates[:, k, None, None].astype(x.dtype) * slot
     rows = jnp.einsum("TEC,TD->ECD", (combine > 0).astype(x.dtype), x)
-    rows = slots_ffn(rows, params["experts"], activation=ACTIVATION)
+    rows = slots_ffn(rows, params["experts"], activation=case.activation)
     return jnp.einsum("TEC,ECD->TD", combine, rows), losses["balance"]
 
 
@@ -135,28 +165,29 @@ def make_inputs(case: Case) -> tuple[dict, dict, jax.Array]:
     """(parameters of the routed layer, of the dense layer, x [T, D]); experts and dense in the case's dtype."""
     routed, dense, data = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(data, (case.tokens, case.width), case.dtype)
-    params = nn.meta.unbox(jax.jit(make_layer(case).init)(routed, x)["params"])
+    params = nn.meta.unbox(jax.jit(functools.partial(make_layer(case).init, inputs=router_inputs(case)))(routed, x)["params"])
     cast = functools.partial(jax.tree.map, lambda w: w.astype(case.dtype))
-    params = {"router": params["router"], "experts": cast(params["experts"])}
+    params = {"router": params.get("router", {}), "experts": cast(params["experts"])}
     init = jax.jit(dense_layer(case).init)
     return params, cast(nn.meta.unbox(init(dense, x)["params"])), x
 
 
 def dense_layer(case: Case) -> FeedForward:
     """One feed-forward layer with as many FLOPs as the active experts."""
-    width = round(case.expert_width * case.assignments / case.tokens)
-    return FeedForward(width, ACTIVATION, dtype=jnp.dtype(case.dtype))
+    _, _, hidden, activation, dtype = case.dense_shape
+    return FeedForward(hidden, activation, dtype=jnp.dtype(dtype))
 
 
 def make_apply(case: Case, backend: str) -> Apply:
     """The layer `backend` of a case as a function of its parameters and x."""
 
     def routed(options):
-        layer = make_layer(case, **options)
+        layer, inputs = make_layer(case, **options), router_inputs(case)
+        state = layer.init(jax.random.key(0), jnp.zeros((case.tokens, case.width), case.dtype), inputs).get("router_state", {})
 
         def apply(params, x):
-            y, aux = layer.apply({"params": params}, x, train=True)
-            return y, aux.losses["balance"]
+            y, aux = layer.apply({"params": params, "router_state": state}, x, inputs)
+            return y, aux.losses.get("balance", jnp.zeros(()))
 
         return apply
 
@@ -164,13 +195,13 @@ def make_apply(case: Case, backend: str) -> Apply:
         """Rows cut into E equal groups as they lie: the products without routing or moving."""
         capacity = -(-case.assignments // case.experts)
         rows = jnp.resize(x, (case.experts, capacity, case.width))
-        y = slots_ffn(rows, params["experts"], activation=ACTIVATION)
+        y = slots_ffn(rows, params["experts"], activation=case.activation)
         return y, jnp.zeros(())
 
     def grouped(params, x):
         rows = jnp.resize(x, (case.assignments, case.width))
         sizes = jnp.asarray(group_sizes(case))
-        return expert_ffn(rows, params["experts"], sizes, activation=ACTIVATION), jnp.zeros(())
+        return expert_ffn(rows, params["experts"], sizes, activation=case.activation), jnp.zeros(())
 
     return {
         "dense": lambda params, x: (dense_layer(case).apply({"params": params}, x), jnp.zeros(())),
@@ -252,10 +283,12 @@ def measure(cases: Iterable[Case], rounds: int, progress: bool = True) -> list[d
         label = f"{'+'.join(case.name for case in cases)} {kind}"
         times, errors = timing.interleaved(functions, rounds, label, progress)
         for case in cases:
-            base = times.get((case.name, "dense"))
+            alike = [other.name for other in cases if other.dense_shape == case.dense_shape]
+            base = [ms for name in alike for ms in times.get((name, "dense"), ())]
             for backend in case.backends:
                 key = case.name, backend
-                rows.append(make_row(case, backend, kind, times.get(key), base, errors.get(key)))
+                own = base if backend == "dense" else times.get(key)
+                rows.append(make_row(case, backend, kind, own, base, errors.get(key)))
     return rows
 
 

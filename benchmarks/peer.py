@@ -28,7 +28,7 @@ from moe_jax.config import OptimizerConfig  # noqa: E402
 from moe_jax.layers.ffn import FeedForward  # noqa: E402
 from moe_jax.layers.peer import PEER  # noqa: E402
 from moe_jax.ops.retrieval import BACKENDS, retrieve, row_sink  # noqa: E402
-from moe_jax.ops.row_gradient import RowGradient, sort_rows, squared_norm  # noqa: E402
+from moe_jax.ops.row_gradient import RowGradient, join_rows, squared_norm  # noqa: E402
 from moe_jax.study import timing  # noqa: E402
 from moe_jax.train.row_update import RowAdamState, init_rows, update_rows  # noqa: E402
 
@@ -114,7 +114,7 @@ def make_step(case: Case, backend: str):
         loss = lambda *args: (lambda y, ids: (jnp.sum(y * d_y), (y, ids)))(*apply(*args))
         (d_dense, d_table), (y, ids) = jax.grad(loss, wanted, has_aux=True)(state["dense"], table, sink, x)
         if backend == "rows":
-            d_table = sort_rows(RowGradient(ids, *d_table), case.experts)
+            d_table = join_rows(RowGradient(ids, *d_table), case.experts)
             squares = squared_norm(d_table, case.experts)
         else:
             squares = jnp.sum(jnp.square(d_table))

@@ -50,18 +50,29 @@ def moe_layer(result: dict) -> str:
     rows = {(row["case"], row["backend"]): row for row in result["rows"]}
     passes = list(dict.fromkeys(case.partition("/")[2] for case, _ in rows if "/" in case))
     parts = [f"{conditions(result['environment'])}. Milliseconds (ratio to dense), medians of interleaved runs."]
-    cases = {name: case for name, case in result["cases"].items() if name not in SECOND}
-    same = sizes(next(iter(cases.values()), None), cases.values())
-    for kind in passes if cases else ():
-        columns = {name: f"{name}/{kind}" for name in cases}
-        used = [b for b in BACKENDS if any((column, b) in rows for column in columns.values())]
-        titles = [f"E={case['experts']}" + ("" if same else f", {sizes(case)}") for case in cases.values()]
-        lines = [[f"{kind}, {same}" if same else kind, *titles], ["---"] * (1 + len(cases))]
-        lines += [[BACKENDS[b], *(cell(rows.get((column, b))) for column in columns.values())] for b in used]
-        parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    shown = {name: case for name, case in result["cases"].items() if name not in SECOND}
+    by_activation = {}
+    for name, case in shown.items():
+        by_activation.setdefault(case.get("activation"), {})[name] = case
+    parts += [columns(kind, cases, rows) for cases in by_activation.values() for kind in passes]
     notes = [second(rows, passes, result["cases"])] if SECOND[0] in result["cases"] else []
     notes += [ceiling(row) for row in result["rows"] if row["case"].startswith("ceiling")]
     return "\n\n".join(parts + [" ".join(notes)] if notes else parts)
+
+
+def columns(kind: str, cases: dict, rows: dict) -> str:
+    """The table of one pass, a column for each case."""
+    names = {name: f"{name}/{kind}" for name in cases}
+    used = [b for b in BACKENDS if any((column, b) in rows for column in names.values())]
+    same = sizes(next(iter(cases.values())), cases.values())
+
+    def title(case):
+        router = case.get("router", "top_k")
+        return ", ".join([f"E={case['experts']}", *[router] * (router != "top_k"), *[sizes(case)] * (not same)])
+
+    lines = [[f"{kind}, {same}" if same else kind, *map(title, cases.values())], ["---"] * (1 + len(cases))]
+    lines += [[BACKENDS[b], *(cell(rows.get((column, b))) for column in names.values())] for b in used]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def sizes(case: dict | None, others: Iterable[dict] = ()) -> str:
@@ -69,6 +80,7 @@ def sizes(case: dict | None, others: Iterable[dict] = ()) -> str:
     if case is None:
         return ""
     text = "K={top_k}, T={tokens} D={width} F={expert_width}, {dtype}".format(**case)
+    text += ", swiglu" if case.get("activation") == "swiglu" else ""
     return text if all(sizes(other) == text for other in others) else ""
 
 

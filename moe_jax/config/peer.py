@@ -52,9 +52,9 @@ class PeerConfig:
     )
     backend: str = field(
         "auto",
-        "What fetches and sums the experts; auto: the best of the platform. On others the kernels triton (NVIDIA) "
-        "and mosaic (TPU) are interpreted, slowly.",
-        choices=("auto", "blocks", "triton", "mosaic"),
+        "What fetches and sums the experts; auto: the best of the platform and of the pool's size; dense: products with all "
+        "experts, for small pools. The kernels triton (NVIDIA) and mosaic (TPU) are interpreted elsewhere, slowly.",
+        choices=("auto", "blocks", "dense", "triton", "mosaic"),
         role="rounding",
     )
 

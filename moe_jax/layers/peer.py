@@ -164,9 +164,10 @@ class PEER(nn.Module):
         if compat.inside_shard_map(mesh):
             return BACKENDS["blocks"]
         if mesh is None or mesh.size == 1:
-            return BACKENDS[resolve_backend(self.backend, width, dtype)]
+            return BACKENDS[resolve_backend(self.backend, width, dtype, self.experts, self.heads * self.top_k)]
         shards, total = compat.axis_size(mesh, AXIS), width if self.split == "width" else self.experts
         if total % shards:
             raise ValueError(f"PEER with split={self.split!r}: {shards} shards do not divide {total}; use other sizes")
         local_width = width // shards if self.split == "width" else width
-        return sharded_passes(mesh, mesh_spec(mesh, POOL_AXES[self.split]), resolve_backend(self.backend, local_width, dtype))
+        backend = resolve_backend(self.backend, local_width, dtype, self.experts, self.heads * self.top_k)
+        return sharded_passes(mesh, mesh_spec(mesh, POOL_AXES[self.split]), backend)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import compat
+from moe_jax.ops.column_top_k import column_top_k, fits
 from moe_jax.ops.precision import standard_promotion
 
 # Of both halves' scores that lie in memory at once.
@@ -40,10 +41,22 @@ def product_search(queries: jax.Array, keys: jax.Array, top_k: int) -> tuple[jax
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _search(queries, keys, top_k, blocks):
     """queries [T, 2, half], keys [2, n, half] -> (scores [T, K], ids [T, K])."""
-    search = lambda queries: product_top_k(*(_dot(queries[:, half], keys[half].T) for half in (0, 1)), top_k)
+    if fits(keys.shape[1], top_k, queries.dtype):
+        search = lambda queries: _search_columns(queries, keys, top_k)
+    else:
+        search = lambda queries: product_top_k(*(_dot(queries[:, half], keys[half].T) for half in (0, 1)), top_k)
     if blocks == 1:
         return search(queries)
     return tuple(_join(a, len(queries)) for a in jax.lax.map(search, _split(queries, blocks)))
+
+
+def _search_columns(queries, keys, top_k):
+    """`product_top_k` of one block, with the scores of all queries side by side."""
+    n = keys.shape[1]
+    places = jnp.arange(n, dtype=jnp.int32)[:, None]
+    best = [column_top_k(_dot(keys[half], queries[:, half].T), places, top_k) for half in (0, 1)]
+    scores, ids = column_top_k(*_pairs(*best, n, 0), top_k)
+    return scores.T, ids.T
 
 
 def _search_forward(queries, keys, top_k, blocks):
@@ -135,8 +148,17 @@ def product_top_k(scores_1: jax.Array, scores_2: jax.Array, top_k: int) -> tuple
     # which takes 13 times as long on a CPU.
     halves = jax.lax.top_k(scores_1, top_k), jax.lax.top_k(scores_2, top_k)
     (best_1, i), (best_2, j) = jax.lax.optimization_barrier(halves)
-    pairs = [(slice(a, a + 1), slice(top_k // (a + 1))) for a in range(top_k)]
-    sums = jnp.concatenate([best_1[..., a] + best_2[..., b] for a, b in pairs], axis=-1)
-    ids = jnp.concatenate([i[..., a] * n + j[..., b] for a, b in pairs], axis=-1)
+    sums, ids = _pairs((best_1, i), (best_2, j), n, -1)
     scores, winners = jax.lax.top_k(sums, top_k)
     return scores, jnp.take_along_axis(ids, winners, axis=-1)
+
+
+def _pairs(best_1, best_2, n, axis):
+    """(sums, ids) of the pairs that can win, along `axis`, from (scores, ids) of each half's winners in descending order."""
+    (scores_1, i), (scores_2, j) = best_1, best_2
+    top_k = scores_1.shape[axis]
+    part = lambda array, start, stop: jax.lax.slice_in_dim(array, start, stop, axis=axis)
+    pairs = [(a, top_k // (a + 1)) for a in range(top_k)]
+    sums = [part(scores_1, a, a + 1) + part(scores_2, 0, until) for a, until in pairs]
+    ids = [part(i, a, a + 1) * n + part(j, 0, until) for a, until in pairs]
+    return jnp.concatenate(sums, axis), jnp.concatenate(ids, axis)

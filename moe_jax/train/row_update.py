@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from moe_jax import compat
 from moe_jax.config import OptimizerConfig
-from moe_jax.ops.row_gradient import RowGradient, RowSink, SortedRows, fold_rows
+from moe_jax.ops.row_gradient import RowGradient, RowSink, SortedRows, WholeRows, fold_rows
 from moe_jax.train.optimizer import epsilon, group_settings
 
 
@@ -85,7 +85,7 @@ def update_rows(
     path: str,
     table: jax.Array,
     state: RowState,
-    rows: SortedRows,
+    rows: SortedRows | WholeRows,
     rate: jax.Array,
     factor: jax.Array | float = 1.0,
 ) -> tuple[jax.Array, RowState]:
@@ -99,7 +99,7 @@ def update_rows(
       config: `row_optimizer`, and Adam's constants.
       path: of the table, for its parameter group.
       table, state: from `init_rows`.
-      rows: the gradient, from `sort_rows(row_gradient(...), row_count(table))`.
+      rows: the gradient, from `join_rows(row_gradient(...), row_count(table))`.
       rate: the step's learning rate.
       factor: multiplies the gradient.
 
@@ -110,16 +110,24 @@ def update_rows(
     decay = max(decay, 0.0)  # a table's rows are looked up, not multiplied: they have none unless their group asks for it
     direction = _adagrad if config.row_optimizer == "adagrad" else _adam
 
-    def step(carry, ids, sums):
+    def move(carry, sums, at, put):
         table, state = carry
-        at = lambda array: array.at[ids].get(mode="clip")  # what ids past the table get is not written
-        put = lambda array, value: array.at[ids].set(value.astype(array.dtype), mode="drop", unique_indices=True)
         old = at(table)
         update, state = direction(config, state, factor * sums, at, put)
         return put(table, old - rate * scale * (update + decay * old if decay else update)), state
 
+    def step(carry, ids, sums):
+        at = lambda array: array.at[ids].get(mode="clip")  # what ids past the table get is not written
+        put = lambda array, value: array.at[ids].set(value.astype(array.dtype), mode="drop", unique_indices=True)
+        return move(carry, sums, at, put)
+
     shaped = jax.tree.map(lambda a: flat(a) if a.shape == table.shape else a.reshape(-1), state)
-    new, shaped = fold_rows(step, (flat(table), shaped), rows)
+    if isinstance(rows, WholeRows):
+        of_row = lambda array: rows.touched.reshape(-1, *[1] * (array.ndim - 1))
+        put = lambda array, value: jnp.where(of_row(array), value.astype(array.dtype), array)
+        new, shaped = move((flat(table), shaped), rows.rows, lambda array: array, put)
+    else:
+        new, shaped = fold_rows(step, (flat(table), shaped), rows)
     return new.reshape(table.shape), jax.tree.map(lambda a, old: a.reshape(old.shape), shaped, state)
 
 

@@ -13,7 +13,7 @@ from moe_jax.config.blocks import RETRIEVING, distinct_layers
 from moe_jax.models.decoder import row_sinks, sink_tables
 from moe_jax.models.losses import cross_entropy
 from moe_jax.models.places import pool_path, stacked_places
-from moe_jax.ops.row_gradient import SortedRows, sort_rows, squared_norm
+from moe_jax.ops.row_gradient import SortedRows, WholeRows, join_rows, squared_norm
 from moe_jax.parallel.rules import batch_sharding, replicated
 from moe_jax.routing import ROUTERS
 from moe_jax.train.frozen import frozen_by_routers, keep_frozen, keep_frozen_moments
@@ -35,10 +35,10 @@ def _split_microbatches(batch: Batch, parts: int) -> Batch:
 
 
 class Gradients(NamedTuple):
-    """Of a whole batch. dense: a tree, of the parameters with dense gradients. rows: {path: SortedRows} of the tables."""
+    """Of a whole batch. dense: a tree, of the parameters with dense gradients. rows: {path: rows} of the tables."""
 
     dense: Any
-    rows: dict[str, SortedRows]
+    rows: dict[str, SortedRows | WholeRows]
 
 
 class Totals(NamedTuple):
@@ -125,7 +125,7 @@ def _learned_sinks(config: Config, tables: dict[str, jax.Array], tokens: int) ->
     return flax.traverse_util.unflatten_dict({p: s for p, s in sinks.items() if table_of[p] in tables}, sep="/")
 
 
-def _row_gradients(config: Config, tables: dict[str, jax.Array], ids: Any, d_sinks: Any) -> dict[str, SortedRows]:
+def _row_gradients(config: Config, tables: dict[str, jax.Array], ids: Any, d_sinks: Any) -> dict[str, SortedRows | WholeRows]:
     """{path of a table: its gradient}, from the row ids and gradients of all sinks, with an axis of microbatches."""
     ids, d_sinks = (flax.traverse_util.flatten_dict(tree, sep="/") for tree in (ids, d_sinks))
     table_of, of_table = sink_tables(config.model), {}
@@ -135,7 +135,7 @@ def _row_gradients(config: Config, tables: dict[str, jax.Array], ids: Any, d_sin
         by_width = "expert" if split.get(table, config.model.peer.split) == "width" else ""
         of_table.setdefault(table, []).append(row_gradient(tables[table], ids[sink], d_sink, by_width))
     joined = {path: jax.tree.map(lambda *a: jnp.concatenate(a), *several) for path, several in of_table.items()}
-    return {path: sort_rows(rows, row_count(tables[path])) for path, rows in joined.items()}
+    return {path: join_rows(rows, row_count(tables[path])) for path, rows in joined.items()}
 
 
 def gradient_norm(gradients: Gradients, tables: dict[str, jax.Array]) -> jax.Array:

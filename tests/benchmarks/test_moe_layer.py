@@ -1,5 +1,6 @@
 """The layers that are timed compute the same thing, and rows become the README's table. No times are checked."""
 
+import dataclasses
 import json
 
 import jax
@@ -51,6 +52,17 @@ def test_layers_agree(monkeypatch):
         for left, right in zip(jax.tree.leaves(out[a]), jax.tree.leaves(out[b])):
             np.testing.assert_allclose(left, right, atol=1e-4 * np.abs(right).max())
     assert np.any(out["dropless"][0] != 0, axis=-1).all() and not np.any(out["capacity"][0] != 0, axis=-1).all()
+
+
+def test_cases_of_one_dense_shape_share_its_times():
+    """Of a hash, whose layer has no loss and no parameters of the router, and of top-2 with half the width."""
+    hashed = dataclasses.replace(TINY, name="hash", expert_width=32, top_k=1, second=1, router="hash", activation="swiglu")
+    top2 = dataclasses.replace(TINY, name="top2", second=1, activation="swiglu", backends=("dense", "dropless"))
+    rows = moe_layer.measure([dataclasses.replace(hashed, backends=("dense", "dropless")), top2], 1, progress=False)
+    dense = [row for row in rows if row["backend"] == "dense" and row["case"].endswith("/forward")]
+    assert dense[0]["ms"] == dense[1]["ms"] and [row["runs"] for row in dense] == [2, 2]
+    assert all("error" not in row and row["gflop"] == pytest.approx(dense[0]["gflop"]) for row in rows[:4])
+    assert dense[0]["gflop"] == pytest.approx(6 * 64 * 8 * 32 / 1e9)
 
 
 def test_second_expert_for_some():
@@ -130,6 +142,8 @@ def test_columns_of_different_sizes():
     text = table.render([result, result])
     assert "| forward | E=4, K=1, T=64 D=8 F=16, float32 | E=8, K=1, T=64 D=32 F=16, float32 |" in text
     assert text.count("CPU: A processor") == 2
+    result["cases"]["e8"] |= {"activation": "swiglu", "router": "hash"}
+    assert "\n\n| forward, K=1, T=64 D=32 F=16, float32, swiglu | E=8, hash |" in table.render([result])
     assert table.render([]) == "CPU, NVIDIA GPU, TPU: not measured."
 
 

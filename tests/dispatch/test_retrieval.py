@@ -22,17 +22,19 @@ def error(a, b):
 
 
 @pytest.mark.parametrize(
-    "mesh, activation, split, tokens",
+    "mesh, activation, split, tokens, backend",
     [
-        ("expert=8", "gelu", "width", 16),
-        ("data=2,expert=4", "swiglu", "width", 21),
-        ("data=2,expert=4", None, "width", 21),
-        ("expert=8", "swiglu", "experts", 21),
-        ("data=2,expert=4", None, "experts", 16),
-        ("data=8", "gelu", "experts", 21),
+        ("expert=8", "gelu", "width", 16, "blocks"),
+        ("data=2,expert=4", "swiglu", "width", 21, "dense"),
+        ("expert=8", "gelu", "experts", 21, "dense"),
+        ("data=2,expert=4", "swiglu", "width", 21, "blocks"),
+        ("data=2,expert=4", None, "width", 21, "blocks"),
+        ("expert=8", "swiglu", "experts", 21, "blocks"),
+        ("data=2,expert=4", None, "experts", 16, "blocks"),
+        ("data=8", "gelu", "experts", 21, "blocks"),
     ],
 )
-def test_eight_devices_are_one(mesh, activation, split, tokens):
+def test_eight_devices_are_one(mesh, activation, split, tokens, backend):
     """Value and every gradient, that of the pool in both forms; some places of some tokens hold no expert."""
     keys = jax.random.split(jax.random.key(tokens), 5)
     rows = rows_of_expert(activation)
@@ -50,7 +52,7 @@ def test_eight_devices_are_one(mesh, activation, split, tokens):
 
     names, sizes = MESHES[mesh]
     with jax.set_mesh(compat.make_mesh(jax.devices()[:8], names, sizes)):
-        passes = {"passes": sharded_passes(compat.current_mesh(), table_spec(split))}
+        passes = {"passes": sharded_passes(compat.current_mesh(), table_spec(split), backend)}
         for form in (None, sink):
             ours, expected = run(passes, form), run({}, form)
             for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected)):

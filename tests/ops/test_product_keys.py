@@ -105,3 +105,28 @@ def test_a_search_in_blocks_under_a_checked_shard_map(monkeypatch):
     )
     for a, b in zip(jax.jit(mapped)(queries, table, d_scores), of_search(search_whole, queries, table, d_scores)):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("devices, own", [(1, True), (8, False)])
+def test_float32_finds_the_experts_that_float64_finds(devices, own):
+    """The search of a CPU in one precision, beside all n*n experts in the other; also with queries that tie all of them."""
+    tokens, heads, half, n, top_k = 16, 3, 4, 11, 5
+    keys = jax.random.split(jax.random.key(0), 3)
+    queries = jax.random.normal(keys[0], (tokens, heads, 2, half)).at[0].set(0)
+    table = jax.random.normal(keys[1], (*[heads] * own, 2, n, half))
+    d_scores = jax.random.normal(keys[2], (tokens, heads, top_k))
+    with jax.set_mesh(compat.make_mesh(jax.devices()[:devices], ("data",), (devices,))):
+        place = jax.jit(lambda a: compat.constrain(a, ("data",), (), (), ()))
+        ours = jax.jit(lambda *args: of_search(product_search, *args))(place(queries), table, d_scores)
+    with jax.enable_x64():
+        wide = [jnp.asarray(np.asarray(a), jnp.float64) for a in (queries, table, d_scores)]
+        halves = jnp.einsum("thpd,hpnd->pthn", wide[0], jnp.broadcast_to(wide[1], (heads, 2, n, half)))
+        sums = np.asarray(halves[0][..., :, None] + halves[1][..., None, :]).reshape(tokens, heads, n * n)
+        best, chosen = jax.lax.top_k(sums, top_k)
+        expected = of_search(search_whole, *wide)
+    np.testing.assert_array_equal(ours[1], chosen)
+    np.testing.assert_allclose(ours[0], best, rtol=0, atol=2e-6)
+    assert all(len(set(row)) == top_k for row in np.asarray(ours[1]).reshape(-1, top_k).tolist())
+    # The tied token's ids are others there: only its share of the queries' gradient, of the keys' none, depends on them.
+    np.testing.assert_allclose(ours[2][1:], expected[2][1:], rtol=0, atol=5e-6)
+    np.testing.assert_allclose(ours[3], expected[3], rtol=0, atol=5e-6)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moe_jax.ops.activations import activate
-from moe_jax.ops.retrieval import blocks, retrieve, row_sink, rows_of_expert
+from moe_jax.ops.retrieval import BACKENDS, blocks, dense, retrieve, row_sink, rows_of_expert
 from moe_jax.ops.row_gradient import RowGradient, dense_rows
 
 N, T, R, D = 30, 11, 6, 8
@@ -36,12 +36,13 @@ def error(a, b):
     return np.max(np.abs(a - b)) / np.max(np.abs(b))
 
 
-@pytest.mark.parametrize("block", [3, 100])
+@pytest.mark.parametrize("backend, block", [("blocks", 3), ("blocks", 100), ("dense", 3)])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_value_and_gradients_equal_all_experts(monkeypatch, activation, block):
+def test_value_and_gradients_equal_all_experts(monkeypatch, activation, backend, block):
     with jax.enable_x64():
         args, d_y = make(activation)
         monkeypatch.setitem(blocks.BLOCK_BYTES, "cpu", block * R * args[3][0].size * 8)
+        monkeypatch.setitem(dense.BLOCK_BYTES, "cpu", block * N * 4)
 
         def run(f):
             def loss(x, gates, table):
@@ -51,7 +52,7 @@ def test_value_and_gradients_equal_all_experts(monkeypatch, activation, block):
             (_, y), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(args[0], *args[2:])
             return y, *grads
 
-        ours = run(functools.partial(retrieve, activation=activation))
+        ours = run(functools.partial(retrieve, activation=activation, passes=BACKENDS[backend]))
         expected = run(functools.partial(brute_force, activation))
         for a, b in zip(ours[:2] if activation else ours[:1], expected):
             assert error(a, b) < 1e-13

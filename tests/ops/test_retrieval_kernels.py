@@ -213,10 +213,13 @@ def test_the_platform_chooses(monkeypatch):
     for platform, expected in (("cpu", "blocks"), ("gpu", "triton"), ("cuda", "triton"), ("tpu", "mosaic")):
         monkeypatch.setattr(compat, "target_platform", lambda platform=platform: platform)
         assert resolve_backend(None, 256) == resolve_backend("auto", 256) == expected
+        small = resolve_backend(None, 256, jnp.float32, 16 * 32, 32), resolve_backend(None, 256, jnp.float32, 16 * 32 + 1, 32)
+        assert small == ("dense" if platform == "cpu" else expected, expected)
+        assert resolve_backend(None, 256, jnp.float64, 9, 32) == "blocks"
     assert resolve_backend(None, 96) == "blocks" and resolve_backend("triton", 96) == "triton"
     monkeypatch.setattr(compat, "target_platform", lambda: "gpu")
     assert resolve_backend(None, 256, jnp.bfloat16) == "triton" and resolve_backend(None, 256, jnp.float64) == "blocks"
-    with pytest.raises(ValueError, match="retrieval backend='cuda': one of blocks, triton, mosaic, auto"):
+    with pytest.raises(ValueError, match="retrieval backend='cuda': one of blocks, dense, triton, mosaic, auto"):
         resolve_backend("cuda", 96)
 
 

@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 
 from moe_jax.ops import row_gradient
-from moe_jax.ops.row_gradient import RowGradient, dense_rows, fold_rows, sort_rows, squared_norm, stable_order
+from moe_jax.ops.row_gradient import (
+    RowGradient,
+    SortedRows,
+    WholeRows,
+    dense_rows,
+    fold_rows,
+    join_rows,
+    sort_rows,
+    squared_norm,
+    stable_order,
+)
 
 N, T, R, M, D = 20, 13, 4, 2, 3
 IDS = {
@@ -31,10 +41,11 @@ def reference(gradient):
     return table
 
 
-@pytest.mark.parametrize("block", [1, 5, 1000])
+@pytest.mark.parametrize("block, call", [(1, 1000), (5, 4), (1000, 3), (1000, 1000)])
 @pytest.mark.parametrize("kind", IDS)
-def test_equals_a_loop_over_all_pairs(monkeypatch, kind, block):
+def test_equals_a_loop_over_all_pairs(monkeypatch, kind, block, call):
     monkeypatch.setitem(row_gradient.BLOCK_BYTES, "cpu", block * M * D * 8)
+    monkeypatch.setitem(row_gradient.CALL_BYTES, "cpu", call * M * D * 8)
     with jax.enable_x64():
         gradient = make(kind, jnp.float64)
         expected = reference(gradient)
@@ -42,6 +53,23 @@ def test_equals_a_loop_over_all_pairs(monkeypatch, kind, block):
         table, norm = jax.jit(lambda g: (dense_rows(g, N), squared_norm(sort_rows(g, N), N)))(gradient)
         np.testing.assert_allclose(table, expected, rtol=0, atol=1e-14)
         np.testing.assert_allclose(norm, (expected**2).sum(), rtol=1e-13)
+
+
+@pytest.mark.parametrize("form", ["products", "sums", "sorted"])
+@pytest.mark.parametrize("kind", IDS)
+def test_all_forms_are_one_gradient(monkeypatch, kind, form):
+    monkeypatch.setitem(row_gradient.WHOLE_PAIRS, "cpu", 10 if form == "sorted" else 2)
+    monkeypatch.setitem(row_gradient.PRODUCT_ROWS, "cpu", N / R if form == "products" else 0)
+    monkeypatch.setattr(row_gradient, "MATRIX_BYTES", 5 * N * 8)  # blocks of 5 tokens
+    with jax.enable_x64():
+        gradient = make(kind, jnp.float64)
+        whole, norm = jax.jit(lambda g: ((rows := join_rows(g, N)), squared_norm(rows, N)))(gradient)
+        expected = reference(gradient)
+        np.testing.assert_allclose(norm, (expected**2).sum(), rtol=1e-13)
+        assert isinstance(whole, SortedRows if form == "sorted" else WholeRows)
+        if form != "sorted":
+            np.testing.assert_allclose(whole.rows, expected, rtol=0, atol=1e-14)
+            np.testing.assert_array_equal(whole.touched, np.isin(np.arange(N), gradient.ids))
 
 
 def test_every_row_comes_once_and_the_other_places_lie_past_the_table(monkeypatch):

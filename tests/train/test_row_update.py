@@ -6,7 +6,8 @@ import optax
 import pytest
 
 from moe_jax.config import ParameterGroup
-from moe_jax.ops.row_gradient import RowGradient, RowSink, dense_rows, sort_rows
+from moe_jax.ops import row_gradient as gradients
+from moe_jax.ops.row_gradient import RowGradient, RowSink, dense_rows, join_rows, sort_rows
 from moe_jax.train.row_update import init_rows, row_gradient, update_rows
 from tests.train.small import make_config
 
@@ -19,14 +20,19 @@ def make(seed, ids=None):
     return RowGradient(ids, jax.random.normal(keys[1], (T, R, M)), jax.random.normal(keys[2], (T, M, D)))
 
 
-def test_adam_of_touched_rows():
+FORMS = {"sorted": 10**6, "whole": 1}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_adam_of_touched_rows(monkeypatch, form):
     """Each row's n-th update is Adam's n-th update of that row alone; rows without a gradient keep their bits."""
+    monkeypatch.setitem(gradients.WHOLE_PAIRS, "cpu", FORMS[form])
     config = make_config(optimizer__groups=(ParameterGroup("pool", 0.5, 0.2),)).optimizer
     table = jax.random.normal(jax.random.key(0), (N, M, D))
     state, expected = init_rows(config, table), np.array(table)
     reference = optax.scale_by_adam(config.b1, config.b2, config.epsilon)
     states = {n: reference.init(table[n]) for n in range(N)}
-    update = jax.jit(lambda t, s, g, f: update_rows(config, "pool", t, s, sort_rows(g, N), 0.1, f))
+    update = jax.jit(lambda t, s, g, f: update_rows(config, "pool", t, s, join_rows(g, N), 0.1, f))
     new = table
     for seed, factor in enumerate((0.7, 0.1, 1.0, 0.3)):  # a constant one would not change Adam's direction
         gradient = make(seed)
@@ -40,7 +46,9 @@ def test_adam_of_touched_rows():
     assert state.count[N - 1] == 0 and state.count.max() == 4
 
 
-def test_adagrad_has_one_number_for_a_row():
+@pytest.mark.parametrize("form", FORMS)
+def test_adagrad_has_one_number_for_a_row(monkeypatch, form):
+    monkeypatch.setitem(gradients.WHOLE_PAIRS, "cpu", FORMS[form])
     config = make_config(optimizer__row_optimizer="adagrad").optimizer
     table = jnp.zeros((N, M, D))
     state = init_rows(config, table)
@@ -48,7 +56,7 @@ def test_adagrad_has_one_number_for_a_row():
     sums, expected = np.zeros(N), np.zeros((N, M, D))
     for seed in range(3):
         gradient = make(seed)
-        table, state = update_rows(config, "pool", table, state, sort_rows(gradient, N), 0.1)
+        table, state = update_rows(config, "pool", table, state, join_rows(gradient, N), 0.1)
         dense = np.asarray(dense_rows(gradient, N))
         sums += (dense**2).mean((1, 2))
         expected -= 0.1 * dense / (np.sqrt(sums)[:, None, None] + 1e-8)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from moe_jax import compat
 from moe_jax.ops.activations import is_gated
 from moe_jax.ops.precision import accumulator, standard_promotion
-from moe_jax.ops.retrieval import blocks, mosaic, triton
+from moe_jax.ops.retrieval import blocks, dense, mosaic, triton
 from moe_jax.ops.row_gradient import RowGradient, RowSink, dense_rows
 
 
@@ -35,15 +35,19 @@ class RetrievalPasses(NamedTuple):
 
 BACKENDS = {
     "blocks": RetrievalPasses(blocks.forward, blocks.backward),
+    "dense": RetrievalPasses(dense.forward, dense.backward),
     "triton": RetrievalPasses(triton.forward, triton.backward),
     "mosaic": RetrievalPasses(mosaic.forward, mosaic.backward),
 }
+# On a CPU a product with all N experts takes less time than fetching R of them while N is at most so many times R.
+DENSE_EXPERTS = 16
 _logged: set[str] = set()
 
 
-def resolve_backend(backend: str | None, width: int, dtype=jnp.float32) -> str:
+def resolve_backend(backend: str | None, width: int, dtype=jnp.float32, experts: int = 0, retrieved: int = 0) -> str:
     """What "auto" or None means for the platform that the program is for (`compat.target_platform`): `triton` on a GPU,
-    `mosaic` on a TPU if the width D that a device has is a multiple of 128; else, and for values of 64 bits, `blocks`.
+    `mosaic` on a TPU if the width D that a device has is a multiple of 128; else, and for values of 64 bits, `blocks`; on a CPU
+    `dense` if a pool is small: of N = `experts`, at most DENSE_EXPERTS times the R = `retrieved` of a token.
 
     Raises:
       ValueError: the backend is unknown.
@@ -51,6 +55,8 @@ def resolve_backend(backend: str | None, width: int, dtype=jnp.float32) -> str:
     if backend in (None, "auto"):
         on_tpu = "blocks" if width % mosaic.LANES else "mosaic"
         backend = {"tpu": on_tpu, "gpu": "triton", "cuda": "triton"}.get(compat.target_platform(), "blocks")
+        if compat.target_platform() == "cpu" and 0 < experts <= DENSE_EXPERTS * retrieved:
+            backend = "dense"
         backend = "blocks" if jnp.dtype(dtype).itemsize > 4 else backend
     if backend not in BACKENDS:
         raise ValueError(f"retrieval backend={backend!r}: one of {', '.join(BACKENDS)}, auto")
@@ -107,7 +113,8 @@ def retrieve(
     if passes is None:
         mesh = compat.current_mesh()
         plain = axes or mesh is not None and mesh.size > 1  # a checked shard_map refuses kernels too
-        passes = BACKENDS["blocks" if plain else resolve_backend(None, x.shape[-1], jnp.result_type(x, table))]
+        sizes = x.shape[-1], jnp.result_type(x, table), table.shape[0], ids.shape[1]
+        passes = BACKENDS["blocks" if plain else resolve_backend(None, *sizes)]
     return _retrieve(*args, sink, activation, passes)
 
 

@@ -1,4 +1,4 @@
-"""Retrieved rows a few tokens at a time, in plain JAX: a block of rows is fetched once and used while it is in the cache."""
+"""Retrieved rows a few tokens at a time, in plain JAX: a block of rows is fetched and used while it is in the cache."""
 
 from collections.abc import Callable
 
@@ -19,21 +19,18 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """(y [T, D], pre-activations [T, R, M-1]), both in the dtype of the gates; see `retrieve`.
 
-    reduce: of shards that have a part of D each: adds [T, R, M-1] up over them. An expert's rows are then fetched one by one.
+    reduce: of shards that have a part of D each: adds [T, R, M-1] up over them.
     """
 
-    def project(x, ids, rows=None):
-        rows = _fetch(table, ids, x, slice(-1)) if rows is None else rows[:, :, :-1]
-        return _dot(rows, x)
+    def project(x, ids):
+        return _dot(_fetch(table, ids, x, slice(-1)), x)
 
-    def combine(x, ids, h, rows=None):
-        rows = _fetch(table, ids, x, slice(-1, None)) if rows is None else rows[:, :, -1:]
-        return _sum(h[..., None], rows)
+    def combine(x, ids, h):
+        return _sum(h[..., None], _fetch(table, ids, x, slice(-1, None)))
 
     def both(x, ids, gates):
-        rows = _fetch(table, ids, x)
-        hidden = project(x, ids, rows)
-        return combine(x, ids, hidden_values(activation, hidden, gates), rows), hidden
+        hidden = project(x, ids)
+        return combine(x, ids, hidden_values(activation, hidden, gates)), hidden
 
     if reduce is None:
         return _over_tokens(both, table, x, ids, gates)
@@ -56,28 +53,20 @@ def backward(
     The vectors that belong to the weights are x, M-1 times, and d_y. reduce: as in `forward`, of [T, R, 1].
     """
 
-    def project(d_y, ids, rows=None):
-        rows = _fetch(table, ids, d_y, slice(-1, None)) if rows is None else rows[:, :, -1:]
-        return _dot(rows, d_y)
+    def project(d_y, ids):
+        return _dot(_fetch(table, ids, d_y, slice(-1, None)), d_y)
 
-    def combine(x, ids, d_hidden, rows=None):
-        rows = _fetch(table, ids, x, slice(-1)) if rows is None else rows[:, :, :-1]
-        return _sum(d_hidden, rows)
-
-    def inner(hidden, gates, d_h):
-        h, vjp = jax.vjp(lambda hidden, gates: hidden_values(activation, hidden, gates), hidden, gates)
-        d_hidden, d_gates = vjp(d_h[..., 0])
-        return d_hidden, d_gates, jnp.concatenate([d_hidden, h[..., None]], axis=-1)
+    def combine(x, ids, d_hidden):
+        return _sum(d_hidden, _fetch(table, ids, x, slice(-1)))
 
     def both(d_y, x, ids, gates, hidden):
-        rows = _fetch(table, ids, d_y)
-        d_hidden, d_gates, weights = inner(hidden, gates, project(d_y, ids, rows))
-        return combine(x, ids, d_hidden, rows), d_gates, weights
+        d_hidden, d_gates, weights = hidden_gradients(activation, hidden, gates, project(d_y, ids))
+        return combine(x, ids, d_hidden), d_gates, weights
 
     d_y = d_y.astype(x.dtype)
     if reduce is None:
         return _over_tokens(both, table, d_y, x, ids, gates, hidden)
-    d_hidden, d_gates, weights = inner(hidden, gates, reduce(_over_tokens(project, table, d_y, ids)))
+    d_hidden, d_gates, weights = hidden_gradients(activation, hidden, gates, reduce(_over_tokens(project, table, d_y, ids)))
     return _over_tokens(combine, table, x, ids, d_hidden), d_gates, weights
 
 
@@ -89,14 +78,21 @@ def hidden_values(activation: str | None, hidden: jax.Array, gates: jax.Array) -
     return gates * activate(activation, hidden[..., 0], gate)
 
 
-def _fetch(table, ids, like, which=slice(None)):
-    """[T, R, m, D] rows in the dtype of `like`, those of `which` alone."""
-    get = lambda *index: table.at[index].get(mode="clip").astype(like.dtype)
-    if which == slice(None):
-        return get(ids)
-    # One gather for each: a slice of the table would be a copy of it.
-    rows = [get(ids, m) for m in range(table.shape[1])[which]]
-    return jnp.stack(rows, axis=2) if rows else jnp.zeros((*ids.shape, 0, table.shape[2]), like.dtype)
+def hidden_gradients(
+    activation: str | None, hidden: jax.Array, gates: jax.Array, d_h: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(d_hidden [T, R, M-1], d_gates [T, R], weights [T, R, M] of the table's gradient) from that of h, [T, R, 1]."""
+    h, vjp = jax.vjp(lambda hidden, gates: hidden_values(activation, hidden, gates), hidden, gates)
+    d_hidden, d_gates = vjp(d_h[..., 0])
+    return d_hidden, d_gates, jnp.concatenate([d_hidden, h[..., None]], axis=-1)
+
+
+def _fetch(table, ids, like, which):
+    """[T, R, m, D], those of an expert's rows in the slice `which`, in the dtype of `like`."""
+    if not range(table.shape[1])[which]:
+        return jnp.zeros((*ids.shape, 0, table.shape[2]), like.dtype)
+    # A gather of each part that is used: all rows in one would be cut apart again, which copies them.
+    return table.at[ids, which].get(mode="clip").astype(like.dtype)
 
 
 def _dot(rows, x):
@@ -111,9 +107,14 @@ def _sum(h, rows):
 
 def _over_tokens(block, table, *arrays):
     """`block` of all arrays [T, ...], so many tokens at a time that the rows of a block are about BLOCK_BYTES."""
-    (_, m, d), tokens, retrieved = table.shape, arrays[0].shape[0], arrays[-1].shape[1]
-    size = compat.for_platform(BLOCK_BYTES)
-    size = max(1, size // (retrieved * m * d * arrays[0].dtype.itemsize))
+    (_, m, d), retrieved = table.shape, arrays[-1].shape[1]
+    size = compat.for_platform(BLOCK_BYTES) // (retrieved * m * d * arrays[0].dtype.itemsize)
+    return over_tokens(block, size, *arrays)
+
+
+def over_tokens(block: Callable, size: int, *arrays: jax.Array):
+    """`block` of all arrays [T, ...], `size` tokens at a time, one at least."""
+    tokens, size = arrays[0].shape[0], max(size, 1)
     if size >= tokens:
         return block(*arrays)
     blocks = -(-tokens // size)
