@@ -14,7 +14,7 @@ from moe_jax.dispatch.filled_slots import run_chosen, run_mixed
 from moe_jax.ops.activations import is_gated
 from moe_jax.ops.expert_ffn import expert_ffn
 from moe_jax.ops.grouped_matmul import BACKENDS, resolve_backend
-from moe_jax.ops.split_experts import split_expert_ffn
+from moe_jax.ops.split_experts import MOST_TOKENS, split_expert_ffn
 from moe_jax.sharding import mesh_axis, mesh_spec
 from moe_jax.types import Assignment, ExpertChoice, SlotMix, TokenChoice
 
@@ -38,8 +38,8 @@ class Experts(nn.Module):
     """E feed-forward networks of width F and the sum of their gated outputs.
 
     Parameters: w_in [E, D, F], w_out [E, F, D], for a gated activation w_gate [E, D, F]; with `use_bias` b_in
-    [E, F], b_gate [E, F], b_out [E, D]. Each may be a tuple of its E parts instead, for decoding: `split_expert_ffn` then runs
-    them, on one device and without gradients. `exchange` and `exchange_buffer` are those of
+    [E, F], b_gate [E, F], b_out [E, D]. Each may be a tuple of its E parts instead, for decoding on one device:
+    `split_expert_ffn` then runs few tokens. `exchange` and `exchange_buffer` are those of
     `moe_jax.dispatch.exchange.run_sharded`.
     """
 
@@ -85,10 +85,12 @@ class Experts(nn.Module):
         weights = self._weights(x.shape[-1])
         if self.is_initializing():
             return jnp.zeros_like(x), {}
-        split = isinstance(weights["w_in"], tuple)
-        if split and not isinstance(choice, TokenChoice):
-            split, weights = False, {name: jnp.stack(weight) for name, weight in weights.items()}
-        weights = jax.tree.map(lambda weight: weight.astype(x.dtype), weights)
+        if isinstance(weights["w_in"], tuple):
+            if isinstance(choice, TokenChoice) and x.shape[0] <= MOST_TOKENS:
+                weights = jax.tree.map(lambda weight: weight.astype(x.dtype), weights)
+                return split_expert_ffn(x, *choice, weights, activation=self.activation).astype(x.dtype), {}
+            weights = {name: jnp.stack(of_experts) for name, of_experts in weights.items()}
+        weights = {name: weight.astype(x.dtype) for name, weight in weights.items()}
 
         if isinstance(choice, ExpertChoice):
             return run_chosen(x, choice, weights, activation=self.activation), {}
@@ -96,13 +98,17 @@ class Experts(nn.Module):
             return run_mixed(x, choice, weights, sequences, activation=self.activation), {}
 
         def run_experts(x, weights, order, gates):
-            options = {"activation": self.activation, "gates": gates, "order": order.order, "inverse": order.inverse}
-            if split:
-                return split_expert_ffn(x, weights, order.group_sizes, **options)
-            return expert_ffn(x, weights, order.group_sizes, backend=self.backend, **options)
+            return expert_ffn(
+                x,
+                weights,
+                order.group_sizes,
+                activation=self.activation,
+                gates=gates,
+                order=order.order,
+                inverse=order.inverse,
+                backend=self.backend,
+            )
 
-        if split:
-            return run_local(x, choice, weights, run_experts), {}
         mesh = compat.current_mesh()
         if mesh is None or mesh.size == 1 or compat.inside_shard_map(mesh):
             if slots is not None:

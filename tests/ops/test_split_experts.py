@@ -5,15 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.dispatch.permute import sort_by_expert
 from moe_jax.ops.activations import ACTIVATIONS, activate, is_gated
-from moe_jax.ops.split_experts import MOST_ROWS, block_rows, split_expert_ffn
+from moe_jax.ops.split_experts import split_expert_ffn
+from tests.compiled import assert_like_reference
 
 D, F, E = 6, 10, 5
 
 
 def make(tokens, k, activation="relu", biases=True):
-    """(x, ids with "no expert" among them and nobody at expert 2, gates, weights by name of E arrays)."""
+    """(x, ids with "no expert" and a virtual one among them and nobody at expert 2, gates, weights by name of E arrays)."""
     rng = np.random.default_rng([tokens, k])
     shapes = {"w_in": (D, F), "w_out": (F, D)} | ({"w_gate": (D, F)} if is_gated(activation) else {})
     if biases:
@@ -23,65 +23,67 @@ def make(tokens, k, activation="relu", biases=True):
     return rng.normal(size=(tokens, D)), ids, rng.random((tokens, k)), weights
 
 
-def run(x, ids, gates, weights, activation):
-    order = sort_by_expert(ids, E)
-    gates = gates.reshape(-1)[order.order]
-    options = {"activation": activation, "gates": gates, "order": order.order, "inverse": order.inverse}
-    return split_expert_ffn(x, weights, order.group_sizes, **options)
+def stacked(weights):
+    return {name: jnp.stack(of_experts) for name, of_experts in weights.items()}
+
+
+def split(weights):
+    return {name: tuple(weight) for name, weight in weights.items()}
 
 
 def slow(x, ids, gates, weights, activation):
-    y = np.zeros_like(x)
+    """Every expert on every token, times its gate or 0."""
+    y = 0.0
     for e in range(E):
-        w = {name: of_experts[e] for name, of_experts in weights.items()}
+        w = {name: weight[e] for name, weight in weights.items()}
         h = {b: x @ w["w_" + b] + w.get("b_" + b, 0) for b in ("in", "gate") if "w_" + b in w}
         out = activate(activation, h["in"], h.get("gate")) @ w["w_out"] + w.get("b_out", 0)
-        y += np.sum(np.where(ids == e, gates, 0), axis=1)[:, None] * out
+        y += jnp.sum(jnp.where(ids == e, gates, 0), axis=1)[:, None] * out
     return y
 
 
-@pytest.mark.parametrize("activation, tokens, k", [*zip(ACTIVATIONS, (1, 1, 8, 70), (1, 3, 2, 2))])
-def test_values(activation, tokens, k):
-    args = make(tokens, k, activation, biases=activation != "gelu")
+@pytest.mark.parametrize("activation, tokens, k", [*zip(ACTIVATIONS, (5, 8, 8, 16), (1, 3, 2, 2))])
+def test_values_and_gradients(activation, tokens, k):
+    """Gradients of the tokens, the gates and every weight; those of an expert without tokens are 0."""
+    x, ids, gates, weights = make(tokens, k, activation, biases=activation != "gelu")
     with jax.enable_x64(True):
-        y = jax.jit(run, static_argnums=4)(*args, activation)
-        assert y.dtype == jnp.float64
-        np.testing.assert_allclose(y, slow(*args, activation), rtol=0, atol=1e-13 * np.abs(y).max())
+        ours = lambda x, gates, w: split_expert_ffn(x, ids, gates, split(w), activation=activation)
+        reference = lambda x, gates, w: slow(x, ids, gates, w, activation)
+        assert_like_reference(ours, reference, x, gates, stacked(weights), limit=1e-12)
 
 
-@pytest.mark.parametrize("expert", [0, E - 1, E])
-def test_all_to_one(expert):
-    """All rows of one expert: more than one block of them."""
-    x, ids, gates, weights = make(40, 2)
-    ids = np.full_like(ids, expert)
+@pytest.mark.parametrize("ids", [[[0]], [[E - 1]], [[E]], [[3, 1, 3]]])
+def test_one_token(ids):
+    """Also at one expert twice: the gates are added."""
+    ids = np.array(ids, np.int32)
+    x, _, gates, weights = make(*ids.shape)
     with jax.enable_x64(True):
-        y = jax.jit(run, static_argnums=4)(x, ids, gates, weights, "relu")
+        y = jax.jit(split_expert_ffn, static_argnames="activation")(x, ids, gates, weights, activation="relu")
         np.testing.assert_allclose(y, slow(x, ids, gates, weights, "relu"), rtol=0, atol=1e-12)
 
 
-def test_tokens_without_an_expert_may_hold_anything():
+def test_tokens_of_others_may_hold_anything():
+    """NaN in a token without an expert reaches no value and no gradient."""
     x, ids, gates, weights = jax.tree.map(lambda a: a.astype(np.float32) if a.dtype == float else a, make(8, 2))
     ids[3] = E
-    clean = jax.jit(run, static_argnums=4)(x, ids, gates, weights, "relu")
+
+    @jax.jit
+    def run(x, gates, weights):
+        loss = lambda *args: (lambda y: (jnp.sum(y**2), y))(split_expert_ffn(args[0], ids, *args[1:], activation="relu"))
+        return jax.grad(loss, (0, 1, 2), has_aux=True)(x, gates, weights)
+
+    clean = jax.device_get(run(x, gates, weights))
     x[3] = np.nan
-    np.testing.assert_array_equal(jax.jit(run, static_argnums=4)(x, ids, gates, weights, "relu"), clean)
-    assert not np.any(clean[3]) and np.all(np.isfinite(clean))
+    for a, b in zip(jax.tree.leaves(run(x, gates, weights)), jax.tree.leaves(clean), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not np.any(clean[1][3]) and np.all(np.isfinite(clean[1]))
 
 
 def test_bfloat16_sums_in_float32():
     x, ids, gates, weights = make(8, 2)
     cast = lambda tree: jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), tree)
-    y = jax.jit(run, static_argnums=4)(cast(x), ids, gates.astype(np.float32), cast(weights), "relu")
+    y = jax.jit(split_expert_ffn, static_argnames="activation")(
+        cast(x), ids, gates.astype(np.float32), cast(weights), activation="relu"
+    )
     expected = slow(x, ids, gates, weights, "relu")
     assert y.dtype == jnp.float32 and np.abs(y - expected).max() <= 0.02 * np.abs(expected).max()
-
-
-def test_gradients_are_refused():
-    x, ids, gates, weights = jax.tree.map(jnp.asarray, make(8, 2))
-    with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):
-        jax.jit(jax.grad(lambda x: jnp.sum(run(x, ids, gates, weights, "relu"))))(x)
-
-
-def test_block_rows():
-    sizes = [(2, 8, 1), (16, 8, 2), (18, 8, 4), (128, 8, 16), (3, 1, 3), (10**6, 8, MOST_ROWS)]
-    assert [block_rows(rows, experts) for rows, experts, _ in sizes] == [size for *_, size in sizes]

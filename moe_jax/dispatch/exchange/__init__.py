@@ -32,7 +32,7 @@ def resolve_exchange(exchange: str | None = None) -> str:
 
 
 def run_local(x: jax.Array, choice: TokenChoice, weights, run_experts: RunExperts) -> jax.Array:
-    """The whole layer on one device: sort, experts, combine. x [T, D] -> [T, D]. `weights` have E entries each."""
+    """The whole layer on one device: sort, experts, combine. x [T, D] -> [T, D]."""
 
     # NumPy arrays cannot be indexed by traced ones.
     x, choice, weights = jax.tree.map(jnp.asarray, (x, choice, weights))
@@ -40,7 +40,7 @@ def run_local(x: jax.Array, choice: TokenChoice, weights, run_experts: RunExpert
     def run_rows(x, order, gates):
         return run_experts(x, weights, order, gates)
 
-    return run_group(x, choice, run_rows, len(weights["w_in"])).astype(x.dtype)
+    return run_group(x, choice, run_rows, weights["w_in"].shape[0]).astype(x.dtype)
 
 
 def run_sharded(
