@@ -43,7 +43,8 @@ def generate(
 ) -> np.ndarray:
     """Continues every prompt by the tokens that the model without a cache would give.
 
-    What a row draws depends on `key`, its index and the position alone, not on the other rows or how many.
+    What a row draws depends on `key`, its index and the position alone, not on the other rows or how many. While it runs, the
+    parameters of the groups are held twice: stacked, and in the form of `models.unstack`.
 
     Args:
       model: such as `Decoder`.

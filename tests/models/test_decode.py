@@ -270,6 +270,9 @@ def test_on_a_mesh(rows, kind):
     placed = jax.device_put(variables, shardings_of(boxed_shapes(model), mesh))
     with jax.set_mesh(mesh):
         np.testing.assert_array_equal(run(placed, PROMPTS[:rows]), expected)
+        unstacked = decode._unstack(decode._Static(model, repr(model)), placed, rows=8 if rows > 1 else 1)
+    weight = unstacked["params"]["stack"]["groups"][0]["block_1"]["moe"]["experts"]["w_in"]
+    assert weight.sharding.spec == compat.PartitionSpec("expert", None, "tensor")
 
 
 def test_refusals():
