@@ -39,7 +39,7 @@ class Experts(nn.Module):
 
     Parameters: w_in [E, D, F], w_out [E, F, D], for a gated activation w_gate [E, D, F]; with `use_bias` b_in
     [E, F], b_gate [E, F], b_out [E, D]. Each may be a tuple of its E parts instead, for decoding on one device:
-    `split_expert_ffn` then runs few tokens. `exchange` and `exchange_buffer` are those of
+    `split_expert_ffn` then runs up to `MOST_TOKENS` tokens. `exchange` and `exchange_buffer` are those of
     `moe_jax.dispatch.exchange.run_sharded`.
     """
 

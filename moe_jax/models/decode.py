@@ -86,14 +86,14 @@ def generate(
     if key is None:
         key = jax.random.key(0)
     static, new_tokens = _Static(model, repr(model)), _rounded(tokens, SHORTEST)
-    unstacked = _unstack(static, variables, rows=batch)
-    logits, cache = _prefill(static, variables, ids, lengths, slots=length + new_tokens, unstacked=is_unstacked(unstacked))
+    variables = _unstack(static, variables, rows=batch)
+    logits, cache = _prefill(static, variables, ids, lengths, slots=length + new_tokens)
     limits = np.int32(tokens), np.int32(end_id)
     greedy = temperature < SMALLEST_TEMPERATURE
     sampling = key, np.float32(1 if greedy else min(temperature, float(np.finfo(np.float32).max))), np.float32(top_p)
     new, _ = _continue(
         static,
-        unstacked,
+        variables,
         logits,
         cache,
         lengths,
@@ -132,8 +132,8 @@ def _unstack(static: _Static, variables, *, rows: int):
     return unstack(static.model.config, variables, rows)
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("slots", "unstacked"))
-def _prefill(static: _Static, variables, ids, lengths, *, slots: int, unstacked: bool):
+@functools.partial(jax.jit, static_argnums=0, static_argnames="slots")
+def _prefill(static: _Static, variables, ids, lengths, *, slots: int):
     """Runs right-padded prompts ids [B, S]: the logits [B, V] after each one's last token, and the cache."""
     model, (batch, length) = static.model, ids.shape
     ids = compat.constrain(ids, compat.BATCH_AXES, ())
@@ -141,7 +141,7 @@ def _prefill(static: _Static, variables, ids, lengths, *, slots: int, unstacked:
     # Padding keeps the last token's position: past the end of a learned table it would be NaN.
     positions = jnp.minimum(index, jnp.maximum(lengths[:, None] - 1, 0))
     segments = (index < lengths[:, None]).astype(jnp.int32)
-    cache = init_stack_cache(model.config, batch, slots, unstacked)
+    cache = init_stack_cache(model.config, batch, slots, is_unstacked(variables))
     out = model.apply(variables, ids, positions, segments, cache=cache)
     last = jnp.maximum(lengths - 1, 0)[:, None, None]
     return _logits(model, jnp.take_along_axis(out.x, last, axis=1)[:, 0], out.table), out.cache

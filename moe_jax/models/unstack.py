@@ -9,24 +9,25 @@ from moe_jax import compat
 from moe_jax.config import ModelConfig
 from moe_jax.config.blocks import parse_pattern
 from moe_jax.models.places import places
-from moe_jax.ops.split_experts import MOST_TOKENS
 
 # The program grows with the blocks, and with the experts that it names: beyond these numbers they stay stacked.
 MOST_BLOCKS = 64
 MOST_EXPERTS = 256
+# With more rows, blocks of sorted ones take as long as experts that stand alone.
+FEW_ROWS = 16
 
 
 def unstack(config: ModelConfig, variables: dict[str, Any], rows: int) -> dict[str, Any]:
     """Variables of a model with `stack/groups` as a tuple of groups; for calls with a cache of that form.
 
-    A loop over groups copies its slice of every stacked array, for every token. On a single CPU, for few rows, the experts'
-    weights are split too: a tuple of E parts each, see `ops.split_experts`. A model of more than `MOST_BLOCKS` blocks stays as
-    it is, as do more than `MOST_EXPERTS` experts of all blocks together.
+    A loop over groups copies its slice of every stacked array, for every token. On a single CPU, for at most `FEW_ROWS` rows,
+    the experts' weights are split too: a tuple of E parts each, see `ops.split_experts`. A model of more than `MOST_BLOCKS`
+    blocks stays as it is, as do more than `MOST_EXPERTS` experts of all blocks together.
 
     Args:
       config: the model's.
       variables: `params`, and `router_state` where the model has one.
-      rows: how many tokens a call will have.
+      rows: B.
     """
     if is_unstacked(variables) or config.layers > MOST_BLOCKS:
         return variables
@@ -38,7 +39,7 @@ def unstack(config: ModelConfig, variables: dict[str, Any], rows: int) -> dict[s
             tree["stack"] = tree["stack"] | {"groups": parts}
     routed, mesh = places(config, "routed"), compat.current_mesh()
     one_cpu = compat.target_platform() == "cpu" and (mesh is None or mesh.size == 1)
-    if one_cpu and rows <= MOST_TOKENS and sum(place.ffn.moe.experts for place in routed) <= MOST_EXPERTS:
+    if one_cpu and rows <= FEW_ROWS and sum(place.ffn.moe.experts for place in routed) <= MOST_EXPERTS:
         for place in routed:
             block = variables["params"]["stack"]
             for key in place.path[:1] if place.group is None else (place.path[0], place.group, place.path[1]):

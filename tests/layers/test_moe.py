@@ -318,15 +318,16 @@ def test_capacity():
     assert aux.stats["dropped"] == 0
 
 
-@pytest.mark.parametrize("tokens, options", [(8, {}), (8, {"eval_capacity": 0.5}), (T, {}), (8, {"router": SoftMoE(E, 1)})])
-def test_weights_in_parts(tokens, options):
+@pytest.mark.parametrize("most, options", [(T, {}), (T, {"eval_capacity": 0.5}), (1, {}), (T, {"router": SoftMoE(E, 1)})])
+def test_weights_in_parts(most, options, monkeypatch):
     """Each weight as a tuple of its experts' parts: few tokens, a capacity, many tokens, other assignments."""
-    params, x, _ = make_params("swiglu", True, tokens)
+    monkeypatch.setattr("moe_jax.layers.experts.MOST_TOKENS", most)
+    params, x, _ = make_params("swiglu", True)
     layer = MoE(E, F, 2, activation="swiglu", use_bias=True, **options)
     if "router" in options:
         params["router"] = nn.unbox(jax.jit(layer.init)(jax.random.key(0), x))["params"]["router"]
     parts = params | {"experts": {name: tuple(weight) for name, weight in params["experts"].items()}}
-    run = jax.jit(lambda params, x: layer.apply({"params": params}, x, RouterInputs(valid=valid_tokens(tokens, True))))
+    run = jax.jit(lambda params, x: layer.apply({"params": params}, x, RouterInputs(valid=valid_tokens(T, True))))
     (y, aux), (expected, same) = run(parts, x), run(params, x)
     assert_errors(y, jax.device_get(expected), FLOAT32)
     chex.assert_trees_all_equal(aux, same)

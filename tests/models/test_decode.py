@@ -136,12 +136,12 @@ def test_the_cache_changes_nothing(name, kind, monkeypatch):
 def test_a_token_copies_no_cache_and_no_weights(rows):
     model, variables = make("groups")
     static = decode._Static(model, "copies")
-    unstacked = decode._unstack(static, variables, rows=rows)
+    variables = decode._unstack(static, variables, rows=rows)
     ids, lengths = np.ones((rows, 16), np.int32), np.full(rows, 16, np.int32)
-    logits, cache = decode._prefill(static, variables, ids, lengths, slots=48, unstacked=True)
+    logits, cache = decode._prefill(static, variables, ids, lengths, slots=48)
     args = lengths, (1, END), (jax.random.key(0), 1.0, 1.0), np.ones((rows, 1), bool)
     options = {"new_tokens": 32, "greedy": True, "nucleus": False}
-    text = decode._continue.lower(static, unstacked, logits, cache, *args, **options).compile().as_text()
+    text = decode._continue.lower(static, variables, logits, cache, *args, **options).compile().as_text()
     loops = text[: text.index("\nENTRY")]
     large = {f"f32[{rows},4,48,8]", "f32[32,32]", "f32[4,32,32]"}
     assert all(shape in text for shape in (f"f32[{rows},4,48,8]", "f32[32,32]"))
