@@ -88,7 +88,8 @@ class Experts(nn.Module):
         if isinstance(weights["w_in"], tuple):
             if isinstance(choice, TokenChoice) and x.shape[0] <= MOST_TOKENS:
                 weights = jax.tree.map(lambda weight: weight.astype(x.dtype), weights)
-                return split_expert_ffn(x, *choice, weights, activation=self.activation).astype(x.dtype), {}
+                with jax.named_scope("experts"):
+                    return split_expert_ffn(x, *choice, weights, activation=self.activation).astype(x.dtype), {}
             weights = {name: jnp.stack(of_experts) for name, of_experts in weights.items()}
         weights = {name: weight.astype(x.dtype) for name, weight in weights.items()}
 

@@ -21,8 +21,8 @@ def unstack(config: ModelConfig, variables: dict[str, Any], rows: int) -> dict[s
     """Variables of a model with `stack/groups` as a tuple of groups; for calls with a cache of that form.
 
     A loop over groups copies its slice of every stacked array, for every token. On a single CPU, for at most `FEW_ROWS` rows,
-    the experts' weights are split too: a tuple of E parts each, see `ops.split_experts`. A model of more than `MOST_BLOCKS`
-    blocks stays as it is, as do more than `MOST_EXPERTS` experts of all blocks together.
+    the experts of layers with the backend "auto" are split too: each weight is a tuple of its E parts, see `ops.split_experts`.
+    A model of more than `MOST_BLOCKS` blocks stays as it is, as do more than `MOST_EXPERTS` experts of all blocks together.
 
     Args:
       config: the model's.
@@ -37,7 +37,7 @@ def unstack(config: ModelConfig, variables: dict[str, Any], rows: int) -> dict[s
         if "groups" in tree.get("stack", {}):
             parts = tuple(jax.tree.map(lambda a, g=g: a[g], tree["stack"]["groups"]) for g in range(groups))
             tree["stack"] = tree["stack"] | {"groups": parts}
-    routed, mesh = places(config, "routed"), compat.current_mesh()
+    routed, mesh = [place for place in places(config, "routed") if place.ffn.moe.backend == "auto"], compat.current_mesh()
     one_cpu = compat.target_platform() == "cpu" and (mesh is None or mesh.size == 1)
     if one_cpu and rows <= FEW_ROWS and sum(place.ffn.moe.experts for place in routed) <= MOST_EXPERTS:
         for place in routed:
