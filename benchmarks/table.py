@@ -166,7 +166,35 @@ def ways(title: str, case: dict, baseline: str, rows: list[dict]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-RENDERERS = {"moe_layer": moe_layer, "peer": peer}
+GENERATE_WAYS = {
+    "routed": "**routed**",
+    "dense": "**dense**",
+    "transformers routed": "transformers, Mixtral",
+    "transformers dense": "transformers, Llama",
+}
+
+
+def generation(result: dict) -> str:
+    """Of `benchmarks/generate.py`: a table of tokens a second for each case, and in brackets the ratio to transformers."""
+    parts = [f"{conditions(result['environment'])}. Tokens a second (ratio to transformers), medians of interleaved calls."]
+    for name, case in result["cases"].items():
+        rows = {(row["backend"], row["batch"]): row["tokens_per_second"] for row in result["rows"] if row["case"] == name}
+        batches = list(dict.fromkeys(batch for _, batch in rows))
+        size = "L={layers} D={width} F={ffn_width} V={vocab}, routed: E={experts} K={top_k} in every block".format(**case)
+        title = f"greedy, {case['tokens']} tokens after {case['prompt']}, {size}"
+        lines = [[title, *(f"batch {batch}" for batch in batches)], ["---"] * (1 + len(batches))]
+        for way, label in GENERATE_WAYS.items():
+            cells = []
+            for batch in batches:
+                rate, other = rows.get((way, batch)), rows.get((f"transformers {way}", batch))
+                ratio = f" ({rate / other:.2f})" if rate and other else ""
+                cells.append(MISSING if rate is None else f"{rate:,.0f}{ratio}")
+            lines.append([label, *cells])
+        parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    return "\n\n".join(parts)
+
+
+RENDERERS = {"moe_layer": moe_layer, "peer": peer, "generate": generation}
 
 
 def replace_section(text: str, section: str, begin: str = BEGIN, end: str = END) -> str:

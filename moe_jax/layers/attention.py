@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moe_jax.layers.attention_kernels import dot_product_attention, segment_mask
+from moe_jax.layers.attention_kernels import cached_attention, dot_product_attention, segment_mask
 from moe_jax.layers.initializers import scaled
 from moe_jax.layers.kv_cache import KVCache, update_cache
 from moe_jax.layers.norms import RMSNorm
@@ -33,8 +33,8 @@ class Attention(nn.Module):
       qkv_bias: biases of the query, key and value projections.
       output_bias: bias of the output projection.
       causal: whether a token sees only those before it.
-      backend: one of `BACKENDS`. Initialisation and calls with a cache always take "xla": a cache of rows
-        with different lengths needs a general mask.
+      backend: one of `BACKENDS`. Initialisation always takes "xla", and calls with a cache `cached_attention`: a cache of
+        rows with different lengths needs a general mask.
       dtype: compute dtype; the result has it.
       param_dtype: dtype of the parameters.
       output_init: factor on the standard deviation with which `w_o` starts.
@@ -77,10 +77,9 @@ class Attention(nn.Module):
         if segment_ids is None:
             segment_ids = jnp.ones(q.shape[:2], jnp.int32)
         cache, slot = update_cache(cache, k, v, segment_ids)
-        earlier = jnp.arange(cache.k.shape[1]) <= slot[:, None, :, None]  # [B, 1, S, M]
+        earlier = jnp.arange(cache.segment_ids.shape[1]) <= slot[:, None, :, None]  # [B, 1, S, M]
         mask = earlier & segment_mask(segment_ids, cache.segment_ids)
-        k, v = cache.k.astype(self.dtype), cache.v.astype(self.dtype)
-        return dot_product_attention(q, k, v, causal=False, mask=mask, backend="xla"), cache
+        return cached_attention(q, cache.k.astype(self.dtype), cache.v.astype(self.dtype), mask), cache
 
     @nn.compact
     def __call__(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from moe_jax import compat
 from moe_jax.compat import BATCH_AXES
+from moe_jax.ops.precision import batched_product
 
 BACKENDS = ("auto", "xla", "cudnn", "splash")
 # With the batch axes, those over which the splash kernel is mapped: the partitioner cannot look into it.
@@ -177,6 +178,30 @@ def dot_product_attention(
     # The library's own masked form is "xla" too: on 2 cores (B=16, S=256, W=32, value and gradient) an einsum
     # written out takes 0.98 of its time at H=G=4 and 1.13 at H=8, G=2.
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation=kind)
+
+
+def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """`dot_product_attention` over a cache, whose heads come before its slots, in plain products.
+
+    On 2 cores, for 64 rows of 144 slots of 4 heads of 64, `jax.nn.dot_product_attention` takes three times as long: it wants
+    the slots before the heads, and then every token moves all of the cache.
+
+    Args:
+      q: [B, S, H, W].
+      k, v: [B, G, M, W]; G divides H.
+      mask: bool [B, 1, S, M], where a query may look. One that may look at nothing gets a finite value without a meaning.
+
+    Returns:
+      [B, S, H, W] in the dtype of `q`.
+    """
+    (batch, length, heads, width), (kv_heads, slots) = q.shape, k.shape[1:3]
+    groups = q.reshape(batch, length, kv_heads, heads // kv_heads, width)
+    rows = groups.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, width)
+    scores = batched_product("BGQW,BGMW->BGQM", rows, k).reshape(batch, heads, length, slots) * width**-0.5
+    weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(scores.dtype).min), axis=-1).astype(v.dtype)
+    y = batched_product("BGQM,BGMW->BGQW", weights.reshape(*rows.shape[:3], slots), v)
+    y = y.reshape(batch, kv_heads, heads // kv_heads, length, width).transpose(0, 3, 1, 2, 4)
+    return y.reshape(q.shape).astype(q.dtype)
 
 
 def splash_attention(

@@ -15,8 +15,9 @@ from moe_jax.layers.initializers import scaled
 from moe_jax.ops.activations import is_gated
 from moe_jax.ops.expert_ffn import expert_ffn
 from moe_jax.ops.grouped_matmul import BACKENDS, resolve_backend
+from moe_jax.ops.split_experts import MOST_TOKENS, split_expert_ffn
 from moe_jax.sharding import mesh_axis, mesh_spec
-from moe_jax.types import Assignment, ExpertChoice, SlotMix
+from moe_jax.types import Assignment, ExpertChoice, SlotMix, TokenChoice
 
 # Logical axes of what an expert may have, its norm too; `moe_jax.sharding` says which mesh axes they are split over.
 WEIGHT_AXES = {
@@ -38,7 +39,8 @@ class Experts(nn.Module):
     """E feed-forward networks of width F and the sum of their gated outputs.
 
     Parameters: w_in [E, D, F], w_out [E, F, D], for a gated activation w_gate [E, D, F]; with `use_bias` b_in
-    [E, F], b_gate [E, F], b_out [E, D]. `exchange` and `exchange_buffer` are those of
+    [E, F], b_gate [E, F], b_out [E, D]. Each may be a tuple of its E parts instead, for decoding on one device:
+    `split_expert_ffn` then runs up to `MOST_TOKENS` tokens. `exchange` and `exchange_buffer` are those of
     `moe_jax.dispatch.exchange.run_sharded`; `output_init` is a factor on the standard deviation with which w_out starts.
     """
 
@@ -60,6 +62,9 @@ class Experts(nn.Module):
         sizes = {"experts": self.experts, "embed": width, "mlp": self.width, None: width}
 
         def weight(name):
+            stored = self.get_variable("params", name)
+            if isinstance(stored, tuple):
+                return stored
             axes = WEIGHT_AXES[name]
             init = EXPERT_INIT if len(axes) == 3 else nn.initializers.zeros_init()
             init = scaled(init, self.output_init) if name == "w_out" else init
@@ -83,6 +88,12 @@ class Experts(nn.Module):
         weights = self._weights(x.shape[-1])
         if self.is_initializing():
             return jnp.zeros_like(x), {}
+        if isinstance(weights["w_in"], tuple):
+            if isinstance(choice, TokenChoice) and x.shape[0] <= MOST_TOKENS:
+                weights = jax.tree.map(lambda weight: weight.astype(x.dtype), weights)
+                with jax.named_scope("experts"):
+                    return split_expert_ffn(x, *choice, weights, activation=self.activation).astype(x.dtype), {}
+            weights = {name: jnp.stack(of_experts) for name, of_experts in weights.items()}
         weights = {name: weight.astype(x.dtype) for name, weight in weights.items()}
 
         if isinstance(choice, ExpertChoice):

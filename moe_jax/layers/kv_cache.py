@@ -1,17 +1,20 @@
 """The cache of keys and values for decoding."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from moe_jax import compat
 
 
 class KVCache(NamedTuple):
     """Keys and values of the tokens seen so far, in M slots a row. Rows may hold different numbers of tokens.
 
     Attributes:
-      k: [B, M, G, W], after rotation.
-      v: [B, M, G, W].
+      k: [B, G, M, W], after rotation.
+      v: [B, G, M, W].
       segment_ids: int32 [B, M], 0 where the slot is empty.
       length: int32 [B], slots in use, the first ones. More than M: tokens did not fit and are missing.
     """
@@ -35,7 +38,8 @@ def init_cache(batch: int, length: int, kv_heads: int, head_width: int, dtype: A
     Returns:
       A `KVCache`; every leaf starts with B, so that rows can be gathered (beam search).
     """
-    kv = jnp.zeros((batch, length, kv_heads, head_width), dtype)
+    # Heads before slots: as `cached_attention` multiplies them. Else all of the cache would be moved for each token.
+    kv = jnp.zeros((batch, kv_heads, length, head_width), dtype)
     return KVCache(kv, kv, jnp.zeros((batch, length), jnp.int32), jnp.zeros((batch,), jnp.int32))
 
 
@@ -52,16 +56,26 @@ def update_cache(cache: KVCache, k: jax.Array, v: jax.Array, segment_ids: jax.Ar
       The new cache, and int32 [B, S], the slot of every token: M or more for padding and for tokens that did
       not fit.
     """
-    slots = cache.k.shape[1]
+    slots = cache.segment_ids.shape[1]
     real = segment_ids > 0
     slot = cache.length[:, None] + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
     slot = jnp.where(real, slot, slots)
-    # Mapped over rows: the batch stays a batch dimension of the scatter, so the partitioner keeps it sharded.
-    write = jax.vmap(lambda old, index, new: old.at[index].set(new.astype(old.dtype), mode="drop"))
+    write = functools.partial(_write, slot)
     new = KVCache(
-        write(cache.k, slot, k),
-        write(cache.v, slot, v),
-        write(cache.segment_ids, slot, segment_ids),
+        write(cache.k, k.swapaxes(1, 2)),
+        write(cache.v, v.swapaxes(1, 2)),
+        write(cache.segment_ids[..., None], segment_ids[..., None])[..., 0],
         cache.length + jnp.sum(real, axis=1, dtype=jnp.int32),
     )
     return new, slot
+
+
+def _write(slot, old, new):
+    """old [B, ..., M, X] with new [B, ..., S, X] in the slots [B, S]; nothing where a slot is M or more."""
+    slots, new = old.shape[-2], new.astype(old.dtype)
+    if slot.size > 1 or compat.target_platform() != "cpu":
+        # Mapped over rows: the batch stays a batch dimension of the scatter, so the partitioner keeps it sharded.
+        return jax.vmap(lambda old, index, new: old.at[..., index, :].set(new, mode="drop"))(old, slot, new)
+    # A CPU's compiler takes a scatter of one update apart, and fuses it into all that reads the result: each copies `old`.
+    put = lambda old: jax.lax.dynamic_update_slice_in_dim(old, new, slot[0, 0], axis=-2)
+    return jax.lax.cond(slot[0, 0] < slots, put, lambda old: old, old)

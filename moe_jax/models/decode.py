@@ -13,6 +13,7 @@ import numpy as np
 from moe_jax import compat
 from moe_jax.config import ConfigError, ModelConfig
 from moe_jax.models.stack import init_stack_cache
+from moe_jax.models.unstack import is_unstacked, unstack
 
 # Prompts, new tokens and rows are padded to powers of two from here on, so that few shapes are compiled.
 SHORTEST = 16
@@ -42,7 +43,8 @@ def generate(
 ) -> np.ndarray:
     """Continues every prompt by the tokens that the model without a cache would give.
 
-    What a row draws depends on `key`, its index and the position alone, not on the other rows or how many.
+    What a row draws depends on `key`, its index and the position alone, not on the other rows or how many. While it runs, the
+    parameters of the groups are held twice: stacked, and in the form of `models.unstack`.
 
     Args:
       model: such as `Decoder`.
@@ -84,11 +86,12 @@ def generate(
     if key is None:
         key = jax.random.key(0)
     static, new_tokens = _Static(model, repr(model)), _rounded(tokens, SHORTEST)
+    variables = _unstack(static, variables, rows=batch)
     logits, cache = _prefill(static, variables, ids, lengths, slots=length + new_tokens)
     limits = np.int32(tokens), np.int32(end_id)
     greedy = temperature < SMALLEST_TEMPERATURE
     sampling = key, np.float32(1 if greedy else min(temperature, float(np.finfo(np.float32).max))), np.float32(top_p)
-    new = _continue(
+    new, _ = _continue(
         static,
         variables,
         logits,
@@ -124,6 +127,11 @@ def _logits(model: nn.Module, x: jax.Array, table: jax.Array) -> jax.Array:
     return jnp.einsum("BD,VD->BV", x.astype(dtype), table.astype(dtype), preferred_element_type=wide)
 
 
+@functools.partial(jax.jit, static_argnums=0, static_argnames="rows")
+def _unstack(static: _Static, variables, *, rows: int):
+    return unstack(static.model.config, variables, rows)
+
+
 @functools.partial(jax.jit, static_argnums=0, static_argnames="slots")
 def _prefill(static: _Static, variables, ids, lengths, *, slots: int):
     """Runs right-padded prompts ids [B, S]: the logits [B, V] after each one's last token, and the cache."""
@@ -133,13 +141,13 @@ def _prefill(static: _Static, variables, ids, lengths, *, slots: int):
     # Padding keeps the last token's position: past the end of a learned table it would be NaN.
     positions = jnp.minimum(index, jnp.maximum(lengths[:, None] - 1, 0))
     segments = (index < lengths[:, None]).astype(jnp.int32)
-    cache = init_stack_cache(model.config, batch, slots)
+    cache = init_stack_cache(model.config, batch, slots, is_unstacked(variables))
     out = model.apply(variables, ids, positions, segments, cache=cache)
     last = jnp.maximum(lengths - 1, 0)[:, None, None]
     return _logits(model, jnp.take_along_axis(out.x, last, axis=1)[:, 0], out.table), out.cache
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("new_tokens", "greedy", "nucleus"))
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3, static_argnames=("new_tokens", "greedy", "nucleus"))
 def _continue(
     static: _Static,
     variables,
@@ -154,7 +162,8 @@ def _continue(
     greedy,
     nucleus,
 ):
-    """int32 [B, new_tokens]; limits: how many are wanted, and `end_id`. Rows of length 0 are padding."""
+    """(int32 [B, new_tokens], the cache in the place of the one given). limits: how many are wanted, and `end_id`. Rows of
+    length 0 are padding."""
     model, (tokens, end_id) = static.model, limits
     draw = functools.partial(sample, greedy=greedy, nucleus=nucleus)
     token = draw(jnp.where(allowed, logits, -jnp.inf), lengths, *sampling)
@@ -174,8 +183,8 @@ def _continue(
         token = jnp.where(going, drawn, end_id)
         return i + 1, token, out.cache, new.at[:, i].set(token)
 
-    new = jax.lax.while_loop(unfinished, body, (jnp.int32(1), token, cache, new))[3]
-    return compat.constrain(new, (), ())  # whole in every process
+    cache, new = jax.lax.while_loop(unfinished, body, (jnp.int32(1), token, cache, new))[2:]
+    return compat.constrain(new, (), ()), cache  # the tokens whole in every process
 
 
 def sample(

@@ -23,7 +23,7 @@ COLLECTIONS = ("params", "router_state", "row_sinks")
 
 class StackOutput(NamedTuple):
     """x [B, S, D]; aux: {"groups": {"block_i": Aux stacked over groups}, name: Aux} of the blocks with a router; cache: the
-    same places with a KVCache each (None without attention), or None."""
+    same places with a KVCache each (None without attention), or None. In a cache "groups" may be a tuple of groups."""
 
     x: jax.Array
     aux: dict[str, Any]
@@ -35,7 +35,7 @@ class Stack(nn.Module):
 
     The collections `params` and `router_state` hold `groups` {block_i: arrays [G, ...]} and the inserts. With `peer.share_pool`
     blocks have no pool of their own: `params` holds `pool` {experts: [N, M, D]}, or `pool_NAME` for the layer NAME of
-    `model.ffns`.
+    `model.ffns`. With an unstacked cache (`init_stack_cache`) the variables may have the form of `models.unstack`.
     """
 
     config: ModelConfig
@@ -66,7 +66,7 @@ class Stack(nn.Module):
                 auxes[name] = aux
         x, part = self._run_groups(x, inputs, stacked, pools, cache, pattern, done, groups)
         parts = [p for p in (*parts, part) if p is not None]
-        auxes["groups"], caches["groups"] = jax.tree.map(lambda *a: jnp.concatenate(a), *parts) if parts else ({}, None)
+        auxes["groups"], caches["groups"] = _join(parts)
         return StackOutput(x, auxes, caches if cache is not None else None)
 
     def _variables(self, name, init):
@@ -108,7 +108,7 @@ class Stack(nn.Module):
         """Groups first..last-1; returns x and their (aux, cache), stacked, or None where there are none."""
         if first == last:
             return x, None
-        variables, caches = jax.tree.map(lambda a: a[first:last], (stacked, cache and cache["groups"]))
+        caches = cache and cache["groups"]
 
         def group(x, inputs_of_group):
             variables, caches, g = inputs_of_group
@@ -126,9 +126,32 @@ class Stack(nn.Module):
                     auxes[name] = aux
             return x, (auxes, new)
 
-        xs = (variables, caches, jnp.arange(first, last))
+        if isinstance(caches, tuple):
+            auxes, new = [], []
+            for g in range(first, last):
+                x, (aux, updated) = group(x, (_of_group(stacked, g), caches[g], g))
+                auxes.append(aux)
+                new.append(updated)
+            return jax.lax.optimization_barrier(x), (jax.tree.map(lambda *a: jnp.stack(a), *auxes), tuple(new))
+        xs = (*jax.tree.map(lambda a: a[first:last], (stacked, caches)), jnp.arange(first, last))
         x, outputs = jax.lax.scan(group, x, xs, unroll=1 if self.config.scan else last - first)
         return jax.lax.optimization_barrier(x), outputs
+
+
+def _join(parts):
+    """(aux, caches) of all groups from those of consecutive ones."""
+    if not parts:
+        return {}, None
+    auxes, caches = zip(*parts)
+    aux = jax.tree.map(lambda *a: jnp.concatenate(a), *auxes)
+    if isinstance(caches[0], tuple):
+        return aux, sum(caches, ())
+    return aux, jax.tree.map(lambda *a: jnp.concatenate(a), *caches)
+
+
+def _of_group(stacked, g):
+    """{collection: group g's variables} of variables stacked over the groups, or of a tuple of groups."""
+    return {c: tree[g] if isinstance(tree, tuple) else jax.tree.map(lambda a: a[g], tree) for c, tree in stacked.items()}
 
 
 def _with_pool(variables, pools, ffn):
@@ -178,14 +201,19 @@ def with_barriers(run, recompute: bool):
     return wrapped
 
 
-def init_stack_cache(config: ModelConfig, batch: int, length: int) -> dict[str, Any]:
-    """An empty cache for `length` tokens in each of `batch` rows; None for blocks without attention."""
+def init_stack_cache(config: ModelConfig, batch: int, length: int, unstacked: bool = False) -> dict[str, Any]:
+    """An empty cache for `length` tokens in each of `batch` rows; None for blocks without attention.
+
+    `unstacked`: "groups" is a tuple of groups, and a call with this cache runs them one after the other, without a loop. What a
+    loop over tokens then writes is the new tokens' slots; a loop over groups would copy all of a stacked cache.
+    """
     pattern = parse_pattern(config)
     width = config.head_width or config.width // config.heads
     block_cache = init_cache(batch, length, config.kv_heads or config.heads, width, jnp.dtype(config.dtype))
     groups = config.layers // len(pattern)
-    stacked = jax.tree.map(lambda a: jnp.broadcast_to(a, (groups, *a.shape)), block_cache)
-    cache = {"groups": {f"block_{i}": stacked if ffn.attention else None for i, ffn in enumerate(pattern)}}
+    stacked = block_cache if unstacked else jax.tree.map(lambda a: jnp.broadcast_to(a, (groups, *a.shape)), block_cache)
+    of_groups = {f"block_{i}": stacked if ffn.attention else None for i, ffn in enumerate(pattern)}
+    cache = {"groups": (of_groups,) * groups if unstacked else of_groups}
     return cache | {insert.name: block_cache if insert.ffn.attention else None for insert in parse_inserts(config)}
 
 

@@ -264,7 +264,7 @@ def test_cache_reports_overflow_and_keeps_what_it_has():
     cache = kv_cache.init_cache(1, 2, 1, 1)
     new = jnp.arange(1.0, 4.0).reshape(1, 3, 1, 1)
     cache, slot = kv_cache.update_cache(cache, new, new, jnp.ones((1, 3), jnp.int32))
-    np.testing.assert_array_equal(cache.k[0, :, 0, 0], [1, 2])
+    np.testing.assert_array_equal(cache.k[0, 0, :, 0], [1, 2])
     assert cache.length[0] == 3 and slot.tolist() == [[0, 1, 2]]
 
 

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 from moe_jax import compat
 from moe_jax.layers.experts import Experts
 from moe_jax.layers.moe import MoE
+from moe_jax.routing.soft_moe import SoftMoE
 from moe_jax.types import RouterInputs, TokenChoice
 
 T, D, F, E = 32, 8, 12, 8
@@ -315,6 +316,22 @@ def test_capacity():
     y, aux = run(False, 1.25, 0.0)
     np.testing.assert_array_equal(y, full)
     assert aux.stats["dropped"] == 0
+
+
+@pytest.mark.parametrize("most, options", [(T, {}), (T, {"eval_capacity": 0.5}), (1, {}), (T, {"router": SoftMoE(E, 1)})])
+def test_weights_in_parts(most, options, monkeypatch):
+    """Each weight as a tuple of its experts' parts: few tokens, a capacity, many tokens, other assignments."""
+    monkeypatch.setattr("moe_jax.layers.experts.MOST_TOKENS", most)
+    params, x, _ = make_params("swiglu", True)
+    layer = MoE(E, F, 2, activation="swiglu", use_bias=True, **options)
+    if "router" in options:
+        params["router"] = nn.unbox(jax.jit(layer.init)(jax.random.key(0), x))["params"]["router"]
+    parts = params | {"experts": {name: tuple(weight) for name, weight in params["experts"].items()}}
+    run = jax.jit(lambda params, x: layer.apply({"params": params}, x, RouterInputs(valid=valid_tokens(T, True))))
+    (y, aux), (expected, same) = run(parts, x), run(params, x)
+    assert_errors(y, jax.device_get(expected), FLOAT32)
+    chex.assert_trees_all_equal(aux, same)
+    assert (aux.stats["dropped"] > 0) == ("eval_capacity" in options)
 
 
 @pytest.mark.parametrize("priority", ["token", "choice", "gate"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 
 from moe_jax import compat
-from moe_jax.config import ConfigError, ModelConfig, MoEConfig
-from moe_jax.models import decode
+from moe_jax.config import ConfigError, FFNConfig, ModelConfig, MoEConfig, PeerConfig
+from moe_jax.config.routers import ROUTER_NAMES, ExpertChoiceConfig, RoutersConfig
+from moe_jax.models import decode, unstack
 from moe_jax.models.decode import generate, sample
 from moe_jax.models.decoder import Decoder
 from moe_jax.parallel.mesh import AXES
@@ -18,7 +20,36 @@ from moe_jax.parallel.rules import shardings_of
 from tests.models.small import boxed_shapes, random_variables
 
 V, END, TOKENS = 64, 63, 20
+
+
+def every_layer():
+    """A layer with each router that can decode, beside what a layer may have; then layers that retrieve, one pool shared."""
+    routers, ffns = RoutersConfig(expert_choice=ExpertChoiceConfig(evaluation="tokens")), []
+    for name in ROUTER_NAMES:
+        moe = MoEConfig(experts=4, router=name, routers=routers, expert_width=16)
+        traits = moe.options.traits
+        if traits.causal:
+            moe.top_k = min(traits.top_k or (3,))
+            moe.zero_experts = moe.copy_experts = moe.constant_experts = int(traits.virtual)
+            moe.shared_experts, moe.shared_gate = int(traits.virtual), traits.virtual
+            ffns.append(FFNConfig(name=f"by_{name}", kind="routed", moe=moe))
+    for kind, shared in (("peer", True), ("pkm", False)):
+        peer = PeerConfig(experts=16, heads=2, top_k=2, key_width=8, query_norm="layernorm", share_pool=shared)
+        ffns.append(FFNConfig(name=f"a_{kind}", kind=kind, peer=peer))
+    names = [ffn.name for ffn in ffns]
+    return {
+        "layers": len(names),
+        "pattern": ",".join(names),
+        "inserts": f"early=a_peer@0,late=by_switch@{len(names)}",
+        "ffns": tuple(ffns),
+        "ffn_bias": True,
+    }
+
+
 MODELS = {
+    "every layer": every_layer(),
+    "groups": {"pattern": "routed", "inserts": "middle=dense@1"},
+    "looped": {"pattern": "dense", "inserts": "middle=routed@1"},
     "rope": {"kv_heads": 2},
     "learned": {
         "positions": "learned",
@@ -85,14 +116,37 @@ def generate_uncached(name, prompts, tokens, temperature=0.0, top_p=1.0, key=Non
 SAMPLING = {"greedy": {}, "drawn": {"temperature": 0.7}, "nucleus": {"temperature": 1.3, "top_p": 0.8}}
 
 
-@pytest.mark.parametrize("name, kind", [("rope", "greedy"), ("rope", "nucleus"), ("learned", "drawn"), ("learned", "greedy")])
-def test_the_cache_changes_nothing(name, kind):
+CASES = [("rope", "nucleus"), ("learned", "drawn"), ("learned", "greedy"), ("every layer", "greedy"), ("groups", "greedy")]
+
+
+@pytest.mark.parametrize("name, kind", [*CASES, ("looped", "greedy")])
+def test_the_cache_changes_nothing(name, kind, monkeypatch):
+    if name == "looped":  # as a model of many blocks
+        monkeypatch.setattr(unstack, "MOST_BLOCKS", 1)
     model, variables = make(name)
     sampling = SAMPLING[kind] | ({} if kind == "greedy" else {"key": jax.random.key(5)})
     new = generate(model, variables, PROMPTS, tokens=TOKENS, end_id=END, **sampling)
     assert new.shape == (len(PROMPTS), TOKENS) and new.dtype == np.int32
     np.testing.assert_array_equal(new, generate_uncached(name, PROMPTS, TOKENS, **sampling))
     assert len({tuple(row) for row in new}) == len(PROMPTS)
+
+
+@pytest.mark.fused
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_token_copies_no_cache_and_no_weights(rows):
+    model, variables = make("groups")
+    static = decode._Static(model, "copies")
+    variables = decode._unstack(static, variables, rows=rows)
+    ids, lengths = np.ones((rows, 16), np.int32), np.full(rows, 16, np.int32)
+    logits, cache = decode._prefill(static, variables, ids, lengths, slots=48)
+    args = lengths, (1, END), (jax.random.key(0), 1.0, 1.0), np.ones((rows, 1), bool)
+    options = {"new_tokens": 32, "greedy": True, "nucleus": False}
+    text = decode._continue.lower(static, variables, logits, cache, *args, **options).compile().as_text()
+    loops = text[: text.index("\nENTRY")]
+    large = {f"f32[{rows},4,48,8]", "f32[32,32]", "f32[4,32,32]"}
+    assert all(shape in text for shape in (f"f32[{rows},4,48,8]", "f32[32,32]"))
+    made = re.findall(r"= (\S+?\])(?:{\S+)? (?:copy|slice|dynamic-slice|gather|transpose)\(", loops)
+    assert made and not large & set(made)
 
 
 @pytest.mark.fused
@@ -216,6 +270,9 @@ def test_on_a_mesh(rows, kind):
     placed = jax.device_put(variables, shardings_of(boxed_shapes(model), mesh))
     with jax.set_mesh(mesh):
         np.testing.assert_array_equal(run(placed, PROMPTS[:rows]), expected)
+        unstacked = decode._unstack(decode._Static(model, repr(model)), placed, rows=8 if rows > 1 else 1)
+    weight = unstacked["params"]["stack"]["groups"][0]["block_1"]["moe"]["experts"]["w_in"]
+    assert weight.sharding.spec == compat.PartitionSpec("expert", None, "tensor")
 
 
 def test_refusals():
