@@ -44,8 +44,8 @@ def seconds(row: dict[str, Any]) -> str:
     if not row["steps"]:
         return "-"
     took = f" in {row['seconds']['mean']:.1f} s" if row.get("seconds") else ""
-    expected = row.get("predicted_seconds")
-    equal = row.get("equal_time")
+    equal = row.get("equal_time")  # whose prediction is the one that gave the steps, whenever times were taken again
+    expected = equal["seconds"] if equal else row.get("predicted_seconds")
     text = f"{row['steps']}{took}" + ("" if expected is None else f" ({expected:.1f} predicted)")
     return f"{text}, the time of {equal['to']}" if equal else text
 
