@@ -4,19 +4,21 @@ import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
 import jax
 import pytest
 
 from tests import memory
 
 jax.config.update("jax_num_cpu_devices", 8)
-# Compiling is most of a small test's time. Tests of equal bits after a restart run whole processes without this;
+# Compiling is most of a small test's time. Tests of equal bits after a restart run whole processes without these settings;
 # MOE_JAX_TEST_OPTIMIZED=1 is for those whose numbers depend on what XLA fuses.
 OPTIMIZED = os.environ.get("MOE_JAX_TEST_OPTIMIZED") == "1"
+# A training step compiles in a third of the time. Later versions of XLA do not know the flag, and end the process.
+FLAG = "--xla_cpu_use_fusion_emitters=false"
+GIVEN_FLAGS = os.environ.get("XLA_FLAGS", "").replace(FLAG, "").strip()  # workers inherit what this file has set before
+if not OPTIMIZED and jax.__version_info__ < (0, 11):
+    os.environ["XLA_FLAGS"] = f"{GIVEN_FLAGS} {FLAG}"
 jax.config.update("jax_disable_most_optimizations", not OPTIMIZED)
-# A training step then compiles in a third of the time. Later versions of XLA do not know the flag, and end the process.
-FLAGS = "" if OPTIMIZED or jax.__version_info__ >= (0, 11) else "--xla_cpu_use_fusion_emitters=false"
 
 SHARED_DATA = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
 # Bytes of a worker, between tests; what they share in a file is then compiled again.
@@ -26,12 +28,14 @@ PEAK = pytest.StashKey[memory.Peak]()
 
 @pytest.fixture(scope="session", autouse=True)
 def eight_devices():
-    given = os.environ.get("XLA_FLAGS")
-    os.environ["XLA_FLAGS"] = f"{given or ''} {FLAGS}"
-    # A plugin that starts the backend first would make the settings above a silent no-op.
+    # A plugin that starts the backend first would make the setting above a silent no-op.
     assert len(jax.devices()) == 8
-    # Processes that tests start are those of a user.
-    os.environ.pop("XLA_FLAGS") if given is None else os.environ.update(XLA_FLAGS=given)
+    jax.jit(lambda x: x + 1)(0)
+    # XLA has read its flags. Processes that tests start are those of a user.
+    if GIVEN_FLAGS:
+        os.environ["XLA_FLAGS"] = GIVEN_FLAGS
+    else:
+        os.environ.pop("XLA_FLAGS", None)
 
 
 @pytest.hookimpl(trylast=True)

@@ -91,7 +91,7 @@ def test_moe(arguments, message):
         ({"activation": "tanh"}, "PEER activation=tanh: not a choice; choose gelu or"),
         ({"replaces": "tanh"}, "PEER replaces=tanh: not a choice; choose gelu_tanh or"),
         ({"split": "rows"}, "PEER split=rows: not a choice; choose width or experts"),
-        ({"backend": "cuda"}, "PEER backend=cuda: not a choice; choose auto or blocks or triton or mosaic"),
+        ({"backend": "cuda"}, "PEER backend=cuda: not a choice; choose auto or blocks or dense or triton or mosaic"),
         ({"shared_width": -1}, "PEER shared_width=-1: at least 0; raise it to 0 or more"),
         ({"output_init": -1.0}, "PEER output_init=-1.0: at least 0; raise it to 0 or more"),
         ({"router": ProductKeys(49)}, "PEER heads=2: without effect on the given router; leave it out, and set it there"),

@@ -221,7 +221,7 @@ def test_the_studies_of_this_repository():
         assert ["--scale", *percents] in stated
         assert [scale, *(part for value in percents.values() for part in (f"{value:+.1f}", "%"))] in stated
     for scale in ("small", "full"):
-        prepared = {name: prepare(study, scale) for name, study in studies.items()}
+        prepared = {name: prepare(study, scale) for name, study in studies.items() if study.full or scale == "small"}
         study = prepared["peer"]
         configs = {arm.name: run_config(study, arm, 0) for arm in study.arms}
         flops = {

@@ -33,17 +33,17 @@ def make_config(**overrides) -> Config:
     return config
 
 
-def make_batch(step: int) -> dict[str, np.ndarray]:
+def make_batch(step: int, length: int = LENGTH) -> dict[str, np.ndarray]:
     """Arithmetic sequences, which a small model can learn, of some of the tokens; some rows end in padding."""
     rng = np.random.default_rng(step)
-    steps = np.arange(LENGTH + 1) * rng.integers(1, 4, (BATCH, 1))
+    steps = np.arange(length + 1) * rng.integers(1, 4, (BATCH, 1))
     tokens = ((rng.integers(0, USED, (BATCH, 1)) + steps) % USED).astype(np.int32)
-    segments = np.ones((BATCH, LENGTH), np.int32)
+    segments = np.ones((BATCH, length), np.int32)
     segments[:3, -5:] = 0
     return {
         "tokens": tokens[:, :-1],
         "targets": tokens[:, 1:],
-        "positions": np.tile(np.arange(LENGTH, dtype=np.int32), (BATCH, 1)),
+        "positions": np.tile(np.arange(length, dtype=np.int32), (BATCH, 1)),
         "segment_ids": segments,
         "loss_weights": (segments > 0).astype(np.float32),
     }

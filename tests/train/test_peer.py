@@ -80,14 +80,16 @@ def test_scan_over_any_router_equals_unrolled_ones(options):
 
 @pytest.mark.fused
 def test_scan_over_groups_of_pools_equals_unrolled_ones_and_recomputation():
-    """The first gives the same bits; recomputed batch statistics may round differently."""
-    overrides = {"model__pattern": "peer", "model__layers": 2, "optimizer__epsilon": 1e-3}
+    """The first gives the same bits where XLA optimises; recomputed batch statistics may round differently."""
+    overrides = {"model__pattern": "peer", "model__layers": 2, "optimizer__epsilon": 1e-3, "data__sequence_length": 32}
     states = []
     for change in ({}, {"model__scan": False}, {"model__remat": True}):
         runner = Runner(make(overrides | change))
-        runner.losses(1)
+        runner.step(make_batch(0, 32))
         states.append(jax.device_get(runner.state))
-    chex.assert_trees_all_equal(states[0], states[1])
+    if not jax.config.jax_disable_most_optimizations:
+        chex.assert_trees_all_equal(states[0], states[1])
+    chex.assert_trees_all_close(states[0], states[1], rtol=1e-4, atol=1e-8)
     chex.assert_trees_all_close(states[0], states[2], rtol=1e-4, atol=1e-6)
 
 

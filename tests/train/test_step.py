@@ -162,8 +162,8 @@ EIGHT = {"mesh__expert": 2, "mesh__tensor": 2, "mesh__fsdp": 2}
 @pytest.mark.parametrize(
     "mesh, parts",
     [
-        pytest.param({}, 1, marks=pytest.mark.slow),
-        (EIGHT, 2),
+        ({}, 1),
+        pytest.param(EIGHT, 2, marks=pytest.mark.slow),
         pytest.param(EIGHT, 1, marks=pytest.mark.slow),
         pytest.param({}, 2, marks=pytest.mark.slow),
     ],
