@@ -13,12 +13,23 @@ jax.config.update("jax_num_cpu_devices", 8)
 # Compiling is most of a small test's time. Tests of equal bits after a restart run whole processes without these settings;
 # MOE_JAX_TEST_OPTIMIZED=1 is for those whose numbers depend on what XLA fuses.
 OPTIMIZED = os.environ.get("MOE_JAX_TEST_OPTIMIZED") == "1"
-# A training step compiles in a third of the time. Later versions of XLA do not know the flag, and end the process.
-FLAG = "--xla_cpu_use_fusion_emitters=false"
-GIVEN_FLAGS = os.environ.get("XLA_FLAGS", "").replace(FLAG, "").strip()  # workers inherit what this file has set before
-if not OPTIMIZED and jax.__version_info__ < (0, 11):
-    os.environ["XLA_FLAGS"] = f"{GIVEN_FLAGS} {FLAG}"
 jax.config.update("jax_disable_most_optimizations", not OPTIMIZED)
+
+
+def start_xla(flags: str) -> None:
+    """XLA reads its flags once. The processes that tests start do not inherit them: they are those of a user."""
+    given = os.environ.get("XLA_FLAGS")
+    os.environ["XLA_FLAGS"] = f"{given or ''} {flags}"
+    jax.jit(lambda x: x + 1)(0)
+    if given is None:
+        del os.environ["XLA_FLAGS"]
+    else:
+        os.environ["XLA_FLAGS"] = given
+
+
+if not OPTIMIZED and jax.__version_info__ < (0, 11):
+    # A training step compiles in a third of the time. Later versions of XLA do not know the flag, and end the process.
+    start_xla("--xla_cpu_use_fusion_emitters=false")
 
 SHARED_DATA = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
 # Bytes of a worker, between tests; what they share in a file is then compiled again.
@@ -30,12 +41,6 @@ PEAK = pytest.StashKey[memory.Peak]()
 def eight_devices():
     # A plugin that starts the backend first would make the setting above a silent no-op.
     assert len(jax.devices()) == 8
-    jax.jit(lambda x: x + 1)(0)
-    # XLA has read its flags. Processes that tests start are those of a user.
-    if GIVEN_FLAGS:
-        os.environ["XLA_FLAGS"] = GIVEN_FLAGS
-    else:
-        os.environ.pop("XLA_FLAGS", None)
 
 
 @pytest.hookimpl(trylast=True)

@@ -1,3 +1,5 @@
+import os
+
 import chex
 import flax.traverse_util
 import jax
@@ -87,7 +89,7 @@ def test_scan_over_groups_of_pools_equals_unrolled_ones_and_recomputation():
         runner = Runner(make(overrides | change))
         runner.step(make_batch(0, 32))
         states.append(jax.device_get(runner.state))
-    if not jax.config.jax_disable_most_optimizations:
+    if os.environ.get("MOE_JAX_TEST_OPTIMIZED") == "1":
         chex.assert_trees_all_equal(states[0], states[1])
     chex.assert_trees_all_close(states[0], states[1], rtol=1e-4, atol=1e-8)
     chex.assert_trees_all_close(states[0], states[2], rtol=1e-4, atol=1e-6)
