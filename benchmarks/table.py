@@ -17,7 +17,7 @@ from collections.abc import Iterable
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from moe_jax.study.summary import tables  # noqa: E402
+from moe_jax.study.summary import table, tables  # noqa: E402
 from moe_jax.study.timing import PLATFORMS, conditions  # noqa: E402
 
 BEGIN, END = "<!-- performance: written by benchmarks/table.py -->", "<!-- end of performance -->"
@@ -70,9 +70,8 @@ def columns(kind: str, cases: dict, rows: dict) -> str:
         router = case.get("router", "top_k")
         return ", ".join([f"E={case['experts']}", *[router] * (router != "top_k"), *[sizes(case)] * (not same)])
 
-    lines = [[f"{kind}, {same}" if same else kind, *map(title, cases.values())], ["---"] * (1 + len(cases))]
-    lines += [[BACKENDS[b], *(cell(rows.get((column, b))) for column in names.values())] for b in used]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    body = [[BACKENDS[b], *(cell(rows.get((column, b))) for column in names.values())] for b in used]
+    return table([f"{kind}, {same}" if same else kind, *map(title, cases.values())], body)
 
 
 def sizes(case: dict | None, others: Iterable[dict] = ()) -> str:
@@ -157,13 +156,13 @@ def ways(title: str, case: dict, baseline: str, rows: list[dict]) -> str:
     shape = "N={experts:,} T={tokens} D={width} H={heads} K={top_k}".format(**case)
     rows = [row for row in rows if row["case"] == case["name"]]
     base = next((row["ms"] for row in rows if row["backend"] == baseline), None)
-    lines = [[f"{title}, {shape}", "ms", f"{baseline} / this", "GB/s"], ["---"] * 4]
+    body = []
     for row in rows:
         name, ms = PEER_WAYS.get(row["backend"], f"`{row['backend']}`"), row["ms"]
         rate = MISSING if ms is None else number(row["gb_per_s"])
         ratio = "" if None in (ms, base) or row["backend"] == "copy" else f"{base / ms:.2f}"
-        lines.append([name, MISSING if ms is None else number(ms), ratio, rate])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        body.append([name, MISSING if ms is None else number(ms), ratio, rate])
+    return table([f"{title}, {shape}", "ms", f"{baseline} / this", "GB/s"], body)
 
 
 GENERATE_WAYS = {
@@ -182,15 +181,15 @@ def generation(result: dict) -> str:
         batches = list(dict.fromkeys(batch for _, batch in rows))
         size = "L={layers} D={width} F={ffn_width} V={vocab}, routed: E={experts} K={top_k} in every block".format(**case)
         title = f"greedy, {case['tokens']} tokens after {case['prompt']}, {size}"
-        lines = [[title, *(f"batch {batch}" for batch in batches)], ["---"] * (1 + len(batches))]
+        body = []
         for way, label in GENERATE_WAYS.items():
             cells = []
             for batch in batches:
                 rate, other = rows.get((way, batch)), rows.get((f"transformers {way}", batch))
                 ratio = f" ({rate / other:.2f})" if rate and other else ""
                 cells.append(MISSING if rate is None else f"{rate:,.0f}{ratio}")
-            lines.append([label, *cells])
-        parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+            body.append([label, *cells])
+        parts.append(table([title, *(f"batch {batch}" for batch in batches)], body))
     return "\n\n".join(parts)
 
 

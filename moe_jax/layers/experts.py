@@ -88,13 +88,12 @@ class Experts(nn.Module):
         weights = self._weights(x.shape[-1])
         if self.is_initializing():
             return jnp.zeros_like(x), {}
+        weights = {name: jax.tree.map(lambda w: w.astype(x.dtype), weight) for name, weight in weights.items()}
         if isinstance(weights["w_in"], tuple):
             if isinstance(choice, TokenChoice) and x.shape[0] <= MOST_TOKENS:
-                weights = jax.tree.map(lambda weight: weight.astype(x.dtype), weights)
                 with jax.named_scope("experts"):
                     return split_expert_ffn(x, *choice, weights, activation=self.activation).astype(x.dtype), {}
             weights = {name: jnp.stack(of_experts) for name, of_experts in weights.items()}
-        weights = {name: weight.astype(x.dtype) for name, weight in weights.items()}
 
         if isinstance(choice, ExpertChoice):
             return run_chosen(x, choice, weights, activation=self.activation), {}

@@ -44,10 +44,13 @@ def check_types(study: Study) -> None:
         if not isinstance(value, dict):
             raise ConfigError(where, repr(value), "not a dict", "write {'model.width': 64}")
     check_seeds("study seeds", seeds)
-    for name, low in (("target_loss", "0 or more"), ("epochs_limit", "above 0")):
-        value = getattr(study, name)
-        if type(value) not in (int, float) or not 0 <= value < math.inf or (name == "epochs_limit" and not value):
-            raise ConfigError(f"study {name}", repr(value), f"not a number {low}", "write one")
+    check_number("study target_loss", study.target_loss)
+    check_number("study epochs_limit", study.epochs_limit, above_zero=True)
+
+
+def check_number(where: str, value: Any, above_zero: bool = False) -> None:
+    if type(value) not in (int, float) or not 0 <= value < math.inf or (above_zero and not value):
+        raise ConfigError(where, repr(value), f"not a number {'above 0' if above_zero else '0 or more'}", "write one")
 
 
 def check_seeds(where: str, seeds: Any) -> None:

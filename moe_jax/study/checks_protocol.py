@@ -1,11 +1,10 @@
 """What fits together in a study's protocol: the grid and its seeds, arms of equal time, margins and the primary comparison."""
 
 import math
-from typing import Any
 
 from moe_jax.config import ConfigError
 from moe_jax.config.study import BRANCH, Arm, Scale, Study
-from moe_jax.study.checks import LABEL, SHARED, check_seeds, own_runs
+from moe_jax.study.checks import LABEL, SHARED, check_number, check_seeds, own_runs
 
 # What no candidate may set: why. A step of another size would cost another time than the arm's, which is measured once.
 _NOT_IN_GRID = {
@@ -22,8 +21,8 @@ def check_protocol(study: Study) -> None:
     Raises:
       ConfigError: naming the field, or the arm.
     """
-    for name in ("margin", "hours_limit"):
-        check_number(f"study {name}", getattr(study, name), name == "hours_limit")
+    check_number("study margin", study.margin)
+    check_number("study hours_limit", study.hours_limit, above_zero=True)
     check_grid(study)
     for arm in study.arms:
         _check_equal_time(study, arm)
@@ -38,11 +37,6 @@ def check_protocol(study: Study) -> None:
     if study.primary and study.primary not in compared:
         fix = f"name one of {', '.join(compared)}" if compared else "add an arm"
         raise ConfigError("study primary", study.primary, "no arm that is compared with a baseline", fix)
-
-
-def check_number(where: str, value: Any, above_zero: bool = False) -> None:
-    if type(value) not in (int, float) or not 0 <= value < math.inf or (above_zero and not value):
-        raise ConfigError(where, repr(value), f"not a number {'above 0' if above_zero else '0 or more'}", "write one")
 
 
 def check_grid(study: Study) -> None:

@@ -1,11 +1,13 @@
 """What the differences of a study say: tests over seeds, Holm's correction, margins, and a bootstrap over documents."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from moe_jax.config.study import Study
 from moe_jax.study.child import DOCUMENTS
 from moe_jax.study.curves import Runs
-from moe_jax.study.documents import bootstrap_difference, load_documents
+from moe_jax.study.documents import Documents, bootstrap_difference, load_documents
 from moe_jax.study.plan import run_folder
 from moe_jax.study.statistics import Interval, holm, p_value, verdict
 
@@ -17,6 +19,8 @@ def add_tests(study: Study, rows: list[dict[str, Any]], runs: Runs, band: float 
     baseline are another. Baselines and A/A arms are not tested.
     """
     compared = [row for row in rows if row["arm"] != row["baseline"] and not row["twin_of"]]
+    # A baseline's are those of every arm that is compared with it.
+    load = functools.cache(lambda arm, seed: load_documents(run_folder(workdir, arm, seed) / DOCUMENTS))
     for row in rows:
         row |= dict.fromkeys(("p", "p_adjusted", "margin", "over_documents"))
         row["primary"] = row["arm"] == study.primary
@@ -25,7 +29,7 @@ def add_tests(study: Study, rows: list[dict[str, Any]], runs: Runs, band: float 
         row["p"] = p_value(values)
         if margin := study.margin_of(study.arm(row["arm"])):
             row["margin"] = {"value": margin, "p": p_value(values, margin)}
-        row["over_documents"] = over_documents(study, row, runs, workdir)
+        row["over_documents"] = over_documents(study, row, runs, load)
     for family in ([row for row in compared if row["primary"]], [row for row in compared if not row["primary"]]):
         for row, adjusted in zip(family, holm([row["p"] for row in family])):
             row["p_adjusted"] = adjusted
@@ -55,13 +59,18 @@ def seed_differences(study: Study, row: dict[str, Any], runs: Runs) -> list[floa
     return [value for value in values if value is not None]
 
 
-def over_documents(study: Study, row: dict[str, Any], runs: Runs, workdir) -> Interval | None:
-    """The row's difference with its interval over documents, for the seeds that both arms have; None without their scores."""
+def over_documents(
+    study: Study, row: dict[str, Any], runs: Runs, load: Callable[[str, int], Documents | None]
+) -> Interval | None:
+    """The row's difference with its interval over documents, for the seeds that both arms have; None without their scores.
+
+    load: (arm, seed) -> the documents of that run.
+    """
     pairs = []
     for seed in study.seeds:
         names = row["arm"], row["baseline"]
         if all(runs[name, seed]["state"] == "done" for name in names):
-            ours, theirs = (load_documents(run_folder(workdir, name, seed) / DOCUMENTS) for name in names)
+            ours, theirs = (load(name, seed) for name in names)
             if ours and theirs and len(ours.nats) == len(theirs.nats):
                 pairs.append((ours, theirs))
     return bootstrap_difference(pairs, "tokens" if row["difference"] else "bytes")

@@ -7,7 +7,6 @@ from typing import Any
 from moe_jax.study import protocol
 from moe_jax.study.metrics import METRICS
 from moe_jax.study.plan import flag
-from moe_jax.study.statistics import CONFIDENCE
 from moe_jax.study.timing import conditions
 
 NONE = "-"
@@ -64,7 +63,6 @@ def quality(result: dict[str, Any], rows: list[dict]) -> str:
     per_source = [f"loss, {name}" for name in sources] if len(sources) > 1 else []
     target = result["target"]["loss"]
     reach = f"s to loss {target:.4f} (rank)" if target is not None else "s to the target (rank)"
-    percent = f"{100 * CONFIDENCE:.0f} %"
     starts = ["starts from"] if any(row.get("starts_from") for row in rows) else []
     tests, documents = ["p"] if protocol.tested(rows) else [], ["over documents"] if protocol.by_document(rows) else []
     equal = ["steps"] if protocol.timed_equally(rows) else []
@@ -73,7 +71,7 @@ def quality(result: dict[str, Any], rows: list[dict]) -> str:
         "seeds",
         METRICS["loss"].title,
         *per_source,
-        f"difference [{percent}]",
+        f"difference [{protocol.PERCENT}]",
         "",
         *tests,
         *documents,

@@ -126,9 +126,9 @@ class Checkpoints:
         """The `meta` of `step`, or of the newest checkpoint whose description can be read."""
         return self._first_readable(step, lambda s: self._record(s)["meta"])[1]
 
-    def restore_paths(self, step: int | None = None) -> list[str]:
-        """The paths of the leaves of `step`, or of the newest checkpoint whose description can be read."""
-        return self._first_readable(step, lambda s: list(self._record(s)["leaves"]))[1]
+    def restore_paths(self) -> list[str]:
+        """The paths of the leaves of the newest checkpoint whose description can be read."""
+        return self._first_readable(None, lambda s: list(self._record(s)["leaves"]))[1]
 
     def restore_identity(self) -> str:
         """A hash of what the newest checkpoint holds, arrays included."""

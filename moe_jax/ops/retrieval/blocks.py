@@ -22,20 +22,8 @@ def forward(
     reduce: of shards that have a part of D each: adds [T, R, M-1] up over them.
     """
 
-    def project(x, ids):
-        return _dot(_fetch(table, ids, x, slice(-1)), x)
-
-    def combine(x, ids, h):
-        return _sum(h[..., None], _fetch(table, ids, x, slice(-1, None)))
-
-    def both(x, ids, gates):
-        hidden = project(x, ids)
-        return combine(x, ids, hidden_values(activation, hidden, gates)), hidden
-
-    if reduce is None:
-        return _over_tokens(both, table, x, ids, gates)
-    hidden = reduce(_over_tokens(project, table, x, ids))
-    return _over_tokens(combine, table, x, ids, hidden_values(activation, hidden, gates)), hidden
+    project, combine = _products(table, x.dtype, slice(-1)), _sums(table, x.dtype, slice(-1, None))
+    return run_forward(project, combine, _tokens(table, ids, x.dtype), x, ids, gates, activation, reduce)
 
 
 def backward(
@@ -53,21 +41,40 @@ def backward(
     The vectors that belong to the weights are x, M-1 times, and d_y. reduce: as in `forward`, of [T, R, 1].
     """
 
-    def project(d_y, ids):
-        return _dot(_fetch(table, ids, d_y, slice(-1, None)), d_y)
+    project, combine = _products(table, x.dtype, slice(-1, None)), _sums(table, x.dtype, slice(-1))
+    size = _tokens(table, ids, x.dtype)
+    return run_backward(project, combine, size, d_y.astype(x.dtype), ids, gates, hidden, activation, reduce)
 
-    def combine(x, ids, d_hidden):
-        return _sum(d_hidden, _fetch(table, ids, x, slice(-1)))
 
-    def both(d_y, x, ids, gates, hidden):
-        d_hidden, d_gates, weights = hidden_gradients(activation, hidden, gates, project(d_y, ids))
-        return combine(x, ids, d_hidden), d_gates, weights
+def run_forward(project: Callable, combine: Callable, size: int, x, ids, gates, activation, reduce):
+    """`forward` by any way to use rows, `size` tokens at a time.
 
-    d_y = d_y.astype(x.dtype)
+    project: (x [T, D], ids) -> its products [T, R, M-1] with the input rows. combine: (ids, weights [T, R, 1]) -> [T, D], the
+      sum of the output rows.
+    """
+
+    def both(x, ids, gates):
+        hidden = project(x, ids)
+        return combine(ids, hidden_values(activation, hidden, gates)[..., None]), hidden
+
     if reduce is None:
-        return _over_tokens(both, table, d_y, x, ids, gates, hidden)
-    d_hidden, d_gates, weights = hidden_gradients(activation, hidden, gates, reduce(_over_tokens(project, table, d_y, ids)))
-    return _over_tokens(combine, table, x, ids, d_hidden), d_gates, weights
+        return over_tokens(both, size, x, ids, gates)
+    hidden = reduce(over_tokens(project, size, x, ids))
+    return over_tokens(combine, size, ids, hidden_values(activation, hidden, gates)[..., None]), hidden
+
+
+def run_backward(project: Callable, combine: Callable, size: int, d_y, ids, gates, hidden, activation, reduce):
+    """`backward` in the same manner: `project` is by the output rows, [T, R, 1], and `combine` sums the input rows."""
+
+    def both(d_y, ids, gates, hidden):
+        d_hidden, d_gates, weights = hidden_gradients(activation, hidden, gates, project(d_y, ids))
+        return combine(ids, d_hidden), d_gates, weights
+
+    if reduce is None:
+        return over_tokens(both, size, d_y, ids, gates, hidden)
+    d_h = reduce(over_tokens(project, size, d_y, ids))
+    d_hidden, d_gates, weights = hidden_gradients(activation, hidden, gates, d_h)
+    return over_tokens(combine, size, ids, d_hidden), d_gates, weights
 
 
 def hidden_values(activation: str | None, hidden: jax.Array, gates: jax.Array) -> jax.Array:
@@ -87,29 +94,28 @@ def hidden_gradients(
     return d_hidden, d_gates, jnp.concatenate([d_hidden, h[..., None]], axis=-1)
 
 
-def _fetch(table, ids, like, which):
-    """[T, R, m, D], those of an expert's rows in the slice `which`, in the dtype of `like`."""
+def _fetch(table, ids, dtype, which):
+    """[T, R, m, D], those of an expert's rows in the slice `which`."""
     if not range(table.shape[1])[which]:
-        return jnp.zeros((*ids.shape, 0, table.shape[2]), like.dtype)
+        return jnp.zeros((*ids.shape, 0, table.shape[2]), dtype)
     # A gather of each part that is used: all rows in one would be cut apart again, which copies them.
-    return table.at[ids, which].get(mode="clip").astype(like.dtype)
+    return table.at[ids, which].get(mode="clip").astype(dtype)
 
 
-def _dot(rows, x):
-    """[T, R, m, D], [T, D] -> [T, R, m]."""
-    return batched_product("trmd,td->trm", rows, x)
+def _products(table, dtype, which):
+    """(x [T, D], ids) -> [T, R, m]."""
+    return lambda x, ids: batched_product("trmd,td->trm", _fetch(table, ids, dtype, which), x)
 
 
-def _sum(h, rows):
-    """[T, R, m], [T, R, m, D] -> [T, D]."""
-    return batched_product("trm,trmd->td", h.astype(rows.dtype), rows)
+def _sums(table, dtype, which):
+    """(ids, h [T, R, m]) -> [T, D]."""
+    return lambda ids, h: batched_product("trm,trmd->td", h.astype(dtype), _fetch(table, ids, dtype, which))
 
 
-def _over_tokens(block, table, *arrays):
-    """`block` of all arrays [T, ...], so many tokens at a time that the rows of a block are about BLOCK_BYTES."""
-    (_, m, d), retrieved = table.shape, arrays[-1].shape[1]
-    size = compat.for_platform(BLOCK_BYTES) // (retrieved * m * d * arrays[0].dtype.itemsize)
-    return over_tokens(block, size, *arrays)
+def _tokens(table, ids, dtype):
+    """So many that the rows of a block are about BLOCK_BYTES."""
+    (_, m, d), retrieved = table.shape, ids.shape[1]
+    return compat.for_platform(BLOCK_BYTES) // (retrieved * m * d * dtype.itemsize)
 
 
 def over_tokens(block: Callable, size: int, *arrays: jax.Array):

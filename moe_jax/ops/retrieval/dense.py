@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from moe_jax import compat
 from moe_jax.ops.precision import batched_product
-from moe_jax.ops.retrieval.blocks import Reduce, hidden_gradients, hidden_values, over_tokens
+from moe_jax.ops.retrieval.blocks import Reduce, run_backward, run_forward
 from moe_jax.ops.row_gradient import add_at
 
 # Of one matrix [T, N] of a block of tokens.
@@ -21,21 +21,9 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """See `blocks.forward`."""
     inputs, output = _rows(table, x.dtype)
-
-    def project(x, ids):
-        return _of_retrieved(x, ids, inputs)
-
-    def combine(ids, h):
-        return _sum(ids, h[..., None], [output], x.shape[1], x.dtype)
-
-    def both(x, ids, gates):
-        hidden = project(x, ids)
-        return combine(ids, hidden_values(activation, hidden, gates)), hidden
-
-    if reduce is None:
-        return _over_tokens(both, table, x, ids, gates)
-    hidden = reduce(_over_tokens(project, table, x, ids))
-    return _over_tokens(combine, table, ids, hidden_values(activation, hidden, gates)), hidden
+    project = lambda x, ids: _of_retrieved(x, ids, inputs)
+    combine = lambda ids, h: _sum(ids, h, [output], x.shape[1], x.dtype)
+    return run_forward(project, combine, _tokens(table), x, ids, gates, activation, reduce)
 
 
 def backward(
@@ -50,23 +38,9 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `blocks.backward`."""
     inputs, output = _rows(table, x.dtype)
-    d_y = d_y.astype(x.dtype)
-
-    def project(d_y, ids):
-        return _of_retrieved(d_y, ids, [output])
-
-    def combine(ids, d_hidden):
-        return _sum(ids, d_hidden, inputs, x.shape[1], x.dtype)
-
-    def both(d_y, ids, gates, hidden):
-        d_hidden, d_gates, weights = hidden_gradients(activation, hidden, gates, project(d_y, ids))
-        return combine(ids, d_hidden), d_gates, weights
-
-    if reduce is None:
-        return _over_tokens(both, table, d_y, ids, gates, hidden)
-    d_h = reduce(_over_tokens(project, table, d_y, ids))
-    d_hidden, d_gates, weights = hidden_gradients(activation, hidden, gates, d_h)
-    return _over_tokens(combine, table, ids, d_hidden), d_gates, weights
+    project = lambda d_y, ids: _of_retrieved(d_y, ids, [output])
+    combine = lambda ids, d_hidden: _sum(ids, d_hidden, inputs, x.shape[1], x.dtype)
+    return run_backward(project, combine, _tokens(table), d_y.astype(x.dtype), ids, gates, hidden, activation, reduce)
 
 
 def _rows(table, dtype):
@@ -89,6 +63,6 @@ def _sum(ids, h, rows, width, dtype):
     return y
 
 
-def _over_tokens(block, table, *arrays):
-    size = compat.for_platform(BLOCK_BYTES) // (table.shape[0] * 4)
-    return over_tokens(block, size, *arrays)
+def _tokens(table):
+    """So many that a matrix [T, N] is about BLOCK_BYTES."""
+    return compat.for_platform(BLOCK_BYTES) // (table.shape[0] * 4)
