@@ -188,6 +188,10 @@ class Study:
         """The arms with runs of their own."""
         return [arm for arm in self.arms if not arm.scores]
 
+    def trains_alone(self) -> bool:
+        """Whether reported runs go one after the other: the seconds that they take are compared."""
+        return any(arm.equal_time_to for arm in self.arms)
+
     def with_bases(self, change: Callable[[Config], Config]) -> "Study":
         """The study with its base, and those of its arms, changed.
 

@@ -33,7 +33,10 @@ def define_flags(values: absl_flags.FlagValues) -> None:
     options = {"flag_values": values}
     text = "full adds the study's settings for it."
     absl_flags.DEFINE_enum("scale", "small", ["small", "full"], text, **options)
-    text = "Runs side by side, each on its share of the cores. Times are measured apart and do not depend on it."
+    text = (
+        "Runs side by side, each on its share of the cores. Times are measured apart and do not depend on it. Reported "
+        "runs of a study with arms of equal time go one after the other all the same."
+    )
     absl_flags.DEFINE_integer("jobs", 1, text, lower_bound=1, **options)
     text = "Turns in which the steps of all arms are timed."
     absl_flags.DEFINE_integer("rounds", 12, text, lower_bound=3, **options)
@@ -84,9 +87,6 @@ def run(study: Study, flags: absl_flags.FlagValues) -> int:
     from moe_jax.study.runs import Children
     from moe_jax.study.work import announcement, check_hours, reported_runs, stages, tuning_runs, unfinished
 
-    if flags.jobs > 1 and (equal := [arm.name for arm in study.arms if arm.equal_time_to]):
-        limit = f"arm {equal[0]} has the seconds of another, and trains alone on the machine"
-        raise ConfigError("--jobs", flags.jobs, limit, "use --jobs=1")
     with Children() as children:
         if code := _time_arms(study, flags, children, "before"):
             return code
@@ -99,8 +99,8 @@ def run(study: Study, flags: absl_flags.FlagValues) -> int:
         for arms in stages(study, fixed):
             if not children.signum:
                 _tune(study, arms, flags, timing, children)
-        runs = reported_runs(study)
-        codes = {} if children.signum else _run(study, runs, flags, timing, children)
+        runs, jobs = reported_runs(study), 1 if study.trains_alone() else flags.jobs
+        codes = {} if children.signum else _run(study, runs, flags, timing, children, jobs)
         failed = sum(code != 0 for code in codes.values())
         if not children.signum and child.finished_folders(study, flags.workdir):
             if code := _time_arms(study, flags, children, "after"):
@@ -119,7 +119,7 @@ def _tune(study: Study, arms: list[Arm], flags, timing: dict, children) -> None:
     from moe_jax.study.work import tuning_runs
 
     say(f"tuning {', '.join(arm.name for arm in arms)}: {len(study.grid)} candidates each")
-    _run(study, tuning_runs(study, arms), flags, timing, children)
+    _run(study, tuning_runs(study, arms), flags, timing, children, flags.jobs)
     fixed = load_fixed(flags.workdir)
     for arm in arms:
         found = decide(study, arm, flags.workdir, fixed)
@@ -131,15 +131,15 @@ def _tune(study: Study, arms: list[Arm], flags, timing: dict, children) -> None:
     save_fixed(flags.workdir, fixed)
 
 
-def _run(study: Study, runs: list[tuple[Arm, int, str]], flags, timing: dict, children) -> dict[str, int]:
-    """Does those of the runs that are not finished; returns the exit codes of those that began."""
+def _run(study: Study, runs: list[tuple[Arm, int, str]], flags, timing: dict, children, parallel: int) -> dict[str, int]:
+    """Does those of the runs that are not finished, `parallel` at a time; returns the exit codes of those that began."""
     from moe_jax.study.fixed import load_fixed
     from moe_jax.study.runs import run_jobs
     from moe_jax.study.work import make_job, unfinished
 
     fixed, todo = load_fixed(flags.workdir), unfinished(flags.workdir, runs)
     jobs = [make_job(study, flags.workdir, _CHILD, run, timing, fixed) for run in todo]
-    return run_jobs(jobs, flags.jobs, children, len(runs) - len(todo)) if jobs else {}
+    return run_jobs(jobs, parallel, children, len(runs) - len(todo)) if jobs else {}
 
 
 _CHILD = [sys.executable, "-m", "moe_jax.study.child"]

@@ -124,7 +124,9 @@ def announcement(study: Study, runs: list[tuple[Arm, int, str]], timing: dict, j
             f"{f['parameters']:,} parameters, {f['active_parameters']:,} active; {step}, "
             f"{interval(seconds)} a run, {interval(seconds * count)} for all {'runs' if arm in searched else 'seeds'}"
         )
-    side = f", less with {jobs} runs side by side" if jobs > 1 else ""
+    side = "" if jobs == 1 else f", less with {jobs} runs side by side"
+    if side and study.trains_alone():
+        side += " (those that tune: reported ones go one after the other)"
     lines.append(f"predicted: {interval(predicted_total(runs, timing))} one after the other{side}")
     return lines
 

@@ -211,11 +211,14 @@ def test_tuned_equally_timed_and_branched(file, tmp_path):
     protocol.write_text(file.read_text().partition("    arms = ")[0] + PROTOCOL.format()[1:])
     _, err = study(f"--config={protocol}:0.001", f"--workdir={tmp_path}", expect=2)
     assert "error: study hours_limit=0.001: " in err and not (tmp_path / "runs").exists()
-    out, err = study(f"--config={protocol}", f"--workdir={tmp_path}")
+    out, err = study(f"--config={protocol}", f"--workdir={tmp_path}", "--jobs=2")
     assert (
         "2 arms are tuned first: 2 candidates x 1 seeds 0 each" in err and "the primary comparison: routed against dense" in err
     )
     assert "dense: as_is wins" in err and "runs 4/4" in err and "runs 3/3" in err
+    assert "less with 2 runs side by side (those that tune: reported ones go one after the other)" in err
+    dense, routed = (tmp_path / "runs" / name / "seed_10" for name in ("dense", "routed"))
+    assert (routed / "config.json").stat().st_mtime > (dense / "validation.json").stat().st_mtime
     fixed = json.loads((tmp_path / "fixed.json").read_text())
     assert {name: arm["winner"] for name, arm in fixed["tuning"].items()} == {"dense": "as_is", "routed": "as_is"}
     equal = fixed["equal_time"]["routed"]
@@ -237,5 +240,3 @@ def test_tuned_equally_timed_and_branched(file, tmp_path):
     _, err = study(f"--config={protocol}", f"--workdir={tmp_path}")
     assert "before training" in err and "runs 3/3  routed seed 10: done" in err and "tuning" not in err.replace("tuned", "")
     assert json.loads((tmp_path / "fixed.json").read_text()) == fixed
-    _, err = study(f"--config={protocol}", f"--workdir={tmp_path}", "--jobs=2", expect=2)
-    assert "error: --jobs=2: arm routed has the seconds of another" in err

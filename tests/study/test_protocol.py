@@ -2,14 +2,12 @@
 
 import dataclasses
 import json
-import types
 
 import numpy as np
 import pytest
 
 from moe_jax.config import ConfigError, Scale
 from moe_jax.config.study import Arm, Curve
-from moe_jax.study import __main__ as command
 from moe_jax.study.collect import collect, training_seconds
 from moe_jax.study.documents import save_documents
 from moe_jax.study.fixed import Fixed, equal_steps, save_fixed
@@ -48,12 +46,6 @@ def test_a_curve_over_steps_that_are_not_known():
         ConfigError, match="curve c arm routed='train.steps': its steps are found before the first run; write a"
     ):
         prepare(make_study(arms=arms, baseline="dense", curves=(curve,)), "small")
-
-
-def test_equal_time_is_trained_alone():
-    arms = Arm("dense", DENSE), Arm("routed", equal_time_to="dense")
-    with pytest.raises(ConfigError, match="--jobs=2: arm routed has the seconds of another, and trains alone on the machine"):
-        command.run(make_study(arms=arms, baseline="dense"), types.SimpleNamespace(jobs=2, workdir="w"))
 
 
 def test_seconds_of_training():
