@@ -1,5 +1,7 @@
 """Arms of a study in order of a quantity, such as the number of experts."""
 
+import math
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,13 +36,38 @@ def paired(
     return t_interval([a - b for a, b in values if a is not None and b is not None])
 
 
+def slope(
+    runs: Runs,
+    seeds: Sequence[int],
+    xs: dict[str, float],
+    value: Callable[[dict[str, Any]], float | None],
+    per_token: bool,
+) -> Interval | None:
+    """The interval of the slope of `value` over the arms' x, least squares seed by seed; None with fewer than two x.
+
+    xs: arm -> x. Seeds count that have finished every arm.
+    """
+    if len(set(xs.values())) < 2:
+        return None
+    slopes = []
+    for seed in seeds:
+        done = [runs[arm, seed] for arm in xs]
+        if any(run["state"] != "done" for run in done) or per_token and not all(same_tokens(run, done[0]) for run in done):
+            continue
+        values = [value(run) for run in done]
+        if None not in values:
+            slopes.append(statistics.linear_regression(list(xs.values()), values).slope)
+    return t_interval(slopes)
+
+
 def collect_curve(curve: Curve, runs: Runs, seeds: Sequence[int]) -> dict[str, Any]:
     """The points of a curve.
 
     Returns:
-      name, title, x, log, metrics; lines: for each its label and points, in order of x: x, arm, and by metric the intervals
-      `value` over the seeds, `step` of the paired difference to the point before, `across` of that to the first line's
-      point at the same x. None where there is no such point, or no such number.
+      name, title, x, log, metrics; lines: for each its label, by metric the interval of the `slope` over x, a doubling of it
+      where x is logarithmic, and points, in order of x: x, arm, and by metric the intervals `value` over the seeds, `step` of
+      the paired difference to the point before, `across` of that to the first line's point at the same x. None where there is
+      no such point, or no such number.
     """
     lines, first = [], {}
     for label, arms in curve.lines.items():
@@ -58,7 +85,9 @@ def collect_curve(curve: Curve, runs: Runs, seeds: Sequence[int]) -> dict[str, A
             points.append(point)
             before = arm
         first = first or {point["x"]: point["arm"] for point in points}
-        lines.append({"label": label, "points": points})
+        xs = {arm: math.log2(x) if curve.log else x for arm, x in arms.items()}
+        slopes = {m: slope(runs, seeds, xs, lambda run: run.get(m), METRICS[m].per_token) for m in curve.metrics}
+        lines.append({"label": label, "points": points, "slope": slopes})
     return {
         "name": curve.name,
         "title": curve.title,

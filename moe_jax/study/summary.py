@@ -132,7 +132,7 @@ def routing(rows: list[dict]) -> str:
 
 
 def curve(one: dict[str, Any]) -> str:
-    """The points of a curve: each metric, its paired difference to the point before, and to the first line at the same x."""
+    """The points of a curve: each metric, its paired difference to the point before and to the first line's there; slopes."""
     several = len(one["lines"]) > 1
     titles = [*(["line"] if several else []), one["x"], "arm"]
     first = one["lines"][0]["label"] if one["lines"] else ""
@@ -146,7 +146,20 @@ def curve(one: dict[str, Any]) -> str:
                 cells += [shown(metric, point["value"][metric]), shown(metric, point["step"][metric], "+")]
                 cells += [shown(metric, point["across"][metric], "+")] if several else []
             body.append(cells)
-    return f"**{one['title']}**\n\n{table(titles, body)}"
+    return "\n\n".join(filter(None, [f"**{one['title']}**", table(titles, body), slopes(one)]))
+
+
+def slopes(one: dict[str, Any]) -> str:
+    """A sentence for each line of three points or more: how each metric changes with x, seed by seed."""
+    per = f"a doubling of {one['x']}" if one["log"] else f"a unit of {one['x']}"
+    texts = []
+    for line in one["lines"]:
+        known = [(m, value) for m, value in line.get("slope", {}).items() if value and len(line["points"]) > 2]
+        if known:
+            label = f" ({line['label']})" if line["label"] else ""
+            found = "; ".join(f"{METRICS[m].title} {shown(m, value, '+')}" for m, value in known)
+            texts.append(f"Slope for {per}{label}, least squares by seed: {found}.")
+    return " ".join(texts)
 
 
 def shown(metric: str, value: float | dict[str, Any] | None, sign: str = "") -> str:
