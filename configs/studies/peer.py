@@ -1,37 +1,48 @@
 """PEER beside a dense layer, mixtures of experts and product-key memory, on the Python standard library's own sources.
 
-    python -m moe_jax.study --config=configs/studies/peer.py --workdir=runs/peer
+    python -m moe_jax.study --config=configs/studies/peer.py:PART --workdir=runs/peer_PART
 
-The middle block of 3 (8 at full) changes, as in arXiv:2407.04153; the others are dense. 2.0 million tokens a run, 9.8 million
-with --scale=full; the arms named `half` have half of them, and a schedule of their own. `n1`, `n4`, `n64`: pools of 1, 4 and 64
-times 32^2 experts (1,024, 4,096 and 65,536; `peer` has 16,384), 16 times as many at full. Heads and granularity vary
-at half the tokens: their curves ask for an order at one budget, not for the best loss.
+The middle block of 3 (8 at full) changes, as in arXiv:2407.04153; the others are dense. PART:
 
-The FLOPs of a step, routers included, are those of `dense`, whose middle block has width 192 (768), exactly (`peer`,
-`pkm`) or to 1 %, except in the arms below; keys cost as sqrt(N):
+    levers     what might help PEER, one change at a time, on the tuning seeds: 1.0 million tokens a run, as half and pools
+    half       dense, PEER, product-key memory, 64 experts of which 8 run, and 8 experts by a hash of the token id: all tuned by
+               one grid, at equal FLOPs and, by schedules of their own, in equal time; eight seeds
+    whole      the same with 2.0 million tokens (9.8 with --scale=full), each arm with the settings that won in half
+    pools      PEER with 32^2 to 512^2 experts, 16 times as many at full
+    controls   8 experts of which one runs, expert choice, PEER without a norm of its queries, and with other rounding
 
-    --scale    n1       n4       n64      h2       h8       atoms    64x8
-    small      -4.1 %   -2.7 %   +5.5 %   -6.2 %   +12.3 %  +5.4 %   +1.4 %
-    full       -1.1 %   -0.7 %   +1.5 %   -1.6 %   +3.3 %   +1.3 %   +0.1 %
+The FLOPs of a step, routers included, are those of `dense`, whose middle block has width 192 (768), to 1.5 %, but for: pools,
+since keys cost as sqrt(N), and the control `token_hash`, which searches nothing.
+
+    --scale    n32      n64      n256     n512     token_hash
+    small      -4.1 %   -2.7 %   +5.5 %   +16.4 %  -11.0 %
+    full       -1.1 %   -0.7 %   +1.5 %   +4.4 %   -
 
 `expert_choice` looks at later tokens in its evaluation too, which no model that writes text can; `expert_choice_causal` are the
 same runs with each token's best expert.
-
-`--config=configs/studies/peer.py:rate` asks, at half the tokens, whether the pool wants another learning rate than the rest.
 """
 
 from moe_jax import config as c
 from moe_jax.config import Arm, Curve, Settings, Study
 
-STEPS, STEPS_FULL = 500, 600  # 500: 1,000 visits of each of 65,536 experts, 32 to a token
+STEPS, STEPS_FULL = 500, 600
 DENSE = {"model.inserts": "middle=dense@1", "model.insert_width": 192}
 DENSE_FULL = {"model.inserts": "middle=dense@4", "model.insert_width": 768}
 CAUSAL = {"model.moe.routers.expert_choice.evaluation": "tokens"}
+PARTS = ("levers", "half", "whole", "pools", "controls")
+GRID = {
+    "plain": {},
+    "rate-x0.5": {"optimizer.learning_rate": c.Scale(0.5)},
+    "rate-x2": {"optimizer.learning_rate": c.Scale(2)},
+    "final_fraction-0.3": {"optimizer.final_fraction": 0.3},
+    "final_fraction-0.5": {"optimizer.final_fraction": 0.5},
+}
 
 
-def routed(experts: int, top_k: int) -> tuple[Settings, Settings]:
+def routed(experts: int, top_k: int, **moe: bool | str) -> tuple[Settings, Settings]:
     """(settings, settings with --scale=full) of E experts, K to a token: 1,536 hidden neurons and 192 of them; 4 times that."""
     settings = {"model.inserts": "middle=routed@1", "model.moe.experts": experts, "model.moe.top_k": top_k}
+    settings |= {f"model.moe.{name}": value for name, value in moe.items()}
     small, full = {"model.moe.expert_width": 192 // top_k}, {"model.moe.expert_width": 768 // top_k}
     return settings | small, {"model.inserts": "middle=routed@4"} | full
 
@@ -43,7 +54,7 @@ def retrieving(kind: str, side: int, full: Settings | None = None, **fields: int
     return small, {"model.inserts": f"middle={kind}@4"} | of_peer({"experts": (4 * side) ** 2} | (full or {}))
 
 
-def base_config() -> c.Config:
+def base_config(steps: int = STEPS) -> c.Config:
     base = c.Config()
     base.data.vocab_size = 1024
     base.data.sequence_length, base.data.batch_size = 128, 32
@@ -54,11 +65,11 @@ def base_config() -> c.Config:
     base.optimizer.learning_rate = 6e-3
     base.optimizer.warmup_steps = 40
     base.model.scan = False  # three blocks compile fast enough, and a loop costs a fifth more time on a CPU
-    base.train.steps = STEPS
+    base.train.steps = steps
     base.train.log_every = 10
     base.train.eval_every = 50
     base.train.eval_batches = 8
-    base.train.checkpoint_every = 250
+    base.train.checkpoint_every = 0
     base.train.max_to_keep = 1
     base.train.tensorboard = False
     return base
@@ -82,115 +93,108 @@ FULL = {
     "train.steps": STEPS_FULL,
     "train.eval_every": 60,
 }
+HALF_FULL = FULL | {"train.steps": STEPS_FULL // 2}
+WINNERS = {}  # of `half`
+PEER, DENSE_LAYER, HASH = retrieving("peer", 128), (DENSE, DENSE_FULL), routed(8, 1, router="hash")
 
 
 def get_config(part: str = "") -> Study:
-    if part not in ("", "rate"):
-        raise ValueError(f"{part!r} is no part of the study; write peer.py or peer.py:rate")
-    return learning_rates() if part else comparison()
+    if part not in PARTS:
+        raise ValueError(f"{part!r} is no part of the study; write one of " + ", ".join(f"peer.py:{name}" for name in PARTS))
+    return {"levers": levers, "half": half, "whole": whole, "pools": pools, "controls": controls}[part]()
 
 
-def learning_rates() -> Study:
-    base, (small, full) = base_config(), retrieving("peer", 128)
-    base.train.steps = STEPS // 2
-    base.optimizer.groups = (c.ParameterGroup("embedding"),)  # without effect; arms with a pool make it theirs
-    arms = [Arm("dense", DENSE, full=DENSE_FULL)]
-    rates = {"third": 1 / 3, "same": 1.0, "triple": 3.0, "tenfold": 10.0}
-    for name, scale in rates.items():
-        group = {"optimizer.groups[0].path": "peer/experts$", "optimizer.groups[0].learning_rate_scale": scale}
-        arms.append(Arm(f"peer_{name}", small | group, full=full))
-    line = {"": {f"peer_{name}": round(scale, 2) for name, scale in rates.items()}}
-    curve = Curve(
-        "rate", "The pool's learning rate", "its learning rate / that of the rest", line, ("difference", "unevenness", "usage")
-    )
-    return Study(
-        base,
-        tuple(arms),
-        baseline="dense",
-        full=FULL | {"train.steps": STEPS_FULL // 2},
-        title="PEER at equal FLOPs, half the tokens",
-        curves=(curve,),
-    )
+def levers() -> Study:
+    """Each change alone, of the arm `peer`."""
+    base = base_config(STEPS // 2)
+    base.optimizer.groups = (c.ParameterGroup("embedding"),) * 2  # without effect, until an arm with rates makes them its own
+    peer, _ = PEER
+
+    def group(number: int, path: str, rate: float, **more: float) -> Settings:
+        values = {"path": path, "learning_rate_scale": rate} | more
+        return {f"optimizer.groups[{number}].{name}": value for name, value in values.items()}
+
+    keys, queries = "peer/router/keys$", "peer/router/kernel$"
+    changes = {
+        "pool_x3": group(0, "peer/experts$", 3.0),
+        "pool_x10": group(0, "peer/experts$", 10.0),
+        "selector_x0.3": group(0, keys, 0.3) | group(1, queries, 0.3),
+        "keys_without_decay": group(0, keys, 1.0, weight_decay=0.0),
+        "head_keys": {"model.peer.share_keys": False},
+        "gates_x8": {"model.peer.gate_scale": 8.0},
+        "sigmoid": {"model.peer.score": "sigmoid"},
+        "raw": {"model.peer.score": "raw"},
+        # One query of 64 for all heads pays for 128 neurons a token instead of 32.
+        "low_rank": {"model.peer.query_rank": 64, "model.peer.share_keys": False, "model.peer.top_k": 32},
+        "dense_branch": {"model.peer.shared_width": 96, "model.peer.heads": 2},
+        "every_block": {"model.pattern": "peer"},
+        "token_hash": {"model.peer.selector": "token_hash"},
+    }
+    arms = [Arm("dense", DENSE), Arm("hash", HASH[0]), Arm("peer", peer)]
+    arms += [Arm(f"peer_{name}", peer | change) for name, change in changes.items()]
+    return Study(base, tuple(arms), "dense", seeds=(0, 1, 2), title="What might help PEER, one change at a time")
 
 
-def comparison() -> Study:
-    base = base_config()
-    small, full = routed(8, 1)
-    main = {
-        "dense": (DENSE, DENSE_FULL),
-        "moe_8x1": (small, full),
-        "moe_64x8": routed(64, 8),
-        "expert_choice": (small | {"model.moe.router": "expert_choice", "model.moe.allow_noncausal": True}, full),
+def headline(steps: int, full: Settings, winners: dict[str, Settings], title: str) -> Study:
+    """The five layers at equal FLOPs and in equal time. winners: settings of each; empty: tuned by the grid."""
+    layers = {
+        "dense": DENSE_LAYER,
+        "peer": PEER,
         "pkm": retrieving("pkm", 128, {"top_k": 32}, top_k=16),
-        "peer": retrieving("peer", 128),
+        "moe_64x8": routed(64, 8),
+        "hash": HASH,
     }
-    # Neurons like those of the routed arms, 39^2 = 1,521 for 1,536 and 192 a token; longer queries would outweigh them.
-    atoms = {"top_k": 16, "key_width": 16, "activation": "swiglu"}
-    pools = {
-        "peer_n1": retrieving("peer", 32),
-        "peer_n4": retrieving("peer", 64),
-        "peer_n64": retrieving("peer", 256),
-        "peer_no_norm": retrieving("peer", 128, query_norm="none"),
-    }
-    halves = {
-        "moe_32x4": routed(32, 4),
-        "peer_atoms": retrieving("peer", 39, {"heads": 48, "experts": 78**2}, heads=12, **atoms),
-        "peer_h2": retrieving("peer", 128, {"heads": 4}, heads=2),
-        "peer_h8": retrieving("peer", 128, {"heads": 16}, heads=8),
-    }
-    arms = [Arm(name, small, full=full) for name, (small, full) in (main | pools).items()]
-    for name, (small, full) in (main | halves).items():
-        small, full = small | {"train.steps": STEPS // 2}, full | {"train.steps": STEPS_FULL // 2}
-        arms.append(Arm(f"{name}_half", small, full=full, baseline="dense_half"))
-    for budget in ("", "_half"):
-        arms.append(Arm(f"expert_choice_causal{budget}", CAUSAL, scores=f"expert_choice{budget}"))
-
-    pool = "model.peer.experts"
-    curves = (
-        Curve(
-            "pool",
-            "Larger pools",
-            "experts N",
-            {
-                "BatchNorm of queries": {name: pool for name in ("peer_n1", "peer_n4", "peer", "peer_n64")},
-                "no norm": {"peer_no_norm": pool},
-            },
-            ("difference", "unevenness", "usage"),
-        ),
-        Curve(
-            "granularity",
-            "Finer experts, equal parameters, total and active",
-            "hidden neurons of an expert",
-            {
-                "": {f"moe_{kind}_half": "model.moe.expert_width" for kind in ("8x1", "32x4", "64x8")} | {"peer_atoms_half": 1},
-            },
-            ("difference",),
-        ),
-        Curve(
-            "heads",
-            "More heads",
-            "heads H",
-            {
-                "": {name: "model.peer.heads" for name in ("peer_h2_half", "peer_half", "peer_h8_half")},
-            },
-            ("difference", "unevenness"),
-        ),
-        Curve(
-            "budget",
-            "Two budgets",
-            "optimizer steps",
-            {name: {f"{name}_half": "train.steps", name: "train.steps"} for name in (*main, "expert_choice_causal")},
-            ("difference",),
-        ),
-    )
+    arms = [Arm(name, small | winners.get(name, {}), full=large) for name, (small, large) in layers.items()]
+    for arm in tuple(arms[1:]):
+        tuned_as = "" if winners else arm.name
+        arms.append(Arm(f"{arm.name}_time", arm.settings, full=arm.full, equal_time_to="dense", tuned_as=tuned_as))
     return Study(
-        base,
+        base_config(steps),
         tuple(arms),
         baseline="dense",
-        seeds=(0, 1, 2),
-        full=FULL,
-        title="PEER at equal FLOPs",
-        curves=curves,
-        shown=(*main, "expert_choice_causal"),
-        hours_limit=12.0,  # 29 arms of three seeds, compared with each other
+        seeds=tuple(range(10, 18)),
+        full=full,
+        grid={} if winners else GRID,
+        primary="peer",
+        title=title,
+        shown=tuple(layers),
     )
+
+
+def half() -> Study:
+    return headline(STEPS // 2, HALF_FULL, {}, "PEER at equal FLOPs and in equal time, half the tokens")
+
+
+def whole() -> Study:
+    return headline(STEPS, FULL, WINNERS, "PEER at equal FLOPs and in equal time")
+
+
+def pools() -> Study:
+    """Larger pools, as a slope."""
+    sides = (32, 64, 128, 256, 512)
+    arms = [Arm("dense", DENSE, full=DENSE_FULL)]
+    arms += [Arm(f"peer_n{side}", small, full=full) for side in sides for small, full in (retrieving("peer", side),)]
+    line = {"": {f"peer_n{side}": "model.peer.experts" for side in sides}}
+    curve = Curve("pool", "Larger pools", "experts N", line, ("difference", "unevenness", "usage"))
+    seeds = tuple(range(10, 15))
+    title = "PEER against the number of experts, half the tokens"
+    return Study(
+        base_config(STEPS // 2), tuple(arms), "dense", seeds, HALF_FULL, title=title, curves=(curve,), primary="peer_n128"
+    )
+
+
+def controls() -> Study:
+    small, full = routed(8, 1)
+    expert_choice = small | {"model.moe.router": "expert_choice", "model.moe.allow_noncausal": True}
+    no_norm, no_norm_full = retrieving("peer", 128, query_norm="none")
+    arms = (
+        Arm("dense", DENSE, full=DENSE_FULL),
+        Arm("moe_8x1", small, full=full),
+        Arm("expert_choice", expert_choice, full=full),
+        Arm("expert_choice_causal", CAUSAL, scores="expert_choice"),
+        Arm("peer", PEER[0], full=PEER[1]),
+        Arm("peer_rounded", PEER[0] | {"model.loss_chunk": 512}, full=PEER[1], baseline="peer"),
+        Arm("peer_no_norm", no_norm, full=no_norm_full),
+    )
+    title = "Controls beside PEER, half the tokens"
+    return Study(base_config(STEPS // 2), arms, "dense", (10, 11, 12), HALF_FULL, title=title)

@@ -1,12 +1,12 @@
 """Is the quickstart's routed model ahead of a dense one in the same seconds? On the Python standard library's own sources.
 
-    python -m moe_jax.study --config=configs/studies/quickstart.py --workdir=runs/quickstart_study
+    python -m moe_jax.study --config=configs/studies/quickstart.py --workdir=runs/quickstart_study --jobs=2
     python -m moe_jax.study --config=configs/studies/quickstart.py:levers --workdir=runs/levers
 
 The first command is the comparison: a dense model and one whose every other block has 8 experts, one to a token by a hash of
 its id; both tuned by the same grid, eight seeds each. All arms are trained for the seconds of 610 dense steps, by schedules
 of their own. The second tries what might help, one change at a time, on a tuning seed: the end of the schedule, small starts,
-which blocks are routed, and by which router.
+which blocks are routed, by which router, the number of experts, and the model's width.
 """
 
 from moe_jax import config as c
@@ -18,6 +18,7 @@ SWITCH = {"model.moe.router": "switch", "model.moe.top_k": 1, "model.moe.routers
 TOP_2 = {"model.moe.experts": 16, "model.moe.top_k": 2, "model.moe.expert_width": 256}
 HIGH_END = {"optimizer.final_fraction": 0.5}
 SMALL_START = {"model.residual_init": 0.1}
+WIDE = {"model.width": 192, "model.ffn_width": 768, "model.init_std": 0.072}  # 1 / sqrt(width), as in the base
 GRID = {
     "plain": {},
     "rate-x0.5": {"optimizer.learning_rate": c.Scale(0.5)},
@@ -48,8 +49,11 @@ def in_the_same_time(name: str, settings: Settings) -> Arm:
     return Arm(name, settings, equal_time_to="dense")
 
 
+PARTS = ("", "levers")
+
+
 def get_config(part: str = "") -> Study:
-    if part not in ("", "levers"):
+    if part not in PARTS:
         raise ValueError(f"{part!r} is no part of the study; write quickstart.py or quickstart.py:levers")
     dense, routed = Arm("dense", DENSE), in_the_same_time("hash", HASH)
     if not part:
@@ -66,5 +70,8 @@ def get_config(part: str = "") -> Study:
         in_the_same_time("switch", SWITCH),
         in_the_same_time("hash_every_block", HASH | {"model.pattern": "routed"}),
         in_the_same_time("top_2_of_16", TOP_2),
+        in_the_same_time("hash_32", HASH | {"model.moe.experts": 32}),
+        in_the_same_time("dense_wide", DENSE | WIDE),
+        in_the_same_time("hash_wide", HASH | WIDE),
     )
     return Study(base_config(), arms, "dense", (0,), title="Levers of the quickstart, in the same seconds")
