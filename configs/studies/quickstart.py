@@ -6,8 +6,10 @@
 The first command is the comparison: a dense model and one whose every other block has 8 experts, one to a token by a hash of
 its id; both tuned by the same grid, eight seeds each. All arms are trained for the seconds of 610 dense steps, by schedules
 of their own. The second tries what might help, one change at a time, on a tuning seed: the end of the schedule, small starts,
-which blocks are routed, by which router, the number of experts, and the model's width.
+which blocks are routed, by which router or table, the number of experts, the model's width, and the size of a batch.
 """
+
+import dataclasses
 
 from moe_jax import config as c
 from moe_jax.config import Arm, Settings, Study
@@ -18,6 +20,7 @@ SWITCH = {"model.moe.router": "switch", "model.moe.top_k": 1, "model.moe.routers
 TOP_2 = {"model.moe.experts": 16, "model.moe.top_k": 2, "model.moe.expert_width": 256}
 HIGH_END = {"optimizer.final_fraction": 0.5}
 SMALL_START = {"model.residual_init": 0.1}
+SMALL_BATCH = {"data.batch_size": 4}
 WIDE = {"model.width": 192, "model.ffn_width": 768, "model.init_std": 0.072}  # 1 / sqrt(width), as in the base
 GRID = {
     "plain": {},
@@ -42,6 +45,17 @@ def base_config() -> c.Config:
     base.train.checkpoint_every = 0
     base.train.max_to_keep = 1
     base.train.tensorboard = False
+    return base
+
+
+def two_tables() -> c.Config:
+    """The base with two layers of 8 experts, each by a random table of its own."""
+    base = base_config()
+    for name, seed in (("one", 1), ("two", 2)):
+        layer = c.FFNConfig(name, kind="routed")
+        layer.moe.router, layer.moe.top_k = "hash", 1
+        layer.moe.routers.hash.table, layer.moe.routers.hash.seed = "random", seed
+        base.model.ffns += (layer,)
     return base
 
 
@@ -73,5 +87,9 @@ def get_config(part: str = "") -> Study:
         in_the_same_time("hash_32", HASH | {"model.moe.experts": 32}),
         in_the_same_time("dense_wide", DENSE | WIDE),
         in_the_same_time("hash_wide", HASH | WIDE),
+        in_the_same_time("hash_first", HASH | {"model.pattern": "routed,dense"}),
+        dataclasses.replace(in_the_same_time("hash_two_tables", {"model.pattern": "dense,one,dense,two"}), base=two_tables()),
+        in_the_same_time("dense_small_batch", DENSE | SMALL_BATCH),
+        in_the_same_time("hash_small_batch", HASH | SMALL_BATCH),
     )
     return Study(base_config(), arms, "dense", (0,), title="Levers of the quickstart, in the same seconds")

@@ -31,6 +31,7 @@ def main(argv: list[str]) -> int:
     from moe_jax.study.description import load_description
 
     kind, workdir, *rest = argv
+    _share_compiled(workdir)
     try:
         study, _ = load_description(workdir)
         if kind == "train":
@@ -41,6 +42,14 @@ def main(argv: list[str]) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _share_compiled(workdir: str) -> None:
+    """Has the runs of a study share what they compile, in DIR/compiled: seeds of an arm differ in no program."""
+    import jax
+
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(workdir).absolute() / "compiled"))
 
 
 def _follow_parent(parent: int) -> None:

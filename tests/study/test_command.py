@@ -216,6 +216,7 @@ def test_tuned_equally_timed_and_branched(file, tmp_path):
         "2 arms are tuned first: 2 candidates x 1 seeds 0 each" in err and "the primary comparison: routed against dense" in err
     )
     assert "dense: as_is wins" in err and "runs 4/4" in err and "runs 3/3" in err
+    assert list((tmp_path / "compiled").iterdir())  # by the runs, for each other
     assert "less with 2 runs side by side (those that tune: reported ones go one after the other)" in err
     dense, routed = (tmp_path / "runs" / name / "seed_10" for name in ("dense", "routed"))
     assert (routed / "config.json").stat().st_mtime > (dense / "validation.json").stat().st_mtime
