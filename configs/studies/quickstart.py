@@ -5,8 +5,8 @@
 
 The first command is the comparison: a dense model and one whose every other block has 8 experts, one to a token by a hash of
 its id; both tuned by the same grid, eight seeds each. All arms are trained for the seconds of 610 dense steps, by schedules
-of their own. The second tries what might help, one change at a time, on a tuning seed: the end of the schedule, small starts,
-which blocks are routed, by which router or table, the number of experts, the model's width, and the size of a batch.
+of their own. The second tries what might help, one change at a time, on a tuning seed: the schedule, the size of the start,
+which blocks are routed, by which router or tables, with how many experts, a shared one beside them, the model's width, the batch.
 """
 
 import dataclasses
@@ -18,8 +18,10 @@ DENSE = {"model.pattern": "dense,dense"}
 HASH = {"model.moe.router": "hash", "model.moe.top_k": 1}
 SWITCH = {"model.moe.router": "switch", "model.moe.top_k": 1, "model.moe.routers.switch.jitter": 0.01}
 TOP_2 = {"model.moe.experts": 16, "model.moe.top_k": 2, "model.moe.expert_width": 256}
-HIGH_END = {"optimizer.final_fraction": 0.5}
-SMALL_START = {"model.residual_init": 0.1}
+# Half of a token's neurons see every token.
+SHARED = {"model.moe.experts": 16, "model.moe.expert_width": 256, "model.moe.shared_experts": 1}
+LINEAR = {"optimizer.schedule": "wsd", "optimizer.decay_fraction": 0.8, "optimizer.final_fraction": 0.0}
+LARGE_START = {"model.residual_init": 1.0}
 SMALL_BATCH = {"data.batch_size": 4}
 WIDE = {"model.width": 192, "model.ffn_width": 768, "model.init_std": 0.072}  # 1 / sqrt(width), as in the base
 GRID = {
@@ -27,8 +29,9 @@ GRID = {
     "rate-x0.5": {"optimizer.learning_rate": c.Scale(0.5)},
     "rate-x2": {"optimizer.learning_rate": c.Scale(2)},
     "final_fraction-0.3": {"optimizer.final_fraction": 0.3},
-    "final_fraction-0.5": HIGH_END,
+    "linear": LINEAR,
 }
+PARTS = ("", "levers")
 
 
 def base_config() -> c.Config:
@@ -48,12 +51,11 @@ def base_config() -> c.Config:
     return base
 
 
-def two_tables() -> c.Config:
-    """The base with two layers of 8 experts, each by a random table of its own."""
+def two_tables(**moe: int) -> c.Config:
+    """The base with two layers, each with a random table of its own; moe: options of both."""
     base = base_config()
     for name, seed in (("one", 1), ("two", 2)):
-        layer = c.FFNConfig(name, kind="routed")
-        layer.moe.router, layer.moe.top_k = "hash", 1
+        layer = c.FFNConfig(name, kind="routed", moe=c.MoEConfig(router="hash", top_k=1, **moe))
         layer.moe.routers.hash.table, layer.moe.routers.hash.seed = "random", seed
         base.model.ffns += (layer,)
     return base
@@ -61,9 +63,6 @@ def two_tables() -> c.Config:
 
 def in_the_same_time(name: str, settings: Settings) -> Arm:
     return Arm(name, settings, equal_time_to="dense")
-
-
-PARTS = ("", "levers")
 
 
 def get_config(part: str = "") -> Study:
@@ -74,22 +73,27 @@ def get_config(part: str = "") -> Study:
         seeds = tuple(range(10, 18))
         title = "The quickstart's routed model beside a dense one, in the same seconds"
         return Study(base_config(), (dense, routed), "dense", seeds, grid=GRID, primary="hash", title=title, hours_limit=3)
-    arms = (
-        dense,
-        routed,
-        in_the_same_time("dense_high_end", DENSE | HIGH_END),
-        in_the_same_time("hash_high_end", HASH | HIGH_END),
-        in_the_same_time("dense_small_start", DENSE | SMALL_START),
-        in_the_same_time("hash_small_start", HASH | SMALL_START),
-        in_the_same_time("switch", SWITCH),
-        in_the_same_time("hash_every_block", HASH | {"model.pattern": "routed"}),
-        in_the_same_time("top_2_of_16", TOP_2),
-        in_the_same_time("hash_32", HASH | {"model.moe.experts": 32}),
-        in_the_same_time("dense_wide", DENSE | WIDE),
-        in_the_same_time("hash_wide", HASH | WIDE),
-        in_the_same_time("hash_first", HASH | {"model.pattern": "routed,dense"}),
-        dataclasses.replace(in_the_same_time("hash_two_tables", {"model.pattern": "dense,one,dense,two"}), base=two_tables()),
-        in_the_same_time("dense_small_batch", DENSE | SMALL_BATCH),
-        in_the_same_time("hash_small_batch", HASH | SMALL_BATCH),
-    )
-    return Study(base_config(), arms, "dense", (0,), title="Levers of the quickstart, in the same seconds")
+    tables = {"model.pattern": "dense,one,dense,two"}
+    shared = {"experts": 16, "expert_width": 256, "shared_experts": 1}
+    levers = {
+        "dense_linear": DENSE | LINEAR,
+        "hash_linear": HASH | LINEAR,
+        "dense_high_end": DENSE | {"optimizer.final_fraction": 0.5},
+        "dense_large_start": DENSE | LARGE_START,
+        "hash_large_start": HASH | LARGE_START,
+        "switch": SWITCH,
+        "top_2_of_16": TOP_2,
+        "hash_every_block": HASH | {"model.pattern": "routed"},
+        "hash_first": HASH | {"model.pattern": "routed,dense"},
+        "hash_32": HASH | {"model.moe.experts": 32},
+        "hash_shared": HASH | SHARED,
+        "switch_shared": SWITCH | SHARED,
+        "dense_wide": DENSE | WIDE,
+        "hash_wide": HASH | WIDE,
+        "dense_small_batch": DENSE | SMALL_BATCH,
+        "hash_small_batch": HASH | SMALL_BATCH,
+    }
+    arms = [dense, routed, *(in_the_same_time(name, settings) for name, settings in levers.items())]
+    for name, base in (("hash_two_tables", two_tables()), ("hash_two_tables_shared", two_tables(**shared))):
+        arms.append(dataclasses.replace(in_the_same_time(name, tables), base=base))
+    return Study(base_config(), tuple(arms), "dense", (0,), title="Levers of the quickstart, in the same seconds")

@@ -25,6 +25,7 @@ def get_config() -> Study:
     base = c.Config()
     base.data.vocab_size = 1024
     base.model.init_std = 0.09
+    base.model.residual_init = 1.0  # of the day of the README's tables
     base.model.ffn_width = 512
     base.model.moe.experts, base.model.moe.top_k = 8, 1
     base.optimizer.learning_rate = 6e-3

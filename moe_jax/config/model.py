@@ -62,7 +62,7 @@ class ModelConfig:
     row_gradients: bool = field(False, "Row-wise gradients and updates of the token embedding; needs tied_embeddings=False.")
     init_std: float = field(0.02, "Standard deviation of embeddings; other weights are scaled by fan-in.", low=0)
     residual_init: float = field(
-        1.0,
+        0.01,
         "Factor on the standard deviation with which all that writes into the residual stream starts: output projections of "
         "attention, feed-forward layers and experts, constant experts, output rows of peer and pkm. For new runs alone: one "
         "that has begun goes on from its own parameters, whatever this is.",

@@ -23,7 +23,7 @@ B, S, V = 2, 12, 61
 
 def make_model(**fields):
     moe = MoEConfig(experts=4, top_k=2)
-    small = {"layers": 4, "width": 16, "ffn_width": 24, "heads": 2, "loss_chunk": 16, "moe": moe} | fields
+    small = {"layers": 4, "width": 16, "ffn_width": 24, "heads": 2, "loss_chunk": 16, "residual_init": 1.0, "moe": moe} | fields
     return Decoder(ModelConfig(**small), V)
 
 

@@ -24,7 +24,7 @@ SCALED = re.compile(r"/(w_o|w_out|constant)$")
 
 def start(**fields):
     """Path -> parameter of a model from one key."""
-    small = MODEL | {"width": 8, "ffn_width": 12, "heads": 2, "ffn_bias": True, "output_bias": True}
+    small = MODEL | {"residual_init": 1.0, "width": 8, "ffn_width": 12, "heads": 2, "ffn_bias": True, "output_bias": True}
     config = ModelConfig(**small, moe=MoEConfig(experts=3), peer=PEER, ffns=FFNS)
     for name, value in fields.items():
         setattr(config, name, value)

@@ -22,6 +22,7 @@ def make_config(**overrides) -> Config:
     config.data.batch_size, config.data.sequence_length = BATCH, LENGTH
     config.model.layers, config.model.pattern = 1, "routed"
     config.model.width, config.model.ffn_width = 32, 64
+    config.model.residual_init = 1.0  # layers that begin by adding nothing would hide what is wrong with them
     config.optimizer.warmup_steps, config.train.steps = 2, 20
     for path, value in overrides.items():
         *parents, name = path.split("__")
