@@ -6,7 +6,7 @@
 The first command is the comparison: a dense model and one whose every other block has 8 experts, one to a token by a hash of
 its id; both tuned by the same grid, eight seeds each. All arms are trained for the seconds of 610 dense steps, by schedules
 of their own. The second tries what might help, one change at a time, on a tuning seed: the schedule, the size of the start,
-which blocks are routed, by which router or tables, with how many experts, a shared one beside them, the model's width, the batch.
+which blocks are routed, by which router or tables, with how many experts, a shared one beside them, the width, the batch.
 """
 
 import dataclasses
