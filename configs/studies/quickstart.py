@@ -9,8 +9,6 @@ of their own. The second tries what might help, one change at a time, on a tunin
 which blocks are routed, by which router or tables, with how many experts, a shared one beside them, the width, the batch.
 """
 
-import dataclasses
-
 from moe_jax import config as c
 from moe_jax.config import Arm, Settings, Study
 
@@ -61,8 +59,8 @@ def two_tables(**moe: int) -> c.Config:
     return base
 
 
-def in_the_same_time(name: str, settings: Settings) -> Arm:
-    return Arm(name, settings, equal_time_to="dense")
+def in_the_same_time(name: str, settings: Settings, base: c.Config | None = None) -> Arm:
+    return Arm(name, settings, base=base, equal_time_to="dense")
 
 
 def get_config(part: str = "") -> Study:
@@ -95,5 +93,5 @@ def get_config(part: str = "") -> Study:
     }
     arms = [dense, routed, *(in_the_same_time(name, settings) for name, settings in levers.items())]
     for name, base in (("hash_two_tables", two_tables()), ("hash_two_tables_shared", two_tables(**shared))):
-        arms.append(dataclasses.replace(in_the_same_time(name, tables), base=base))
+        arms.append(in_the_same_time(name, tables, base))
     return Study(base_config(), tuple(arms), "dense", (0,), title="Levers of the quickstart, in the same seconds")
