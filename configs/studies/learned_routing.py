@@ -10,7 +10,6 @@ of its own.
 from moe_jax import config as c
 from moe_jax.config import Arm, Curve, Study
 
-TOKENS_PER_STEP = 8 * 256
 MILLIONS = (2, 6, 12)
 DECAY = 0.2
 KINDS = {
@@ -36,7 +35,7 @@ def get_config() -> Study:
     base.train.checkpoint_every = 0
     base.train.max_to_keep = 1
     base.train.tensorboard = False
-    steps = {millions: round(1e6 * millions / TOKENS_PER_STEP) for millions in MILLIONS}
+    steps = {millions: round(1e6 * millions / (base.data.batch_size * base.data.sequence_length)) for millions in MILLIONS}
     branches = {millions: int((1 - DECAY) * count) for millions, count in steps.items()}
     base.train.steps = max(branches.values())
     keep = ",".join(map(str, branches.values()))

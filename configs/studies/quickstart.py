@@ -17,7 +17,8 @@ HASH = {"model.moe.router": "hash", "model.moe.top_k": 1}
 SWITCH = {"model.moe.router": "switch", "model.moe.top_k": 1, "model.moe.routers.switch.jitter": 0.01}
 TOP_2 = {"model.moe.experts": 16, "model.moe.top_k": 2, "model.moe.expert_width": 256}
 # Half of a token's neurons see every token.
-SHARED = {"model.moe.experts": 16, "model.moe.expert_width": 256, "model.moe.shared_experts": 1}
+SHARED = {"experts": 16, "expert_width": 256, "shared_experts": 1}
+OF_MOE = {f"model.moe.{name}": value for name, value in SHARED.items()}
 LINEAR = {"optimizer.schedule": "wsd", "optimizer.decay_fraction": 0.8, "optimizer.final_fraction": 0.0}
 LARGE_START = {"model.residual_init": 1.0}
 SMALL_BATCH = {"data.batch_size": 4}
@@ -72,7 +73,6 @@ def get_config(part: str = "") -> Study:
         title = "The quickstart's routed model beside a dense one, in the same seconds"
         return Study(base_config(), (dense, routed), "dense", seeds, grid=GRID, primary="hash", title=title, hours_limit=3)
     tables = {"model.pattern": "dense,one,dense,two"}
-    shared = {"experts": 16, "expert_width": 256, "shared_experts": 1}
     levers = {
         "dense_linear": DENSE | LINEAR,
         "hash_linear": HASH | LINEAR,
@@ -84,14 +84,14 @@ def get_config(part: str = "") -> Study:
         "hash_every_block": HASH | {"model.pattern": "routed"},
         "hash_first": HASH | {"model.pattern": "routed,dense"},
         "hash_32": HASH | {"model.moe.experts": 32},
-        "hash_shared": HASH | SHARED,
-        "switch_shared": SWITCH | SHARED,
+        "hash_shared": HASH | OF_MOE,
+        "switch_shared": SWITCH | OF_MOE,
         "dense_wide": DENSE | WIDE,
         "hash_wide": HASH | WIDE,
         "dense_small_batch": DENSE | SMALL_BATCH,
         "hash_small_batch": HASH | SMALL_BATCH,
     }
     arms = [dense, routed, *(in_the_same_time(name, settings) for name, settings in levers.items())]
-    for name, base in (("hash_two_tables", two_tables()), ("hash_two_tables_shared", two_tables(**shared))):
+    for name, base in (("hash_two_tables", two_tables()), ("hash_two_tables_shared", two_tables(**SHARED))):
         arms.append(in_the_same_time(name, tables, base))
     return Study(base_config(), tuple(arms), "dense", (0,), title="Levers of the quickstart, in the same seconds")

@@ -272,7 +272,7 @@ def test_an_arm_of_other_text_has_no_curve(tmp_path):
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("name, page", [("routers", "README.md")])
+@pytest.mark.parametrize("name, page", [("routers", "README.md"), ("starts", "benchmarks/studies/starts.md")])
 def test_the_results_of_this_repository(name, page):
     """Results of older studies can still be read, and the page that shows them has what they say."""
     result = json.loads((ROOT / "benchmarks" / "studies" / f"{name}.json").read_text())
