@@ -132,7 +132,7 @@ def test_nnx():
 
 def routed(name, **options):
     """A layer of 4 experts with this router, as its options are by default."""
-    k = 1 if name in ("switch", "base", "hash", "soft_moe") else 2
+    k = 1 if name in ("switch", "base", "hash", "stable", "soft_moe") else 2
     router = ROUTERS[name].build(Sizes(4, k, vocab_size=11), getattr(RoutersConfig(), name))
     return MoE(4, 8, k, router=router, **options)
 

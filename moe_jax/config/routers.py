@@ -1,6 +1,7 @@
 """The options of each router, with what the rest of the code needs to know of it: nobody else tests a router's name."""
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from moe_jax.config.leaf import ConfigError, field
@@ -221,6 +222,35 @@ class HashConfig(RouterOptions):
 
 
 @_options
+class StableConfig(RouterOptions):
+    """Options of the router `stable`: StableMoE, a balanced routing that is learned, distilled and frozen."""
+
+    traits: ClassVar[Traits] = Traits(top_k=(1,), virtual=False)
+    stage_1: float = field(
+        0.1,
+        "Share of train.steps in which the routing is learned and distilled; then it is frozen. 1: never frozen.",
+        low=1e-6,
+        high=1,
+    )
+    light_width: int = field(50, "Width W of the light router's word vectors.", low=1)
+    evaluation: str = field(
+        "light",
+        "Whose expert evaluation takes in stage 1: light, the distilled router's; backbone, that of the highest affinity.",
+        choices=("light", "backbone"),
+        role="scoring",
+    )
+    balance_loss: float = field(0.3, "Weight of the balance loss of stage 1 (equation 8, by token).", low=0)
+    distillation_loss: float = field(1.0, "Weight of the light router's cross-entropy in stage 1 (equation 10).", low=0)
+
+    def stage_1_steps(self, steps: int) -> int | None:
+        """How many of `steps` are stage 1, at least one; None: all, and the routing is never frozen."""
+        return None if self.stage_1 == 1 else max(math.ceil(self.stage_1 * steps - 1e-6), 1)
+
+    def gate_sum(self, moe: "MoEConfig", shards: int) -> tuple[float, str]:
+        return 1.0, "stable: the gate is a sigmoid"
+
+
+@_options
 class ExpertChoiceConfig(RouterOptions):
     """Options of the router `expert_choice`: every expert takes its C best tokens, K a token on average."""
 
@@ -297,6 +327,7 @@ class RoutersConfig:
     gshard: GShardConfig = dataclasses.field(default_factory=GShardConfig)
     base: BaseConfig = dataclasses.field(default_factory=BaseConfig)
     hash: HashConfig = dataclasses.field(default_factory=HashConfig)
+    stable: StableConfig = dataclasses.field(default_factory=StableConfig)
     expert_choice: ExpertChoiceConfig = dataclasses.field(default_factory=ExpertChoiceConfig)
     remoe: ReMoEConfig = dataclasses.field(default_factory=ReMoEConfig)
     soft_moe: SoftMoEConfig = dataclasses.field(default_factory=SoftMoEConfig)

@@ -28,12 +28,14 @@ class Step(NamedTuple):
     stats: the block's statistics, joined over the microbatches and devices of the step. total: the same, joined also over all
       blocks of this feed-forward layer, for a controller of the whole model. params: the parameters of the block's router after
       the step. number: int32 scalar, the steps applied so far, this one included; skipped steps do not count.
+    steps: how many the run is to have, skipped ones included.
     """
 
     stats: dict[str, Any]
     total: dict[str, Any]
     params: dict[str, Any]
     number: jax.Array
+    steps: int
 
 
 class Router(NamedTuple):
@@ -51,6 +53,7 @@ class Router(NamedTuple):
       its average is the parameter itself.
     start(state, token_shares, sizes, options): the `router_state` of a layer before the first step; token_shares: float64
       [V], the share of each id in the training text.
+    by_token: whether the `router_state` has a table of token ids, which means nothing with another tokenizer.
     """
 
     build: Callable[[Sizes, Any], nn.Module]
@@ -58,6 +61,7 @@ class Router(NamedTuple):
     update: Callable[[dict, Step, Sizes, Any], dict] | None = None
     frozen: Callable[[dict], dict[str, jax.Array]] | None = None
     start: Callable[[dict, np.ndarray, Sizes, Any], dict] | None = None
+    by_token: bool = False
 
 
 class Scored(NamedTuple):

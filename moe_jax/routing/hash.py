@@ -48,4 +48,6 @@ def start(state: dict, token_shares: np.ndarray, sizes: Sizes, options: HashConf
     return {"table": balanced_hash_table(counts, sizes.experts, options.seed)}
 
 
-ROUTER = Router(build=lambda sizes, options: Hash(sizes.experts, sizes.vocab_size, options, parent=None), start=start)
+ROUTER = Router(
+    build=lambda sizes, options: Hash(sizes.experts, sizes.vocab_size, options, parent=None), start=start, by_token=True
+)

@@ -47,6 +47,30 @@ def sequence_balance_loss(
     return jnp.sum(terms) / jnp.maximum(jnp.sum(lengths > 0), 1)
 
 
+def excess_loss(gates: jax.Array, counts: jax.Array, expert_ids: jax.Array, valid: jax.Array) -> jax.Array:
+    """Mean over valid tokens of (n_e - n) / n times the gate, e the token's expert and n = T / E: 0 when even.
+
+    StableMoE's balance loss (arXiv:2204.08396, equation 8), by token. Tokens of a crowded expert are pushed away from it, those
+    of an idle one drawn to it; an expert without a token has no gradient.
+
+    Args:
+      gates: [T], sigmoids of the affinities.
+      counts: [E] tokens of each expert. No gradient.
+      expert_ids: int32 [T]; E: no expert.
+      valid: bool [T].
+    """
+    counts = jax.lax.stop_gradient(counts).astype(gates.dtype)
+    even = jnp.maximum(jnp.sum(counts), 1) / counts.size
+    excess = ((counts - even) / even)[jnp.minimum(expert_ids, counts.size - 1)]
+    return jnp.sum(jnp.where(valid, excess * gates, 0)) / jnp.maximum(jnp.sum(valid), 1)
+
+
+def token_nats(logits: jax.Array, targets: jax.Array, valid: jax.Array) -> jax.Array:
+    """Mean over valid tokens of the cross-entropy of logits [T, N] with targets int [T], nats."""
+    nats = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    return jnp.sum(jnp.where(valid, nats, 0)) / jnp.maximum(jnp.sum(valid), 1)
+
+
 def z_loss(logits: jax.Array, valid: jax.Array) -> jax.Array:
     """Mean over valid tokens of logsumexp(logits [T, N])^2 (ST-MoE, arXiv 2202.08906, equation 5)."""
     # Masked before the square: padding may hold anything, and 0 * inf would not be 0.

@@ -13,7 +13,7 @@ from moe_jax.models.places import Place, stacked_places
 from moe_jax.routing import ROUTERS, Step
 
 
-def update_router_state(router_state: Any, stats: Any, params: Any, applied: jax.Array, config: ModelConfig) -> Any:
+def update_router_state(router_state: Any, stats: Any, params: Any, applied: jax.Array, steps: int, config: ModelConfig) -> Any:
     """The routers' state after a step, see `Router.update`.
 
     Args:
@@ -21,6 +21,7 @@ def update_router_state(router_state: Any, stats: Any, params: Any, applied: jax
       stats: the statistics summed over it, at the places of the blocks.
       params: the model's parameters after it.
       applied: int32 scalar, how many steps were applied so far, this one included; skipped ones do not count.
+      steps: how many the run is to have.
       config: the model's.
     """
     state = router_state.get("stack", {})
@@ -32,19 +33,19 @@ def update_router_state(router_state: Any, stats: Any, params: Any, applied: jax
         if not old:
             continue
         sums, router_params = place.find(stats), _router(place, params.get("stack", {}))
-        update = _update_of(place.ffn, totals[place.ffn.name], applied)
+        update = _update_of(place.ffn, totals[place.ffn.name], applied, steps)
         if update is not None:
             made = (update if place.group is None else jax.vmap(update))(old, sums, router_params or {})
             new = _replaced(new, (*place.path, place.module, "router"), made)
     return router_state if new is state else {"stack": new}
 
 
-def _update_of(ffn: FFNConfig, total: Any, applied: jax.Array):
+def _update_of(ffn: FFNConfig, total: Any, applied: jax.Array, steps: int):
     """(state, stats, params) of one block -> its new state; None: the router keeps it."""
     router, sizes, options = router_of(ffn)
     if router.update is None:
         return None
-    return lambda state, stats, params: router.update(state, Step(stats, total, params, applied), sizes, options)
+    return lambda state, stats, params: router.update(state, Step(stats, total, params, applied, steps), sizes, options)
 
 
 def _totals(blocks: list[Place], stats: Any) -> dict[str, Any]:

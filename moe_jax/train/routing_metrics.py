@@ -7,6 +7,8 @@ import numpy as np
 from moe_jax.routing.product_keys import usage
 from moe_jax.routing.statistics import Histogram
 
+TOKENS = "_tokens"
+
 
 def routing_metrics(stats: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What a step's routing sums say, by layer and over all layers.
@@ -17,12 +19,12 @@ def routing_metrics(stats: dict[str, dict[str, Any]]) -> dict[str, Any]:
         nats; `tokens`, the valid ones. Other scalars are passed through as they are.
 
     Returns:
-      For each layer, under router/<layer>/: `load_max_over_mean` (1: balanced, E: one expert has all),
-      `entropy` (nats per token), `dropped` (share of the assignments), `dead_experts` (experts without a
-      token), `load` (list of E shares), `virtual_share` (where there are zero, copy or constant experts, their share of the
-      assignments), a router's own histogram (list of the bins' shares) and the other sums. A layer that retrieves one-neuron
-      experts has no counts; it has `gate_entropy` (nats) of a head's gates and, in evaluation, `usage` and `unevenness`
-      (`routing.product_keys.usage`). Under router/: means over the layers that have them of shares, entropy,
+      For each layer, under router/<layer>/: `load_max_over_mean` (1: balanced, E: one expert has all), `entropy` (nats per
+      token), `dropped` (share of the assignments), `dead_experts` (experts without a token), `load` (list of E shares),
+      `virtual_share` (where there are zero, copy or constant experts, their share of the assignments), what a router names
+      X_tokens as X, a share of the tokens, a router's own histogram (list of the bins' shares) and the other sums. A layer that
+      retrieves one-neuron experts has no counts; it has `gate_entropy` (nats) of a head's gates and, in evaluation, `usage` and
+      `unevenness` (`routing.product_keys.usage`). Under router/: means over the layers that have them of shares, entropy,
       load_max_over_mean, gate_entropy, usage and unevenness, and totals of dead_experts and the other sums. A layer without
       assignments counts as balanced, with all experts dead. Empty without layers.
     """
@@ -33,7 +35,8 @@ def routing_metrics(stats: dict[str, dict[str, Any]]) -> dict[str, Any]:
         for name, value in _layer_metrics(sums).items():
             row[f"router/{layer}/{name}"] = value
             columns.setdefault(name, []).append(value)
-    means = ("load_max_over_mean", "entropy", "dropped", "virtual_share", "gate_entropy", "usage", "unevenness")
+    shares = {name.removesuffix(TOKENS) for sums in stats.values() for name in sums if name.endswith(TOKENS)}
+    means = (*shares, "load_max_over_mean", "entropy", "dropped", "virtual_share", "gate_entropy", "usage", "unevenness")
     totals = {
         f"router/{name}": sum(values) / len(values) if name in means else sum(values)
         for name, values in columns.items()
@@ -48,7 +51,8 @@ def _layer_metrics(sums: dict[str, Any]) -> dict[str, Any]:
     counts = np.asarray(sums["counts"], np.float64)
     total = float(counts.sum())
     tokens = max(float(sums["tokens"]), 1.0)
-    known = ("counts", "dropped", "entropy_sum", "tokens")
+    shares = {name: value for name, value in sums.items() if name.endswith(TOKENS)}
+    known = (*shares, "counts", "dropped", "entropy_sum", "tokens")
     virtual = float(np.sum(sums.get("virtual_counts", 0.0)))
     return {
         **({"virtual_share": virtual / max(total + virtual, 1.0)} if "virtual_counts" in sums else {}),
@@ -56,6 +60,7 @@ def _layer_metrics(sums: dict[str, Any]) -> dict[str, Any]:
         "entropy": float(sums["entropy_sum"]) / tokens,
         "dropped": float(sums["dropped"]) / max(total, 1.0),
         "dead_experts": int((counts == 0).sum()),
+        **{name.removesuffix(TOKENS): float(value) / tokens for name, value in shares.items()},
         "load": (counts / max(total, 1.0)).tolist(),
         **{name: _plain_statistic(value) for name, value in sums.items() if name not in known and _can_be_shown(value)},
     }

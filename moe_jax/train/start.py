@@ -151,7 +151,7 @@ def _other_routers(config: Config) -> str:
     new_tokens = _checkpoint_tokenizer(config) is None
     for place in places(config.model, "routed"):
         ours, path = place.ffn.moe, options_path(config.model, place.ffn)
-        if new_tokens and ROUTERS[ours.router].start:
+        if new_tokens and ROUTERS[ours.router].by_token:
             return "its tokens are those of another tokenizer"
         for name in ("router", "experts", "virtual_experts") if place.name in theirs else ():
             if (old := getattr(theirs[place.name], name)) != getattr(ours, name):

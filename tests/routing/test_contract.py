@@ -4,6 +4,7 @@ import functools
 from typing import Any, NamedTuple
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +19,7 @@ from moe_jax.config.routers import (
     HashConfig,
     ReMoEConfig,
     SoftMoEConfig,
+    StableConfig,
     SwitchConfig,
     TopKConfig,
 )
@@ -56,6 +58,7 @@ ROWS = {
     "base": Row("base", BaseConfig(), 1),
     "hash": Row("hash", HashConfig(table="random"), 1),
     "hash_balanced": Row("hash", HashConfig(), 1),
+    "stable": Row("stable", StableConfig(light_width=5), 1),
     "expert_choice": Row("expert_choice", ExpertChoiceConfig(), 2, all_served=False),
     "remoe": Row("remoe", ReMoEConfig(), 2, all_served=False),
     "remoe_at_most_1": Row("remoe", ReMoEConfig(max_k=1), 1, all_served=False),
@@ -322,11 +325,14 @@ def test_permutation_equivariance(row):
 
 @every_router
 def test_gradient_reaches_the_router(row):
-    """Through the outputs alone, without the losses."""
+    """Through the outputs alone, without the losses; not the one to be distilled."""
     s = setup(row)
     if "router" not in s.params:
         pytest.skip("no parameters")
-    for gradient in jax.tree.leaves(s.run(hidden(), example()).gradients):
+    for path, gradient in jax.tree.leaves_with_path(s.run(hidden(), example()).gradients):
+        if "light_" in jax.tree_util.keystr(path):
+            assert not np.any(gradient)
+            continue
         assert np.isfinite(gradient).all() and np.abs(gradient).max() > 1e-3
 
 
@@ -400,7 +406,7 @@ def test_update(row):
         assert not s.state or router.start
         return
     state, stats = s.state["router"], s.route_jit(hidden(), example())[2]
-    new = router.update(state, Step(stats, stats, s.params["router"], jnp.int32(1)), sizes(row), ROWS[row].options)
+    new = router.update(state, Step(stats, stats, nn.unbox(s.params["router"]), jnp.int32(1), 1), sizes(row), ROWS[row].options)
     chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
     chex.assert_tree_all_finite(new)
     assert any(np.any(new[name] != state[name]) for name in state)

@@ -58,7 +58,7 @@ def test_controller(active, factor):
     """It steers the mean over the model: one layer's own counts do not matter."""
     stats = {"counts": jnp.full(E, 7.0), "overflow": jnp.float32(0), "tokens": jnp.float32(10)}
     total = {"counts": jnp.full(E, active * 20 / E), "overflow": jnp.float32(0), "tokens": jnp.float32(20)}
-    new = update({"weight": jnp.float32(3e-8)}, Step(stats, total, {}, jnp.int32(1)), Sizes(E, 2), ReMoEConfig())
+    new = update({"weight": jnp.float32(3e-8)}, Step(stats, total, {}, jnp.int32(1), 10), Sizes(E, 2), ReMoEConfig())
     np.testing.assert_allclose(new["weight"], 3e-8 * factor, rtol=1e-6)
 
 
@@ -68,7 +68,7 @@ def test_the_controller_stays_in_range():
     few = total | {"counts": jnp.zeros(E)}
 
     def moved(weight, total):
-        step = Step(total, total, {}, jnp.int32(1))
+        step = Step(total, total, {}, jnp.int32(1), 10)
         return update({"weight": jnp.float32(weight)}, step, Sizes(E, 2), ReMoEConfig())["weight"]
 
     up, down = lambda weight: moved(weight, total), lambda weight: moved(weight, few)

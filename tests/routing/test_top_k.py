@@ -97,7 +97,7 @@ def test_state_bias_is_used():
 def test_update():
     state, sizes = {"load": jnp.full(E, 0.25), "bias": jnp.zeros(E)}, Sizes(E, 2)
     step = lambda state, counts, options: update(
-        state, Step({"counts": jnp.asarray(counts)}, {}, {}, jnp.int32(1)), sizes, options
+        state, Step({"counts": jnp.asarray(counts)}, {}, {}, jnp.int32(1), 10), sizes, options
     )
     new = step(state, [8.0, 2.0, 4.0, 2.0], TopKConfig(bias_rate=0.1))
     chex.assert_trees_all_equal_shapes_and_dtypes(new, state)

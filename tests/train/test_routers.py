@@ -12,7 +12,7 @@ from moe_jax.routing import ROUTERS
 from moe_jax.train.router_state import start_router_state
 from tests.train.small import VOCABULARY, Runner, make_batch, make_config
 
-ONE_EXPERT = ("switch", "base", "hash", "soft_moe")
+ONE_EXPERT = ("switch", "base", "hash", "stable", "soft_moe")
 
 
 def config_of(router, **overrides):

@@ -181,6 +181,7 @@ DEPARTS = {
     "no shares": (top_k(renormalise="never"), "router=top_k: the gates are raw scores"),
     "switch": (moe(router="switch", top_k=1), "router=switch: the gates are raw scores"),
     "base": (moe(router="base", top_k=1), "router=base: the gate is a sigmoid"),
+    "stable": (moe(router="stable", top_k=1), "router=stable: the gate is a sigmoid"),
     "remoe": (moe(router="remoe"), "router=remoe: the gates are those of a ReLU"),
     "expert choice": (moe(router="expert_choice", allow_noncausal=True), "router=expert_choice: the gates are raw"),
     "soft moe": (moe(router="soft_moe", top_k=1, allow_noncausal=True), "router=soft_moe: experts see mixtures"),
