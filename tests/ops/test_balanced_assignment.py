@@ -217,6 +217,9 @@ def test_shard_map_is_a_loop(with_valid):
     if not with_valid:
         want = [solve(s) for s in scores]
     for i, one in enumerate(want):
-        np.testing.assert_array_equal(got.expert_ids[i], one.expert_ids)
-        assert got.rounds[i] == one.rounds
+        # As above; programs for one device and for eight may round otherwise too.
+        if len(np.unique(scores[i], axis=0)) == T:
+            np.testing.assert_array_equal(got.expert_ids[i], one.expert_ids)
+            assert got.rounds[i] == one.rounds
+        check(scores[i], jax.tree.map(lambda a: a[i], got), 1e-5, valid[i] if with_valid else None)
     assert len(set(np.asarray(got.rounds).tolist())) > 2
