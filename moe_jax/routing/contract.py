@@ -79,6 +79,17 @@ def usable_tokens(x: jax.Array, inputs: RouterInputs) -> tuple[jax.Array, jax.Ar
     return valid, valid & jnp.all(jnp.isfinite(x), axis=-1)
 
 
+def needed_token_ids(inputs: RouterInputs, who: str) -> jax.Array:
+    """int32 [T], the token ids of `inputs`; `who` needs them, such as "the router hash".
+
+    Raises:
+      ValueError: they are missing.
+    """
+    if inputs.token_ids is None:
+        raise ValueError(f"{who} needs token_ids in its RouterInputs")
+    return inputs.token_ids
+
+
 def score(x: jax.Array, kernel: jax.Array, inputs: RouterInputs, jitter: float = 0.0) -> Scored:
     """Logits x kernel of [T, D] hidden states and a [D, N] kernel, in float32 at least.
 

@@ -8,7 +8,7 @@ import numpy as np
 from moe_jax.config.routers import HashConfig
 from moe_jax.ops.hash_table import balanced_hash_table, random_hash_table
 from moe_jax.ops.precision import accumulator
-from moe_jax.routing.contract import Router, Sizes, usable_tokens
+from moe_jax.routing.contract import Router, Sizes, needed_token_ids, usable_tokens
 from moe_jax.routing.statistics import choice_statistics
 from moe_jax.types import RouterInputs, TokenChoice
 
@@ -27,13 +27,12 @@ class Hash(nn.Module):
         Raises:
           ValueError: `inputs.token_ids` is missing.
         """
-        if inputs.token_ids is None:
-            raise ValueError("the router hash needs token_ids in its RouterInputs")
+        token_ids = needed_token_ids(inputs, "the router hash")
         table = self.variable(
             "router_state", "table", lambda: jnp.asarray(random_hash_table(self.vocab_size, self.experts, self.options.seed))
         ).value
         valid, routed = usable_tokens(x, inputs)
-        ids = jnp.where(routed, table[inputs.token_ids], self.experts)[:, None]
+        ids = jnp.where(routed, table[token_ids], self.experts)[:, None]
         gates = routed[:, None].astype(accumulator(x.dtype))
         certain = jax.nn.one_hot(ids[:, 0], self.experts, dtype=gates.dtype)
         stats = choice_statistics(ids, certain, routed, routed | ~valid, self.experts)

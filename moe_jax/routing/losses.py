@@ -56,12 +56,12 @@ def excess_loss(gates: jax.Array, counts: jax.Array, expert_ids: jax.Array, vali
     Args:
       gates: [T], sigmoids of the affinities.
       counts: [E] tokens of each expert. No gradient.
-      expert_ids: int32 [T]; E: no expert.
+      expert_ids: int32 [T], below E.
       valid: bool [T].
     """
     counts = jax.lax.stop_gradient(counts).astype(gates.dtype)
     even = jnp.maximum(jnp.sum(counts), 1) / counts.size
-    excess = ((counts - even) / even)[jnp.minimum(expert_ids, counts.size - 1)]
+    excess = ((counts - even) / even)[expert_ids]
     return jnp.sum(jnp.where(valid, excess * gates, 0)) / jnp.maximum(jnp.sum(valid), 1)
 
 

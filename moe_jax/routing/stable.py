@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from moe_jax.config.routers import StableConfig
 from moe_jax.ops.precision import accumulator
-from moe_jax.routing.contract import Router, Sizes, Step, best, score_by_kernel
+from moe_jax.routing.contract import Router, Sizes, Step, best, needed_token_ids, score_by_kernel, token_choice
 from moe_jax.routing.losses import excess_loss, token_nats
 from moe_jax.routing.statistics import choice_statistics, sums
 from moe_jax.types import RouterInputs, TokenChoice
@@ -43,27 +43,26 @@ class Stable(nn.Module):
         Raises:
           ValueError: `inputs.token_ids` is missing.
         """
-        if inputs.token_ids is None:
-            raise ValueError("the router stable needs token_ids in its RouterInputs")
+        token_ids = needed_token_ids(inputs, "the router stable")
         logits, routed, finite = score_by_kernel(self, x, inputs, self.experts, init=KERNEL_INIT)
-        nearest, light_logits = best(logits, 1), self._light(inputs.token_ids, accumulator(x.dtype))
+        nearest, light_logits = best(logits, 1), self._light(token_ids, accumulator(x.dtype))
         frozen = self.variable("router_state", "frozen", jnp.zeros, (), bool).value
         table = self.variable("router_state", "table", jnp.zeros, self.vocab_size, jnp.int32).value
-        light = jnp.where(frozen, table[inputs.token_ids][:, None], best(light_logits, 1))
+        light = jnp.where(frozen, table[token_ids][:, None], best(light_logits, 1))
 
         by_affinity = inputs.train or self.options.evaluation == "backbone"
         taken = jnp.where(frozen, light, nearest) if by_affinity else light
         gates = jax.nn.sigmoid(jnp.take_along_axis(logits, taken, axis=-1))
-        ids = jnp.where(routed[:, None], taken, self.experts)
-        stats = choice_statistics(ids, jax.nn.softmax(logits, axis=-1), routed, finite, self.experts)
+        choice = token_choice(taken, gates, routed, self.experts)
+        stats = choice_statistics(choice.expert_ids, jax.nn.softmax(logits, axis=-1), routed, finite, self.experts)
         agreeing = jnp.sum((light == nearest)[:, 0] & routed)
 
-        learning = jnp.where(frozen, 0.0, 1.0).astype(gates.dtype)
         losses = {
-            "balance": learning * excess_loss(gates[:, 0], stats["counts"], ids[:, 0], routed),
-            "distillation": learning * token_nats(light_logits, nearest[:, 0], routed),
+            "balance": excess_loss(gates[:, 0], stats["counts"], taken[:, 0], routed),
+            "distillation": token_nats(light_logits, nearest[:, 0], routed),
         }
-        return TokenChoice(ids, jnp.where(routed[:, None], gates, 0)), losses, stats | sums({"agreement_tokens": agreeing})
+        losses = {name: jnp.where(frozen, 0, loss) for name, loss in losses.items()}
+        return choice, losses, stats | sums({"agreement_tokens": agreeing})
 
     def _light(self, token_ids, dtype):
         """[T, E] scores of the light router (equation 9)."""

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from moe_jax.config import PeerConfig
 from moe_jax.ops.hash_table import distinct_hash_table
 from moe_jax.ops.precision import accumulator
-from moe_jax.routing.contract import Router, Sizes, token_choice, usable_tokens
+from moe_jax.routing.contract import Router, Sizes, needed_token_ids, token_choice, usable_tokens
 from moe_jax.routing.statistics import retrieval_statistics, sums
 from moe_jax.types import RouterInputs, TokenChoice
 
@@ -44,8 +44,7 @@ class TokenHash(nn.Module):
         Raises:
           ValueError: `inputs.token_ids` is missing.
         """
-        if inputs.token_ids is None:
-            raise ValueError("the selector token_hash needs token_ids in its RouterInputs")
+        token_ids = needed_token_ids(inputs, "the selector token_hash")
         draws = self.heads * self.top_k
         draw = lambda: jnp.asarray(distinct_hash_table(self.vocab_size, self.experts, draws, self.seed))
         table = self.variable("router_state", "table", draw).value
@@ -54,7 +53,7 @@ class TokenHash(nn.Module):
         # A barrier: where XLA sees that all are equal it sums in another order in a loop over blocks than unrolled.
         shares = jax.lax.optimization_barrier(shares)
         gates = (self.gate_scale * shares).reshape(-1, draws)
-        choice = token_choice(table[inputs.token_ids], gates, routed, self.experts)
+        choice = token_choice(table[token_ids], gates, routed, self.experts)
         stats = retrieval_statistics(choice, shares, routed, routed | ~valid, self.experts, inputs.train)
         return choice, {}, sums(stats)
 

@@ -6,14 +6,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_jax.config import FFNConfig, ModelConfig
+from moe_jax.config import Config, FFNConfig, ModelConfig
 from moe_jax.config.blocks import RETRIEVING
 from moe_jax.layers.block import router_of, router_sizes
 from moe_jax.models.places import Place, stacked_places
 from moe_jax.routing import ROUTERS, Step
 
 
-def update_router_state(router_state: Any, stats: Any, params: Any, applied: jax.Array, steps: int, config: ModelConfig) -> Any:
+def update_router_state(router_state: Any, stats: Any, params: Any, applied: jax.Array, config: Config) -> Any:
     """The routers' state after a step, see `Router.update`.
 
     Args:
@@ -21,11 +21,10 @@ def update_router_state(router_state: Any, stats: Any, params: Any, applied: jax
       stats: the statistics summed over it, at the places of the blocks.
       params: the model's parameters after it.
       applied: int32 scalar, how many steps were applied so far, this one included; skipped ones do not count.
-      steps: how many the run is to have.
-      config: the model's.
+      config: the run's.
     """
     state = router_state.get("stack", {})
-    blocks = sorted(stacked_places(config, "routed", *RETRIEVING), key=lambda place: place.path)
+    blocks = sorted(stacked_places(config.model, "routed", *RETRIEVING), key=lambda place: place.path)
     totals = _totals(blocks, stats)
     new = state
     for place in blocks:
@@ -33,7 +32,7 @@ def update_router_state(router_state: Any, stats: Any, params: Any, applied: jax
         if not old:
             continue
         sums, router_params = place.find(stats), _router(place, params.get("stack", {}))
-        update = _update_of(place.ffn, totals[place.ffn.name], applied, steps)
+        update = _update_of(place.ffn, totals[place.ffn.name], applied, config.train.steps)
         if update is not None:
             made = (update if place.group is None else jax.vmap(update))(old, sums, router_params or {})
             new = _replaced(new, (*place.path, place.module, "router"), made)

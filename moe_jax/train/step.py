@@ -166,9 +166,7 @@ def make_update(config: Config):
             "params": overlay(old["params"], dense, tables),
             "opt_state": {"dense": opt_dense, "rows": opt_rows},
         }
-        new["router_state"] = update_router_state(
-            old["router_state"], stats, new["params"], applied, config.train.steps, config.model
-        )
+        new["router_state"] = update_router_state(old["router_state"], stats, new["params"], applied, config)
         if "ema" in old:
             learned = learned_params(config, new["params"])
             averaged = optax.incremental_update(learned, old["ema"], 1 - options.ema_decay)

@@ -10,6 +10,9 @@ from moe_jax.parallel.rules import batch_sharding, put_batch, replicated
 from moe_jax.train.state import place_state, state_shardings
 from moe_jax.train.step import make_train_step
 
+# Everything that could move a parameter without a gradient.
+MOVING = {"optimizer__weight_decay": 0.5, "optimizer__ema_decay": 0.9, "optimizer__b1": 0.9}
+EIGHT = {"mesh__expert": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
 VOCABULARY = 96
 USED = 80
 BATCH = 16

@@ -20,13 +20,11 @@ from moe_jax.train.frozen import frozen_by_routers
 from moe_jax.train.restore import load_run
 from moe_jax.train.start import check_resume, resume, run_meta
 from moe_jax.train.state import place_state, total_bytes
-from tests.train.small import Runner, make_batch, make_config
+from tests.train.small import EIGHT, MOVING, Runner, make_batch, make_config
 from tests.train.states import data_of
 
-EIGHT = {"mesh__expert": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
 DEVICES = [1, pytest.param(8, marks=pytest.mark.slow)]
-# Everything that could move a parameter without a gradient.
-MOVING = {"optimizer__weight_decay": 0.5, "optimizer__ema_decay": 0.9, "optimizer__b1": 0.9, "train__steps": 300}
+MOVING = MOVING | {"train__steps": 300}
 KERNEL = "stack/groups/block_0/moe/router/kernel"
 TABLE = "embed/embedding"
 

@@ -7,14 +7,10 @@ import numpy as np
 import pytest
 
 from moe_jax.config import Config
+from moe_jax.routing.stable import LIGHT
 from moe_jax.train.checkpoint import Checkpoints
 from moe_jax.train.start import resume
-from tests.train.small import Runner, make_batch, make_config
-
-EIGHT = {"mesh__expert": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
-# Everything that could move a parameter without a gradient.
-MOVING = {"optimizer__weight_decay": 0.5, "optimizer__ema_decay": 0.9, "optimizer__b1": 0.9}
-LIGHT = ("light_embedding", "light_kernel")
+from tests.train.small import EIGHT, MOVING, Runner, make_batch, make_config
 
 
 def config_of(steps: int, stage_1: float, **overrides) -> Config:

@@ -11,7 +11,7 @@ from moe_jax.models.places import by_layer
 from moe_jax.train import step as train_step
 from moe_jax.train.routing_metrics import routing_metrics
 from moe_jax.train.step import make_train_step
-from tests.train.small import BATCH, LENGTH, VOCABULARY, Runner, make_batch, make_config
+from tests.train.small import BATCH, EIGHT, LENGTH, VOCABULARY, Runner, make_batch, make_config
 
 MESHES = {
     "expert=8": {"mesh__expert": 8},
@@ -154,9 +154,6 @@ def test_clipping_bounds_the_norm_that_is_applied():
 
 
 ROWS = {"model__tied_embeddings": False, "optimizer__weight_decay": 0.0}
-
-
-EIGHT = {"mesh__expert": 2, "mesh__tensor": 2, "mesh__fsdp": 2}
 
 
 @pytest.mark.parametrize(
