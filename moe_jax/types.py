@@ -46,6 +46,16 @@ class SlotMix(NamedTuple):
 Assignment = TokenChoice | ExpertChoice | SlotMix
 
 
+class Given(NamedTuple):
+    """Experts that tokens are given, instead of those that a router would choose.
+
+    expert_ids: int32 [T, K], below E. use: bool scalar, whether they are taken.
+    """
+
+    expert_ids: jax.Array
+    use: jax.Array
+
+
 class RouterInputs(NamedTuple):
     """What a router may look at beside the hidden states.
 
@@ -53,7 +63,9 @@ class RouterInputs(NamedTuple):
     enter no statistic, loss or capacity. sequences: int32 [T], the number, below T, of each token's row; None: all are of
     one. key: typed PRNG key of this layer and step, or None without noise.  train: static; capacity and
     noise differ in evaluation. record: static, True or None; if True the layer's statistics hold the sparse
-    matrix itself.
+    matrix itself. earlier_ids: int32 [T, P], the ids of the P tokens before each one, the nearest first, -1 before the start of
+    its document; where a router of the model reads them. given: experts that another router chose, for routers that
+    can give any expert a gate: base, switch, top_k.
     """
 
     token_ids: jax.Array | None = None
@@ -64,6 +76,8 @@ class RouterInputs(NamedTuple):
     key: jax.Array | None = None
     train: bool = False
     record: bool | None = None
+    earlier_ids: jax.Array | None = None
+    given: Given | None = None
 
 
 class Aux(NamedTuple):

@@ -11,7 +11,7 @@ BUILT_IN = ("dense", "routed", "peer", "pkm")
 RETRIEVING = ("peer", "pkm")
 _INSERT = re.compile(r"([A-Za-z_]\w*)=(\w+)@(\d+)", re.ASCII)
 # Keys that stand beside or in place of inserts in the trees of parameters, statistics and metrics.
-_TAKEN = re.compile(r"groups|counts|tokens|experts|pool|pool_\w+|peer|moe|layer_\d+", re.ASCII)
+_TAKEN = re.compile(r"groups|earlier|counts|tokens|experts|pool|pool_\w+|peer|moe|layer_\d+", re.ASCII)
 
 
 class Insert(NamedTuple):
@@ -99,6 +99,11 @@ def distinct_layers(model: ModelConfig, *kinds: str) -> list[FFNConfig]:
         if ffn not in found:
             found.append(ffn)
     return found
+
+
+def most_earlier_tokens(model: ModelConfig) -> int:
+    """P, how many ids before a token's own the routers of a model read at most."""
+    return max((ffn.moe.options.earlier_tokens for ffn in distinct_layers(model, "routed")), default=0)
 
 
 def expert_shards(model: ModelConfig, ffn: FFNConfig) -> int:

@@ -14,6 +14,13 @@ class MoEConfig:
     top_k: int = field(2, "Experts K per token; an average where the router decides.", low=1, role="scoring")
     router: str = field("top_k", "Who writes the nonzeros.", choices=ROUTER_NAMES)
     expert_width: int = field(0, "Hidden width F of an expert; 0: model.ffn_width.", low=0)
+    expert_sublayers: int = field(
+        1,
+        "Residual feed-forward sublayers of which an expert is a stack, each after a norm if there are several. The stack "
+        "begins with what the layer gets: the residual stream itself where model.ffns has norm=False.",
+        low=1,
+    )
+    expert_norm: bool = field(False, "A norm, of the model's kind, in an expert of one sublayer too.")
     zero_experts: int = field(0, "Experts beside the E that add nothing and cost nothing (MoE++).", low=0)
     copy_experts: int = field(0, "Experts beside the E that return their input (MoE++).", low=0)
     constant_experts: int = field(0, "Experts beside the E that mix their input with a learned vector (MoE++).", low=0)
@@ -61,7 +68,7 @@ class MoEConfig:
     @property
     def options(self) -> RouterOptions:
         """The options of the router in use."""
-        return getattr(self.routers, self.router)
+        return getattr(self.routers, self.router).beside(self.routers)
 
     @property
     def virtual_experts(self) -> int:

@@ -4,7 +4,7 @@ One stable sort ranks the assignments within their experts; the first C of each 
 filled and emptied by gathers, in both directions of differentiation.
 """
 
-from typing import Mapping, NamedTuple
+from typing import Mapping, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from moe_jax.ops.activations import activate, is_gated
 from moe_jax.ops.counting import count_experts
 from moe_jax.ops.norms import layer_norm, rms_norm
 from moe_jax.ops.precision import accumulator
+from moe_jax.ops.residual_stack import Weights, residual_stack
 from moe_jax.types import TokenChoice
 
 # Who gets a slot first. With all but the first a later token can take the slot of an earlier one.
@@ -96,7 +97,7 @@ def run_slots(
     x: jax.Array,
     gates: jax.Array,
     slots: Slots,
-    weights: Mapping[str, jax.Array],
+    sublayers: Sequence[Weights],
     *,
     activation: str,
     norm_epsilon: float = 1e-5,
@@ -107,7 +108,7 @@ def run_slots(
       x: [T, D].
       gates: [T, K]; the sum over a token's experts is accumulated in float32 at least.
       slots: from `limit_assignments`.
-      weights, activation, norm_epsilon: as in `moe_jax.ops.expert_ffn.expert_ffn`.
+      sublayers, activation, norm_epsilon: as in `moe_jax.ops.expert_ffn.expert_stack`.
 
     Returns:
       [T, D] in the dtype of x; 0 for a token without a slot.
@@ -117,9 +118,14 @@ def run_slots(
     with jax.named_scope("sort"):
         rows = gather_rows(x, order).reshape(experts, capacity, -1)
     with jax.named_scope("experts"):
-        rows = slots_ffn(rows, weights, activation=activation, norm_epsilon=norm_epsilon)
+        rows = slots_stack(rows, sublayers, activation=activation, norm_epsilon=norm_epsilon)
     with jax.named_scope("combine"):
         return combine_rows(rows.reshape(experts * capacity, -1), gates, order, x.dtype)
+
+
+def slots_stack(rows: jax.Array, sublayers: Sequence[Weights], **options) -> jax.Array:
+    """What each row's expert adds to it: [E, C, D] -> [E, C, D]. sublayers as in `expert_stack`; options: of `slots_ffn`."""
+    return residual_stack(rows, sublayers, lambda rows, weights: slots_ffn(rows, weights, **options))
 
 
 def slots_ffn(rows: jax.Array, weights: Mapping[str, jax.Array], *, activation: str, norm_epsilon: float = 1e-5) -> jax.Array:

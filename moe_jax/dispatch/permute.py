@@ -92,6 +92,13 @@ def ungather_rows(rows: jax.Array, order: Order) -> jax.Array:
     return _ungather_rows(*compat.vary_alike(rows, order.order, order.inverse))
 
 
+def add_up_rows(rows: jax.Array, weights: jax.Array | None, order: Order, tokens: int) -> jax.Array:
+    """Rows [M, D], each times its weight of [M] or 1, added up to their tokens: [T, D] in float32 at least."""
+    wide = accumulator(rows.dtype)
+    rows = rows if weights is None else rows.astype(wide) * weights.astype(wide)[:, None]
+    return jnp.sum(ungather_rows(rows, order).reshape(tokens, -1, rows.shape[1]), axis=1, dtype=wide)
+
+
 def combine_rows(rows: jax.Array, gates: jax.Array, order: Order, dtype=None) -> jax.Array:
     """Rows back to their tokens, weighted and summed: [M, D], gates [T, K] -> [T, D].
 

@@ -16,14 +16,14 @@ from moe_jax.layers.norms import make_norm
 from moe_jax.layers.peer import PEER
 from moe_jax.layers.rotary import Rotary
 from moe_jax.routing import ROUTERS, SELECTORS, Router, Sizes
-from moe_jax.types import Aux, RouterInputs
+from moe_jax.types import Aux, RouterInputs, SlotMix
 
 
 class BlockInputs(NamedTuple):
     """What every block of a model sees beside the hidden states.
 
     token_ids, positions, segment_ids: int32 [B, S]; segment 0 is padding. key: typed PRNG key or None.
-    train, record: static, see `RouterInputs`.
+    train, record: static, see `RouterInputs`. earlier_ids: int32 [B, S, P] or None, see `earlier_tokens`.
     """
 
     token_ids: jax.Array
@@ -32,6 +32,7 @@ class BlockInputs(NamedTuple):
     key: jax.Array | None = None
     train: bool = False
     record: bool | None = None
+    earlier_ids: jax.Array | None = None
 
 
 def router_inputs(inputs: BlockInputs, layer: jax.Array | int) -> RouterInputs:
@@ -46,6 +47,7 @@ def router_inputs(inputs: BlockInputs, layer: jax.Array | int) -> RouterInputs:
         key=None if inputs.key is None else jax.random.fold_in(inputs.key, layer),
         train=inputs.train,
         record=inputs.record,
+        earlier_ids=None if inputs.earlier_ids is None else inputs.earlier_ids.reshape(batch * length, -1),
     )
 
 
@@ -59,6 +61,17 @@ def router_of(ffn: FFNConfig, vocab_size: int = 0) -> tuple[Router, Sizes, Any]:
     if ffn.kind == "routed":
         return ROUTERS[ffn.moe.router], router_sizes(ffn.moe, vocab_size), ffn.moe.options
     return SELECTORS[ffn.peer.selector], Sizes(ffn.peer.experts, ffn.peer.top_k, 0, vocab_size), ffn.peer
+
+
+def mixes_slots(ffn: FFNConfig, width: int, vocab_size: int) -> bool:
+    """Whether the router of a routed layer mixes tokens into slots, so that each has a weight for every expert."""
+    router, sizes, options = router_of(ffn, vocab_size)
+    ids = jnp.zeros(sizes.experts, jnp.int32)  # enough tokens for any K
+    inputs = RouterInputs(token_ids=ids, positions=ids, segment_ids=ids + 1, valid=ids == 0, sequences=ids)
+    inputs = inputs._replace(earlier_ids=jnp.zeros((len(ids), options.earlier_tokens), jnp.int32))
+    x, run = jnp.zeros((len(ids), width)), router.build(sizes, options).init_with_output
+    (assignment, _, _), _ = jax.eval_shape(lambda key: run(key, x, inputs), jax.random.key(0))
+    return isinstance(assignment, SlotMix)
 
 
 class Block(nn.Module):
@@ -149,6 +162,10 @@ class Block(nn.Module):
             eval_capacity=m.eval_capacity,
             capacity_priority=m.capacity_priority,
             renormalise_kept=m.renormalise_kept,
+            expert_sublayers=m.expert_sublayers,
+            expert_norm=m.expert_norm,
+            norm=c.norm,
+            norm_epsilon=c.norm_epsilon,
             backend=m.backend,
             exchange=m.exchange,
             exchange_buffer=m.exchange_buffer,

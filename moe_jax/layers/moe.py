@@ -29,6 +29,8 @@ FIELDS = {
     "width": (ModelConfig, "ffn_width"),
     "activation": (ModelConfig, "activation"),
     "use_bias": (ModelConfig, "ffn_bias"),
+    "norm": (ModelConfig, "norm"),
+    "norm_epsilon": (ModelConfig, "norm_epsilon"),
     "shared_width": (PeerConfig, "shared_width"),
     "output_init": (ModelConfig, "residual_init"),
 }
@@ -59,6 +61,10 @@ class MoE(nn.Module):
       capacity_priority: whose assignments get a slot: "token", "choice", "gate" or "probs", see `limit_assignments`; only
         "token" is causal.
       renormalise_kept: whether the gates that a token keeps are scaled to the sum of all its gates, see `limit_assignments`.
+      expert_sublayers: residual sublayers of which an expert is a stack; if there are several, each has a norm of its own
+        before the projections. The gate multiplies once what the stack adds to a token.
+      expert_norm: whether an expert of one sublayer has that norm too.
+      norm, norm_epsilon: "rmsnorm" or "layernorm", and what is added to its variance.
       backend: of `grouped_matmul`; None: the platform's best.
       exchange: "auto", "gather", "all_to_all" or "ragged": how tokens reach the experts of other devices, see
         `moe_jax.dispatch.exchange`. With several shards of experts its own statistics are among those of `Aux`.
@@ -84,6 +90,10 @@ class MoE(nn.Module):
     eval_capacity: float = 0.0
     capacity_priority: str = "token"
     renormalise_kept: bool = False
+    expert_sublayers: int = 1
+    expert_norm: bool = False
+    norm: str = "rmsnorm"
+    norm_epsilon: float = 1e-6
     backend: str | None = None
     exchange: str | None = None
     exchange_buffer: float = 2.0
@@ -126,6 +136,9 @@ class MoE(nn.Module):
             exchange=self.exchange,
             exchange_buffer=self.exchange_buffer,
             output_init=self.output_init,
+            sublayers=self.expert_sublayers,
+            norm=self.norm if self.expert_norm or self.expert_sublayers > 1 else None,
+            norm_epsilon=self.norm_epsilon,
             name="experts",
         )
         tokens = tokens.astype(self.dtype or x.dtype)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from moe_jax.types import RouterInputs
 
-_BY_TOKEN = ("token_ids", "positions", "segment_ids", "valid", "sequences")
+_BY_TOKEN = ("token_ids", "positions", "segment_ids", "valid", "sequences", "earlier_ids")
 
 
 def flatten_tokens(x: jax.Array, inputs: RouterInputs | None, train: bool, what: str) -> tuple[jax.Array, RouterInputs, int]:
@@ -33,15 +33,17 @@ def flatten_tokens(x: jax.Array, inputs: RouterInputs | None, train: bool, what:
     count = math.prod(rows)
     for name in _BY_TOKEN:
         array = getattr(inputs, name)
-        if array is not None and jnp.shape(array) != (count * length,):
-            fix = f"flatten it to [{count * length}], one entry for each position"
+        axes = ", P" if name == "earlier_ids" else ""
+        if array is not None and (jnp.shape(array)[:1] != (count * length,) or jnp.ndim(array) != 1 + bool(axes)):
+            fix = f"flatten it to [{count * length}{axes}], one entry for each position"
             raise ValueError(f"{what} inputs.{name} {list(jnp.shape(array))}: x is {list(x.shape)}; {fix}")
     if inputs.sequences is None and rows:
         inputs = inputs._replace(sequences=jnp.repeat(jnp.arange(count, dtype=jnp.int32), length))
     x = x.reshape(count * length, width)
     if count * length:
         return x, inputs, count
-    padded = {name: jnp.zeros(1, getattr(inputs, name).dtype) for name in _BY_TOKEN if getattr(inputs, name) is not None}
+    given = {name: getattr(inputs, name) for name in _BY_TOKEN if getattr(inputs, name) is not None}
+    padded = {name: jnp.zeros((1, *jnp.shape(array)[1:]), array.dtype) for name, array in given.items()}
     return jnp.zeros((1, width), x.dtype), inputs._replace(**padded | {"valid": jnp.zeros(1, bool)}), 1
 
 

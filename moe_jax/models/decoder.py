@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config import ModelConfig
-from moe_jax.config.blocks import RETRIEVING, parse_pattern
+from moe_jax.config.blocks import RETRIEVING, most_earlier_tokens, parse_pattern
 from moe_jax.layers.block import BlockInputs
+from moe_jax.layers.earlier_tokens import earlier_tokens
 from moe_jax.layers.embeddings import LearnedPositions, TokenEmbedding, row_ids
 from moe_jax.layers.norms import make_norm
 from moe_jax.models.places import pool_path, stacked_places
@@ -65,7 +66,12 @@ class Decoder(nn.Module):
                 positions
             )
         inputs = BlockInputs(token_ids, positions, segment_ids, key, train, record)
+        if count := most_earlier_tokens(c):
+            earlier, window = earlier_tokens(token_ids, segment_ids, count, cache and cache["earlier"])
+            inputs = inputs._replace(earlier_ids=earlier)
         x, aux, cache = Stack(c, self.vocab_size, name="stack")(x, inputs, cache)
+        if count and cache is not None:
+            cache = cache | {"earlier": window}
         x = make_norm(c.norm, c.norm_epsilon, dtype, name="norm_final")(x)
         table = embed.embedding if c.tied_embeddings else self._output_table()
         ids = {"embed": {"embedding": row_ids(token_ids)}} if c.row_gradients else {}

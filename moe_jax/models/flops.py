@@ -54,7 +54,7 @@ def block_flops(config: ModelConfig, ffn: FFNConfig, sequence_length: int, exper
     if ffn.kind == "routed":
         moe, width = ffn.moe, expert_width(c, ffn)
         experts = moe.options.experts_per_token(moe, sequence_length) if experts is None else experts
-        routed = 2 * matrices * d * width * (experts + moe.shared_experts)
+        routed = 2 * matrices * d * width * (experts * moe.expert_sublayers + moe.shared_experts)
         return BlockFlops(attention, routed, 2.0 * d * moe.options.columns(moe), 2 * d * width * experts)
     peer = ffn.peer
     rows = rows_of_expert(peer.activation if ffn.kind == "peer" else None)

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 from moe_jax import compat
 from moe_jax.config import ModelConfig
-from moe_jax.config.blocks import RETRIEVING, distinct_layers, parse_inserts, parse_pattern
+from moe_jax.config.blocks import RETRIEVING, distinct_layers, most_earlier_tokens, parse_inserts, parse_pattern
 from moe_jax.layers.block import Block, BlockInputs
+from moe_jax.layers.earlier_tokens import init_window
 from moe_jax.layers.kv_cache import init_cache
 from moe_jax.models.places import MODULES, shared_pool, stacked_places
 from moe_jax.types import Aux
@@ -202,7 +203,8 @@ def with_barriers(run, recompute: bool):
 
 
 def init_stack_cache(config: ModelConfig, batch: int, length: int, unstacked: bool = False) -> dict[str, Any]:
-    """An empty cache for `length` tokens in each of `batch` rows; None for blocks without attention.
+    """An empty cache for `length` tokens in each of `batch` rows; None for blocks without attention. `earlier` has the last
+    token ids, where a router of the model reads them.
 
     `unstacked`: "groups" is a tuple of groups, and a call with this cache runs them one after the other, without a loop. What a
     loop over tokens then writes is the new tokens' slots; a loop over groups would copy all of a stacked cache.
@@ -214,6 +216,8 @@ def init_stack_cache(config: ModelConfig, batch: int, length: int, unstacked: bo
     stacked = block_cache if unstacked else jax.tree.map(lambda a: jnp.broadcast_to(a, (groups, *a.shape)), block_cache)
     of_groups = {f"block_{i}": stacked if ffn.attention else None for i, ffn in enumerate(pattern)}
     cache = {"groups": (of_groups,) * groups if unstacked else of_groups}
+    if count := most_earlier_tokens(config):
+        cache["earlier"] = init_window(batch, count)
     return cache | {insert.name: block_cache if insert.ffn.attention else None for insert in parse_inserts(config)}
 
 

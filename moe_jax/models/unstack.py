@@ -44,7 +44,7 @@ def unstack(config: ModelConfig, variables: dict[str, Any], rows: int) -> dict[s
             block = variables["params"]["stack"]
             for key in place.path[:1] if place.group is None else (place.path[0], place.group, place.path[1]):
                 block = block[key]
-            block[place.module]["experts"] = {name: tuple(w) for name, w in block[place.module]["experts"].items()}
+            block[place.module]["experts"] = jax.tree.map(tuple, block[place.module]["experts"])
     return variables
 
 

@@ -10,7 +10,7 @@ are made again from them.
 """
 
 import functools
-from typing import Mapping, NamedTuple, Sequence
+from typing import NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,7 @@ from moe_jax.ops.counting import real_rows
 from moe_jax.ops.grouped_matmul import BACKENDS, blocks, group_products, resolve_backend, rows_times_groups
 from moe_jax.ops.norms import layer_norm, rms_norm
 from moe_jax.ops.precision import accumulator, standard_promotion
-
-Weights = Mapping[str, jax.Array]
+from moe_jax.ops.residual_stack import Weights, residual_stack
 
 
 class _Static(NamedTuple):
@@ -79,29 +78,21 @@ def expert_ffn(
 
 
 def expert_stack(
-    rows: jax.Array, sublayers: Sequence[Weights], group_sizes: jax.Array, *, activation: str, **options
+    rows: jax.Array, sublayers: Sequence[Weights], group_sizes: jax.Array, *, axis: str | None = None, **options
 ) -> jax.Array:
-    """What a stack of residual feed-forward sublayers adds to each row.
-
-    That is x_n - x_0, with x_0 = x and x_i = x_{i-1} + ffn_i(x_{i-1}).
-
-    The experts of BASE layers (arXiv:2103.16716, section 3.2) and StableMoE (arXiv:2204.08396, eq. 2), whose sublayers have a
-    norm before the projections.
+    """What each row's expert adds to it, where an expert is a stack of sublayers.
 
     Args:
       rows: [M, D] sorted by expert.
       sublayers: the weights of each, as in `expert_ffn`.
       group_sizes: int32 [E]; rows past their sum give 0.
-      activation: see `moe_jax.ops.activations.activate`.
-      **options: `norm_epsilon` and `backend` of `expert_ffn`.
+      axis: mesh axis that splits F, inside a shard_map; see `residual_stack`.
+      **options: `activation`, `norm_epsilon` and `backend` of `expert_ffn`.
 
     Returns:
       [M, D] in the dtype of `rows`.
     """
-    added = expert_ffn(rows, sublayers[0], group_sizes, activation=activation, **options)
-    for weights in sublayers[1:]:
-        added = added + expert_ffn(rows + added, weights, group_sizes, activation=activation, **options)
-    return added
+    return residual_stack(rows, sublayers, lambda rows, weights: expert_ffn(rows, weights, group_sizes, **options), axis)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))

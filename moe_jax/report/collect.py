@@ -12,16 +12,14 @@ import numpy as np
 from tqdm import tqdm
 
 from moe_jax import compat
-from moe_jax.config import Config, ModelConfig, MoEConfig
+from moe_jax.config import Config, ModelConfig
 from moe_jax.config.blocks import RETRIEVING, distinct_layers
 from moe_jax.data.pipeline import EvaluationSet
-from moe_jax.layers.block import router_sizes
+from moe_jax.layers.block import mixes_slots
 from moe_jax.models.losses import per_token_cross_entropy
 from moe_jax.models.places import by_layer, places
 from moe_jax.parallel.rules import local_rows, put_batch
-from moe_jax.routing import ROUTERS
 from moe_jax.train.restore import LoadedRun
-from moe_jax.types import RouterInputs, SlotMix
 
 # Of the matrices of one batch, all layers together.
 _BATCH_BYTES = 2**28
@@ -78,17 +76,8 @@ def column_names(config: ModelConfig) -> dict[str, list[str]]:
 
 def dense_layers(config: ModelConfig, vocab_size: int) -> frozenset[str]:
     """The routed layers whose routers mix slots, so that every token has a weight for every expert."""
-    mixed = {ffn.name for ffn in distinct_layers(config, "routed") if _mixes(ffn.moe, config.width, vocab_size)}
+    mixed = {ffn.name for ffn in distinct_layers(config, "routed") if mixes_slots(ffn, config.width, vocab_size)}
     return frozenset(place.name for place in places(config, "routed") if place.ffn.name in mixed)
-
-
-def _mixes(moe: MoEConfig, width: int, vocab_size: int) -> bool:
-    router = ROUTERS[moe.router].build(router_sizes(moe, vocab_size), moe.options)
-    ids = jnp.zeros(moe.experts, jnp.int32)  # enough tokens for any K
-    inputs = RouterInputs(token_ids=ids, positions=ids, segment_ids=ids + 1, valid=ids == 0, sequences=ids)
-    x = jnp.zeros((len(ids), width))
-    (assignment, _, _), _ = jax.eval_shape(lambda key: router.init_with_output(key, x, inputs), jax.random.key(0))
-    return isinstance(assignment, SlotMix)
 
 
 def routed_layers(config: ModelConfig) -> list[str]:

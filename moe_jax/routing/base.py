@@ -38,10 +38,9 @@ class Base(nn.Module):
           ValueError: `groups` does not divide T.
         """
         logits, routed, finite = score_by_kernel(self, x, inputs, self.experts, init=KERNEL_INIT)
-        if inputs.train:
-            ids = self._balanced(jax.lax.stop_gradient(logits), routed)[:, None]
-        else:
-            ids = best(logits, 1)
+        own = lambda: self._balanced(jax.lax.stop_gradient(logits), routed)[:, None] if inputs.train else best(logits, 1)
+        # A branch: no auction is held over experts that are given.
+        ids = own() if inputs.given is None else jax.lax.cond(inputs.given.use, lambda: inputs.given.expert_ids, own)
         ids = jnp.where(routed[:, None], ids, self.experts)
         gates = jax.nn.sigmoid(jnp.take_along_axis(logits, jnp.minimum(ids, self.experts - 1), axis=-1))
         stats = choice_statistics(ids, jax.nn.softmax(logits, axis=-1), routed, finite, self.experts)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.ops.precision import accumulator
-from moe_jax.types import RouterInputs, TokenChoice
+from moe_jax.types import Given, RouterInputs, TokenChoice
 
 KERNEL_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
@@ -51,8 +51,8 @@ class Router(NamedTuple):
     frozen(state): {name of a parameter of the router: bool scalar} from the `router_state` of a block. While the flag is
       True the parameter does not learn: it has no share of the norm, no update and no decay; its moments keep their values, and
       its average is the parameter itself.
-    start(state, token_shares, sizes, options): the `router_state` of a layer before the first step; token_shares: float64
-      [V], the share of each id in the training text.
+    start(state, token_shares, sizes, options): the `router_state` of a layer before the first step; token_shares(): float64
+      [V], the share of each id in the training text, which is read for it.
     by_token: whether the `router_state` has a table of token ids, which means nothing with another tokenizer.
     """
 
@@ -60,7 +60,7 @@ class Router(NamedTuple):
     loss_weights: Callable[[Any], dict[str, float]] = lambda options: {}
     update: Callable[[dict, Step, Sizes, Any], dict] | None = None
     frozen: Callable[[dict], dict[str, jax.Array]] | None = None
-    start: Callable[[dict, np.ndarray, Sizes, Any], dict] | None = None
+    start: Callable[[dict, Callable[[], np.ndarray], Sizes, Any], dict] | None = None
     by_token: bool = False
 
 
@@ -124,6 +124,11 @@ def token_choice(columns: jax.Array, gates: jax.Array, routed: jax.Array, expert
     """[T, K] columns of the E + V experts -> `TokenChoice`; tokens that are not routed get no expert."""
     ids = jnp.where(columns >= experts, columns + 1, columns).astype(jnp.int32)
     return TokenChoice(jnp.where(routed[:, None], ids, experts), jnp.where(routed[:, None], gates, 0))
+
+
+def own_or_given(given: Given | None, own: jax.Array) -> jax.Array:
+    """int32 [T, K]: the columns `own`, or the experts that are given where they are used."""
+    return own if given is None else jnp.where(given.use, given.expert_ids, own)
 
 
 def best(scores: jax.Array, k: int) -> jax.Array:

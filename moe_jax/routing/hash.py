@@ -1,5 +1,7 @@
 """Hash layers: the expert is a table's entry for the token id, without parameters (arXiv:2106.04426)."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -39,11 +41,11 @@ class Hash(nn.Module):
         return TokenChoice(ids, gates), {}, stats
 
 
-def start(state: dict, token_shares: np.ndarray, sizes: Sizes, options: HashConfig) -> dict:
+def start(state: dict, token_shares: Callable[[], np.ndarray], sizes: Sizes, options: HashConfig) -> dict:
     """The state with a table balanced over the training text, if the options ask for one."""
     if options.table == "random":
         return state
-    counts = np.rint(np.asarray(token_shares) * 2**40)  # whole, and 0 for ids that never occur
+    counts = np.rint(np.asarray(token_shares()) * 2**40)  # whole, and 0 for ids that never occur
     return {"table": balanced_hash_table(counts, sizes.experts, options.seed)}
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config.routers import SwitchConfig
-from moe_jax.routing.contract import Router, best, score_by_kernel, token_choice
+from moe_jax.routing.contract import Router, best, own_or_given, score_by_kernel, token_choice
 from moe_jax.routing.losses import balance_loss, z_loss
 from moe_jax.routing.statistics import choice_statistics, column_counts
 from moe_jax.types import RouterInputs, TokenChoice
@@ -29,7 +29,7 @@ class Switch(nn.Module):
         """x [T, D] -> (TokenChoice with K = 1, losses `balance` and `z`, stats). Maths in float32 at least."""
         logits, routed, finite = score_by_kernel(self, x, inputs, self.experts + self.virtual, jitter=self.options.jitter)
         probabilities = jax.nn.softmax(logits, axis=-1)
-        ids = best(probabilities, 1)
+        ids = own_or_given(inputs.given, best(probabilities, 1))
         gates = jnp.take_along_axis(probabilities, ids, axis=-1)
         choice = token_choice(ids, gates, routed, self.experts)
         stats = choice_statistics(choice.expert_ids, probabilities, routed, finite, self.experts)

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 
 from moe_jax.config.routers import TopKConfig
 from moe_jax.ops.counting import one_hot_sum
-from moe_jax.routing.contract import Router, Sizes, Step, best, score_by_kernel, token_choice
+from moe_jax.routing.contract import Router, Sizes, Step, best, own_or_given, score_by_kernel, token_choice
 from moe_jax.routing.losses import balance_loss, sequence_balance_loss, z_loss
 from moe_jax.routing.statistics import choice_statistics, column_counts
-from moe_jax.types import RouterInputs, TokenChoice
+from moe_jax.types import Given, RouterInputs, TokenChoice
 
 LOAD_DECAY = 0.99
 SCORES = {
@@ -23,7 +23,7 @@ SCORES = {
 
 
 def choose(
-    logits: jax.Array, top_k: int, options: TopKConfig, bias: jax.Array | None = None
+    logits: jax.Array, top_k: int, options: TopKConfig, bias: jax.Array | None = None, given: Given | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The K best experts of each token.
 
@@ -35,6 +35,7 @@ def choose(
       top_k: K.
       options: how to score and choose; its losses and rates are not used.
       bias: [N] or None.
+      given: what another router may have chosen instead.
 
     Returns:
       int32 [T, K] columns, best first; gates [T, K]; scores [T, N] divided by their sum, for losses.
@@ -43,7 +44,7 @@ def choose(
     ranked = scores if bias is None else scores + bias
     if options.groups > 1:
         ranked = _limit_groups(ranked, options.groups, options.kept_groups)
-    ids = best(ranked, top_k)
+    ids = own_or_given(given, best(ranked, top_k))
     if options.order == "top_k_first":
         gates = jax.nn.softmax(jnp.take_along_axis(logits, ids, axis=-1), axis=-1)
     else:
@@ -90,7 +91,7 @@ class TopK(nn.Module):
             bias = self.variable("router_state", "bias", jnp.zeros, (columns,), jnp.float32).value
 
         logits, routed, finite = score_by_kernel(self, x, inputs, columns, jitter=self.options.jitter)
-        ids, gates, probabilities = choose(logits, self.top_k, self.options, bias)
+        ids, gates, probabilities = choose(logits, self.top_k, self.options, bias, inputs.given)
         choice = token_choice(ids, gates, routed, self.experts)
         stats = choice_statistics(choice.expert_ids, probabilities, routed, finite, self.experts)
         losses = {

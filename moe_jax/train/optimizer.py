@@ -76,8 +76,8 @@ def group_factors(config: OptimizerConfig, params: Any) -> tuple[Any, Any]:
     """Learning-rate scale and weight decay of every parameter, as Python floats in the structure of `params`.
 
     Weight decay is for matrices only. Stacked layers add a leading axis, so a "vector" is known by its name: norms'
-    scales and biases (`scale`, `bias`, `b_*`). Pools of one-neuron experts have none either: it would erase rows that are
-    seldom retrieved.
+    scales, biases and a router's window (`scale`, `bias`, `norm_*`, `b_*`, `light_window`). Pools of one-neuron experts have
+    none either: it would erase rows that are seldom retrieved.
     """
 
     def scale(path):
@@ -88,7 +88,8 @@ def group_factors(config: OptimizerConfig, params: Any) -> tuple[Any, Any]:
         if of_group >= 0:
             return of_group
         pool = re.search(r"(^|/)(peer|pool|pool_\w+)/experts$", path)
-        return 0.0 if pool or name in ("scale", "bias") or name.startswith("b_") else config.weight_decay
+        vector = name in ("scale", "bias", "light_window") or name.startswith(("norm_", "b_"))
+        return 0.0 if pool or vector else config.weight_decay
 
     paths = leaf_paths(params)
     return jax.tree.map(scale, paths), jax.tree.map(decay, paths)

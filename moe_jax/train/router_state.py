@@ -1,5 +1,6 @@
 """What routers learn without a gradient: from the data before the first step, and from the statistics of each step."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -71,17 +72,18 @@ def _replaced(tree: dict[str, Any], path: tuple[str, ...], leaf: Any) -> dict[st
 def start_router_state(router_state: Any, token_shares: Callable[[], np.ndarray], config: ModelConfig, vocab_size: int) -> Any:
     """The routers' state before the first step, on the devices of `router_state`; see `Router.start`.
 
-    token_shares: gives float64 [V], the share of each id in the training text; called only where a router asks.
+    token_shares: gives float64 [V], the share of each id in the training text; called once, and only if a router asks.
     """
+    shares = functools.cache(lambda: token_shares())
     before = state = router_state.get("stack", {})
     for place in stacked_places(config, "routed"):
         router, moe, old = ROUTERS[place.ffn.moe.router], place.ffn.moe, _router(place, state)
         if router.start is None or not old:
             continue
         sizes, host, stacked = router_sizes(moe, vocab_size), jax.device_get(old), place.group is not None
-        groups = len(next(iter(host.values()))) if stacked else 1
+        groups = len(jax.tree.leaves(host)[0]) if stacked else 1
         parts = [jax.tree.map(lambda a: a[g], host) if stacked else host for g in range(groups)]
-        parts = [router.start(part, token_shares(), sizes, moe.options) for part in parts]
+        parts = [router.start(part, shares, sizes, moe.options) for part in parts]
         new = jax.tree.map(lambda *a: np.stack(a), *parts) if stacked else parts[0]
         new = jax.tree.map(lambda a, b: jax.device_put(np.asarray(a, b.dtype), b.sharding), new, old)
         state = _replaced(state, (*place.path, place.module, "router"), new)

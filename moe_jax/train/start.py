@@ -156,6 +156,9 @@ def _other_routers(config: Config) -> str:
         for name in ("router", "experts", "virtual_experts") if place.name in theirs else ():
             if (old := getattr(theirs[place.name], name)) != getattr(ours, name):
                 return f"{path}moe.{name} is {getattr(ours, name)}, and {old} in init.checkpoint"
+        if place.name in theirs and (old := theirs[place.name].options.state_kind(theirs[place.name])):
+            if (kind := ours.options.state_kind(ours)) != old:
+                return f"{path}moe.routers.{ours.router} has {kind}, and {old} in init.checkpoint"
     pools = {place.name: place.ffn.peer for place in places(model, *RETRIEVING)}
     for place in places(config.model, *RETRIEVING):
         ours, old, path = place.ffn.peer, pools.get(place.name), options_path(config.model, place.ffn)

@@ -21,7 +21,7 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
-from moe_jax.config import Config, ConfigError, FFNConfig, ModelConfig, from_dict
+from moe_jax.config import Config, ConfigError, FFNConfig, ModelConfig, MoEConfig, from_dict
 from moe_jax.config.blocks import RETRIEVING, block_layers, distinct_layers, expert_shards, options_path, parse_inserts
 from moe_jax.models import MODELS
 from moe_jax.models.places import Place, places
@@ -79,6 +79,11 @@ def check_dense_run(config: Config) -> Config:
     if block_layers(old.model, "routed", *RETRIEVING):
         limit = f"its model.pattern={old.model.pattern} and inserts={old.model.inserts!r} have blocks with experts"
         raise ConfigError("init.upcycle_from", workdir, limit, "name a dense run, or use init.checkpoint")
+    for ffn in distinct_layers(new, "routed"):
+        for name in ("expert_sublayers", "expert_norm"):
+            if (value := getattr(ffn.moe, name)) != (plain := getattr(MoEConfig, name)):
+                limit = "an expert must be a feed-forward layer of the dense run, or a part of one"
+                raise ConfigError(f"{options_path(new, ffn)}moe.{name}", value, limit, f"use {plain}")
     ours, theirs = _fitting(new), _fitting(old.model)
     changes = {name: value for name, value in ours.items() if theirs.get(name, value) != value}
     if changes:
@@ -201,7 +206,7 @@ def upcycle_params(dense: Flat, fresh: Flat, plan: dict[str, Origin], model: Mod
             moe, shards = origin.ffn.moe, expert_shards(model, origin.ffn)
             experts, gates = moe.experts, moe.options.gate_sum(moe, shards)[0]
         if origin.how == "fresh":
-            if path.endswith("moe/router/kernel"):
+            if path.endswith(("moe/router/kernel", "moe/router/backbone/kernel")):
                 return virtual_groups(fresh[path], experts, shards, axis=2 if path.startswith("stack/groups/") else 1)
             silent = path.endswith(("moe/shared/w_out", "moe/shared/b_out"))
             return jnp.zeros_like(fresh[path]) if silent else fresh[path]

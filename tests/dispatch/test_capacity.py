@@ -145,7 +145,7 @@ def slow_experts(kept, x, gates, weights, activation):
 
 def run(choice, x, gates, weights, capacity, priority, activation):
     kept, slots, _ = limit_assignments(TokenChoice(choice.expert_ids, gates), E, capacity, priority)
-    return run_slots(x, kept.gates, slots, weights, activation=activation)
+    return run_slots(x, kept.gates, slots, [weights], activation=activation)
 
 
 CASES = [
@@ -216,7 +216,7 @@ def test_bfloat16():
     ids = jnp.asarray([[0, 1, 2, 3]], jnp.int32)
     kept, slots, _ = limit(TokenChoice(ids, jnp.ones((1, 4))), 4, 1)
     weights = {"w_in": jnp.asarray([256.0, 1, 1, 1]).reshape(4, 1, 1), "w_out": jnp.ones((4, 1, 1))}
-    f = lambda x: run_slots(x, kept.gates, slots, weights, activation="relu")
+    f = lambda x: run_slots(x, kept.gates, slots, [weights], activation="relu")
     one = jnp.ones((1, 1), jnp.bfloat16)
     y, (d_x,) = jax.jit(lambda x: (f(x), jax.vjp(f, x)[1](one)))(one)
     chex.assert_type([y, d_x], jnp.bfloat16)
@@ -227,7 +227,7 @@ def test_bfloat16():
     weights = {"w_in": jnp.ones((1, 1, 1)), "w_out": jnp.ones((1, 1, 1)), "b_out": jnp.zeros((1, 1))}
 
     def total(weights):
-        return jnp.sum(run_slots(jnp.ones((300, 1), jnp.bfloat16), kept.gates, slots, weights, activation="relu"))
+        return jnp.sum(run_slots(jnp.ones((300, 1), jnp.bfloat16), kept.gates, slots, [weights], activation="relu"))
 
     assert jax.jit(jax.grad(total))(weights)["b_out"] == 300
 

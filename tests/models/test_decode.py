@@ -11,7 +11,7 @@ import pytest
 
 from moe_jax import compat
 from moe_jax.config import ConfigError, FFNConfig, ModelConfig, MoEConfig, PeerConfig
-from moe_jax.config.routers import ROUTER_NAMES, ExpertChoiceConfig, RoutersConfig
+from moe_jax.config.routers import ROUTER_NAMES, ExpertChoiceConfig, RoutersConfig, StableConfig
 from moe_jax.models import decode, unstack
 from moe_jax.models.decode import generate, sample
 from moe_jax.models.decoder import Decoder
@@ -33,6 +33,9 @@ def every_layer():
             moe.zero_experts = moe.copy_experts = moe.constant_experts = int(traits.virtual)
             moe.shared_experts, moe.shared_gate = int(traits.virtual), traits.virtual
             ffns.append(FFNConfig(name=f"by_{name}", kind="routed", moe=moe))
+    by_window = RoutersConfig(stable=StableConfig(light_router="window", light_width=8))
+    moe = MoEConfig(experts=4, router="stable", top_k=1, routers=by_window, expert_width=16, expert_sublayers=2)
+    ffns.append(FFNConfig(name="a_window", kind="routed", moe=moe))
     for kind, shared in (("peer", True), ("pkm", False)):
         peer = PeerConfig(experts=16, heads=2, top_k=2, key_width=8, query_norm="layernorm", share_pool=shared)
         ffns.append(FFNConfig(name=f"a_{kind}", kind=kind, peer=peer))

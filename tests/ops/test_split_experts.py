@@ -47,9 +47,38 @@ def test_values_and_gradients(activation, tokens, k):
     """Gradients of the tokens, the gates and every weight; those of an expert without tokens are 0."""
     x, ids, gates, weights = make(tokens, k, activation, biases=activation != "gelu")
     with jax.enable_x64(True):
-        ours = lambda x, gates, w: split_expert_ffn(x, ids, gates, split(w), activation=activation)
+        ours = lambda x, gates, w: split_expert_ffn(x, ids, gates, [split(w)], activation=activation)
         reference = lambda x, gates, w: slow(x, ids, gates, w, activation)
         assert_like_reference(ours, reference, x, gates, stacked(weights), limit=1e-12)
+
+
+@pytest.mark.parametrize("norm", [("norm_scale",), ("norm_scale", "norm_bias")])
+def test_stacks(norm):
+    """Two residual sublayers, each after a norm; the gate multiplies what they add together."""
+    tokens, k = 8, 2
+    x, ids, gates, first = make(tokens, k)
+    rng = np.random.default_rng(1)
+    draw = lambda weights: {n: tuple(rng.normal(size=np.shape(w)) for w in ws) for n, ws in weights.items()}
+    sublayers = [w | {n: tuple(rng.normal(size=D) for _ in range(E)) for n in norm} for w in (first, draw(first))]
+
+    def reference(x, gates, sublayers):
+        y = 0.0
+        for e in range(E):
+            h = x
+            for weights in sublayers:
+                w = {name: weight[e] for name, weight in weights.items()}
+                n = h - jnp.mean(h, axis=1, keepdims=True) if "norm_bias" in w else h
+                n = n / jnp.sqrt(jnp.mean(n**2, axis=1, keepdims=True) + 1e-3) * w["norm_scale"] + w.get("norm_bias", 0)
+                h = h + jnp.maximum(n @ w["w_in"] + w["b_in"], 0) @ w["w_out"] + w["b_out"]
+            y += jnp.sum(jnp.where(ids == e, gates, 0), axis=1)[:, None] * (h - x)
+        return y
+
+    def ours(x, gates, sublayers):
+        sublayers = [split(weights) for weights in sublayers]
+        return split_expert_ffn(x, ids, gates, sublayers, activation="relu", norm_epsilon=1e-3)
+
+    with jax.enable_x64(True):
+        assert_like_reference(ours, reference, x, gates, [stacked(w) for w in sublayers], limit=1e-12)
 
 
 @pytest.mark.parametrize("ids", [[[0]], [[E - 1]], [[E]], [[3, 1, 3]]])
@@ -58,7 +87,7 @@ def test_one_token(ids):
     ids = np.array(ids, np.int32)
     x, _, gates, weights = make(*ids.shape)
     with jax.enable_x64(True):
-        y = jax.jit(split_expert_ffn, static_argnames="activation")(x, ids, gates, weights, activation="relu")
+        y = jax.jit(split_expert_ffn, static_argnames="activation")(x, ids, gates, [weights], activation="relu")
         np.testing.assert_allclose(y, slow(x, ids, gates, weights, "relu"), rtol=0, atol=1e-12)
 
 
@@ -70,7 +99,7 @@ def test_tokens_of_others_may_hold_anything():
     @jax.jit
     def run(x, gates, weights):
         loss = lambda *args: (lambda y: (jnp.sum(y**2), y))(split_expert_ffn(args[0], ids, *args[1:], activation="relu"))
-        return jax.grad(loss, (0, 1, 2), has_aux=True)(x, gates, weights)
+        return jax.grad(loss, (0, 1, 2), has_aux=True)(x, gates, [weights])
 
     clean = jax.device_get(run(x, gates, weights))
     x[3] = np.nan
@@ -83,7 +112,7 @@ def test_bfloat16_sums_in_float32():
     x, ids, gates, weights = make(8, 2)
     cast = lambda tree: jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), tree)
     y = jax.jit(split_expert_ffn, static_argnames="activation")(
-        cast(x), ids, gates.astype(np.float32), cast(weights), activation="relu"
+        cast(x), ids, gates.astype(np.float32), [cast(weights)], activation="relu"
     )
     expected = slow(x, ids, gates, weights, "relu")
     assert y.dtype == jnp.float32 and np.abs(y - expected).max() <= 0.02 * np.abs(expected).max()

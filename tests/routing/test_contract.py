@@ -12,12 +12,14 @@ import pytest
 from jax.sharding import NamedSharding
 
 from moe_jax import compat
+from moe_jax.config import MoEConfig
 from moe_jax.config.routers import (
     BaseConfig,
     ExpertChoiceConfig,
     GShardConfig,
     HashConfig,
     ReMoEConfig,
+    RoutersConfig,
     SoftMoEConfig,
     StableConfig,
     SwitchConfig,
@@ -44,6 +46,7 @@ class Row(NamedTuple):
     virtual: tuple[int, int, int] = (0, 0, 0)
 
 
+BEHIND_BASE = RoutersConfig(stable=StableConfig(light_width=5, backbone="base"))
 GROUPS = TopKConfig(score="sigmoid", groups=2, kept_groups=1, bias_rate=0.01, zero_sum_bias=True, scale=2.5)
 ROWS = {
     "top_1": Row("top_k", TopKConfig(), 1),
@@ -59,13 +62,18 @@ ROWS = {
     "hash": Row("hash", HashConfig(table="random"), 1),
     "hash_balanced": Row("hash", HashConfig(), 1),
     "stable": Row("stable", StableConfig(light_width=5), 1),
+    "stable_window": Row("stable", StableConfig(light_width=5, light_router="window"), 1),
+    "stable_base": Row("stable", MoEConfig(router="stable", routers=BEHIND_BASE).options, 1),
     "expert_choice": Row("expert_choice", ExpertChoiceConfig(), 2, all_served=False),
     "remoe": Row("remoe", ReMoEConfig(), 2, all_served=False),
     "remoe_at_most_1": Row("remoe", ReMoEConfig(max_k=1), 1, all_served=False),
     "soft_moe": Row("soft_moe", SoftMoEConfig(slots=2), 1),
 }
 # By router, not by test: a router's programs are freed before the next one's are compiled.
-every_router = pytest.mark.parametrize("row", ROWS, scope="module")
+SLOW = ("stable_window", "stable_base")
+every_router = pytest.mark.parametrize(
+    "row", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in ROWS], scope="module"
+)
 
 
 def traits(row):
@@ -158,6 +166,7 @@ def example(seed=1):
         valid=segments > 0,
         key=jax.random.key(3),
         train=None,
+        earlier_ids=np.random.default_rng(seed + 1).integers(-1, 50, (T, 4)).astype(np.int32),
     )
 
 
@@ -419,5 +428,5 @@ def test_start(row):
     if router.start is None:
         return
     shares = np.random.default_rng(0).dirichlet(np.ones(VOCABULARY))
-    new = router.start(jax.device_get(s.state["router"]), shares, sizes(row), ROWS[row].options)
+    new = router.start(jax.device_get(s.state["router"]), lambda: shares, sizes(row), ROWS[row].options)
     chex.assert_trees_all_equal_shapes_and_dtypes(new, jax.device_get(s.state["router"]))

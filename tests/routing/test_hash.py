@@ -32,9 +32,9 @@ def test_start_balances_over_the_text():
     shares /= shares.sum()
     sizes = Sizes(E, 1, 0, VOCABULARY)
     random = {"table": np.random.default_rng(0).integers(0, E, VOCABULARY).astype(np.int32)}
-    assert start(random, shares, sizes, HashConfig(table="random")) is random
+    assert start(random, None, sizes, HashConfig(table="random")) is random
     load = lambda table: np.bincount(table, weights=shares, minlength=E).max() * E
-    assert load(start(random, shares, sizes, HashConfig())["table"]) < 1.05 < load(random["table"])
+    assert load(start(random, lambda: shares, sizes, HashConfig())["table"]) < 1.05 < load(random["table"])
 
 
 def test_start_of_stacked_and_single_layers():

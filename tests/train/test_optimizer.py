@@ -104,8 +104,9 @@ def test_a_tiny_clip_norm_takes_tiny_steps():
 
 def test_equals_optax_adamw():
     config = make_config().optimizer
-    params = {"ffn": {"w_in": jnp.ones((3, 2)), "b_in": jnp.ones(2)}, "norm": {"scale": jnp.ones(2)}}
-    decayed = {"ffn": {"w_in": True, "b_in": False}, "norm": {"scale": False}}
+    ffn = {"w_in": jnp.ones((3, 2)), "b_in": jnp.ones(2), "norm_scale": jnp.ones((3, 2))}
+    params = {"ffn": ffn, "norm": {"scale": jnp.ones(2)}}
+    decayed = {"ffn": {"w_in": True, "b_in": False, "norm_scale": False}, "norm": {"scale": False}}
     reference = optax.adamw(0.1, config.b1, config.b2, config.epsilon, weight_decay=config.weight_decay, mask=decayed)
     ours = make_optimizer(config)
     theirs, mine = (params, reference.init(params)), (params, ours.init(params))

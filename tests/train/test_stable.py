@@ -9,14 +9,15 @@ import pytest
 from moe_jax.config import Config
 from moe_jax.routing.stable import LIGHT
 from moe_jax.train.checkpoint import Checkpoints
+from moe_jax.train.router_state import start_router_state
 from moe_jax.train.start import resume
-from tests.train.small import EIGHT, MOVING, Runner, make_batch, make_config
+from tests.train.small import EIGHT, MOVING, VOCABULARY, Runner, make_batch, make_config
 
 
 def config_of(steps: int, stage_1: float, **overrides) -> Config:
     options = {"model__moe__routers__stable__stage_1": stage_1, "model__moe__routers__stable__light_width": 6}
     sizes = {"model__layers": 2, "model__moe__experts": 4, "model__moe__top_k": 1, "train__steps": steps}
-    return make_config(model__moe__router="stable", **sizes, **options, **MOVING, **overrides)
+    return make_config(model__moe__router="stable", **sizes | options | MOVING | overrides)
 
 
 def routers(tree):
@@ -58,7 +59,7 @@ def test_stage_2_keeps_the_routing(devices, scan):
         for a, b in zip(moments(runner, name), left[name]):
             np.testing.assert_array_equal(a, b)
     np.testing.assert_array_equal(routers(runner.state["router_state"])["table"], state["table"])
-    assert np.all(np.any(after["kernel"] != params["kernel"], axis=1))
+    assert np.all(np.any(after["backbone"]["kernel"] != params["backbone"]["kernel"], axis=1))
 
 
 def test_no_token_changes_its_expert_after_the_switch():
@@ -110,3 +111,39 @@ def test_a_skipped_step_is_no_step_of_stage_1():
     runner.state["params"] = good
     runner.step(make_batch(2))
     assert np.all(routers(runner.state["router_state"])["frozen"])
+
+
+BACKBONES = {
+    "top_k": {"model__moe__top_k": 2, "model__moe__routers__top_k__bias_rate": 0.01},
+    "base": {},
+    "switch": {},
+    "window": {"model__moe__routers__stable__light_router": "window"},
+    "balanced": {"model__moe__routers__stable__light_router": "balanced"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_other_kinds_in_stacked_blocks(kind):
+    """Two blocks with each backbone and light router start, learn, and are frozen after two of four steps, on 8 devices."""
+    options = dict(BACKBONES[kind])
+    if kind in ("top_k", "base", "switch"):
+        options["model__moe__routers__stable__backbone"] = kind
+    shares = np.random.default_rng(0).dirichlet(np.ones(VOCABULARY))
+    after = []
+    for devices in (1, 8) if kind == "top_k" else (8,):
+        runner = Runner(config_of(4, 0.5, **options | (EIGHT if devices == 8 else {})), devices)
+        with jax.set_mesh(runner.mesh):
+            state = start_router_state(runner.state["router_state"], lambda: shares, runner.config.model, VOCABULARY)
+        runner.state["router_state"] = state
+        metrics = [runner.step(make_batch(step)) for step in range(4)]
+        assert [int(m["frozen"]) for m in metrics] == {"balanced": [0] * 4, "window": [0, 0, 6, 6]}.get(kind, [0, 0, 4, 4])
+        assert all(np.isfinite(m["loss"]) for m in metrics)
+        state = routers(runner.state["router_state"])
+        if kind == "balanced":
+            assert np.array_equal(*state["table"])
+        elif kind != "window":
+            assert np.all(state["frozen"]) and np.any(state["table"][0] != state["table"][1])
+        after.append([m["loss"] for m in metrics])
+    for losses in after:
+        np.testing.assert_allclose(losses, after[0], rtol=2e-4)

@@ -1,10 +1,12 @@
 """How a run begins: what each way refuses before the text is read, whose tokenizer it takes, and what may change on resume."""
 
+import re
+
 import pytest
 
-from moe_jax.config import Config, ConfigError, SourceConfig
+from moe_jax.config import Config, ConfigError, SourceConfig, to_dict
 from moe_jax.data import BPETokenizer
-from moe_jax.train import loop
+from moe_jax.train import loop, start
 from moe_jax.train.start import FRESH, WAYS, check_resume, inherited_tokenizer, way_of
 from tests.train.small import make_config
 from tests.train.states import save_run
@@ -157,3 +159,29 @@ def test_resume_names_four_fields_and_counts_the_rest():
     with pytest.raises(ConfigError, match=r"seed 0 -> 7, model.layers 4 -> 7, .* and 2 more"):
         check_resume(Config(), new, ())
     assert check_resume(Config(), Config(), ()) == []
+
+
+def stable(**options) -> Config:
+    config = make_config(model__moe__router="stable", model__moe__top_k=1)
+    for name, value in options.items():
+        setattr(config.model.moe if name == "top_k" else config.model.moe.routers.stable, name, value)
+    return config
+
+
+@pytest.mark.parametrize(
+    "theirs, ours, reason",
+    [
+        ({}, {}, ""),
+        ({}, {"stage_1": 0.5, "light_width": 7}, ""),
+        ({"light_router": "window"}, {}, "light_router=embedding.*, and .*light_router=window.* in init.checkpoint"),
+        ({}, {"light_router": "balanced"}, "model.moe.routers.stable has .*light_router=balanced"),
+        ({"backbone": "base"}, {}, "backbone=affinity"),
+        ({"backbone": "top_k", "top_k": 2}, {"backbone": "top_k"}, "top_k=1, and .*top_k=2 in"),
+    ],
+)
+def test_a_state_of_another_kind_is_not_filled_in(monkeypatch, theirs, ours, reason):
+    """A table of other columns, or one that was learned where it is to be balanced."""
+    monkeypatch.setattr(start, "_other_run", lambda config: {"config": to_dict(stable(**theirs))})
+    monkeypatch.setattr(start, "_checkpoint_tokenizer", lambda config: "the same")
+    said = start._other_routers(stable(**ours))
+    assert re.search(reason, said) if reason else said == ""

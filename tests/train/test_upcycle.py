@@ -353,6 +353,16 @@ def test_learned_positions_defaults_and_routed_runs(tmp_path):
         check_dense_run(new)
 
 
+@pytest.mark.parametrize("field, value", [("expert_sublayers", 2), ("expert_norm", True)])
+def test_experts_that_are_no_dense_layers(tmp_path, field, value):
+    old, new = configs(init__upcycle_from=str(tmp_path / "dense"))
+    save_dense(tmp_path / "dense", old)
+    check_dense_run(new)
+    setattr(new.model.moe, field, value)
+    with pytest.raises(ConfigError, match=f"^config.model.moe.{field}={value}: an expert must be a feed-forward layer of the"):
+        check_dense_run(new)
+
+
 def test_the_same_on_eight_devices(tmp_path):
     overrides = moe(expert_width=HIDDEN // 2, shared_experts=1) | BIASES
     old, new = configs(init__upcycle_from=str(tmp_path), **overrides)

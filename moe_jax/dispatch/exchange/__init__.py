@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from typing import Mapping
+from typing import Any, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +31,8 @@ def resolve_exchange(exchange: str | None = None) -> str:
     return exchange
 
 
-def run_local(x: jax.Array, choice: TokenChoice, weights, run_experts: RunExperts) -> jax.Array:
-    """The whole layer on one device: sort, experts, combine. x [T, D] -> [T, D]."""
+def run_local(x: jax.Array, choice: TokenChoice, weights: Any, run_experts: RunExperts) -> jax.Array:
+    """The whole layer on one device: sort, experts, combine. x [T, D] -> [T, D]; weights: a tree of arrays [E, ...]."""
 
     # NumPy arrays cannot be indexed by traced ones.
     x, choice, weights = jax.tree.map(jnp.asarray, (x, choice, weights))
@@ -40,14 +40,14 @@ def run_local(x: jax.Array, choice: TokenChoice, weights, run_experts: RunExpert
     def run_rows(x, order, gates):
         return run_experts(x, weights, order, gates)
 
-    return run_group(x, choice, run_rows, weights["w_in"].shape[0]).astype(x.dtype)
+    return run_group(x, choice, run_rows, _experts(weights)).astype(x.dtype)
 
 
 def run_sharded(
     mesh,
     x: jax.Array,
     choice: TokenChoice,
-    weights: Mapping[str, jax.Array],
+    weights: Any,
     weight_specs: Mapping[str, compat.PartitionSpec],
     run_experts: RunExperts,
     *,
@@ -58,16 +58,17 @@ def run_sharded(
     """`run_local` over `mesh`: x [T, D] -> y [T, D], both split over (data, fsdp, expert).
 
     Where the shards do not divide T, tokens without an expert are added. Beside the exchange's own collectives, forward:
-    an all-gather of each weight's D over `fsdp`, an all-reduce of y in float32 over `tensor`; backward: their gradients,
+    an all-gather of each weight's D over `fsdp`, an all-reduce of y in float32 over `tensor`, and of rows between the
+    sublayers of a stack; backward: their gradients,
     a reduce-scatter over `fsdp` and an all-reduce of d_x and d_gates over `tensor`, and an all-reduce of each weight's
     gradient over the axes that split tokens but not the weight.
 
     Args:
       mesh: with some of the axes data, fsdp, expert, tensor.
       x, choice: global arrays.
-      weights: as in `expert_ffn`.
-      weight_specs: how each of them is split: E over `expert`; D, where it is, over `fsdp`; F over `tensor`. The shards must
-        divide what they split.
+      weights: those of `expert_ffn` by name, or a sequence of such, of a stack.
+      weight_specs: how those of a name are split: E over `expert`; D, where it is, over `fsdp`; F over `tensor`. The shards
+        must divide what they split.
       run_experts: runs one shard's rows; partial sums over F are allowed, they are added over `tensor`.
       exchange: one of `EXCHANGES`, or None: see `resolve_exchange`.
       buffer_factor: room for rows in `all_to_all` and `ragged`, relative to the balanced share; 0: room for all that can
@@ -84,18 +85,21 @@ def run_sharded(
     if buffer_factor < 0:
         raise ValueError(f"buffer_factor={buffer_factor}: at least 0; use 0 for a buffer that holds everything")
     names = tuple(name for name in BATCH_AXES if name in mesh.shape)
-    shards, experts, tokens = compat.axis_size(mesh, AXIS), weights["w_in"].shape[0], x.shape[0]
+    shards, experts, tokens = compat.axis_size(mesh, AXIS), _experts(weights), x.shape[0]
     groups = compat.axis_size(mesh, *names) // shards
+    splits = jax.tree.map_with_path(lambda path, _: weight_specs[path[-1].key], weights)
     group = Group(shards, experts // shards, names, groups, groups * compat.axis_size(mesh, "tensor"))
 
     def shard(x, ids, gates, weights):
         # Varied at the entrance, so that the gradients of tokens and of parts of weights are summed once.
-        axes = compat.varying_axes(x, *weights.values())
+        axes = compat.varying_axes(x, *jax.tree.leaves(weights))
         x, gates, weights = jax.tree.map(lambda a: compat.vary(a, axes), (x, gates, weights))
-        weights = {name: _whole_width(w, weight_specs[name]) for name, w in weights.items()}
-        if "tensor" in mesh.shape and "b_out" in weights:
+        weights = jax.tree.map(_whole_width, weights, splits)
+        if "tensor" in mesh.shape:
             # Outputs are added over `tensor`, and each of its shards adds the whole bias.
-            weights["b_out"] = jnp.where(jax.lax.axis_index("tensor") == 0, weights["b_out"], 0)
+            first = jax.lax.axis_index("tensor") == 0
+            once = lambda path, w: jnp.where(first, w, 0) if path[-1].key == "b_out" else w
+            weights = jax.tree.map_with_path(once, weights)
 
         def run_rows(x, order, gates):
             return run_experts(x, weights, order, gates)
@@ -119,7 +123,7 @@ def run_sharded(
         for a, fill in ((x, 0), (choice.expert_ids, experts), (choice.gates, 0))
     )
     rows = compat.PartitionSpec(names)
-    specs = (rows, rows, rows, {name: weight_specs[name] for name in weights}), (rows, compat.PartitionSpec())
+    specs = (rows, rows, rows, splits), (rows, compat.PartitionSpec())
     y, sent = compat.shard_map(shard, mesh, *specs, check=check)(x, ids, gates, weights)
     return y[:tokens], sent
 
@@ -164,6 +168,10 @@ def _log(exchange, *shape):
     mega = {name: f"{bytes_sent(name, *shape) / 1e6:.3g}" for name in EXCHANGES}
     text = "exchange: %s over %d shards; MB a layer and pass: gather %s, all_to_all %s, ragged at most %s"
     logging.getLogger(__name__).info(text, exchange, shape[0], *mega.values())
+
+
+def _experts(weights):
+    return jax.tree.leaves(weights)[0].shape[0]
 
 
 def _whole_width(weight, spec):

@@ -1,7 +1,7 @@
 """What the exchanges share: the layer on one shard, received rows, and the fallback where a buffer is too small."""
 
 import math
-from typing import Callable, Mapping, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from moe_jax.types import TokenChoice
 AXIS = "expert"
 # (x [T, D], weights, order of M = T*K rows, gates [M] or None) -> [T, D] in float32 at least: the sum over a token's rows i
 # of what their experts make of it, times gates[i].
-RunExperts = Callable[[jax.Array, Mapping[str, jax.Array], Order, jax.Array | None], jax.Array]
+RunExperts = Callable[[jax.Array, Any, Order, jax.Array | None], jax.Array]
 # The same with this shard's weights: (x, order, gates) -> [T, D]
 RunRows = Callable[[jax.Array, Order, jax.Array | None], jax.Array]
 
