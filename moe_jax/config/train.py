@@ -87,6 +87,13 @@ class TrainConfig:
     peak_tflops: float = field(
         0.0, "Peak TFLOP/s of one device for the MFU; 0: known for common devices.", low=0, role="runtime"
     )
+    routing_snapshots: int = field(
+        0,
+        "How often in the run the experts of the same held-out tokens are recorded in routing.npz; 0: never.",
+        low=0,
+        role="runtime",
+    )
+    routing_tokens: int = field(4096, "How many tokens those are.", low=1, role="runtime")
     tensorboard: bool = field(True, "Write TensorBoard events beside metrics.jsonl.", role="runtime")
 
 

@@ -64,6 +64,7 @@ def _page(config: Config, flags: Any, sources: dict[str, str]) -> str:
     from moe_jax.report.sections import build
     from moe_jax.train.metrics import read_metrics
     from moe_jax.train.restore import load_run
+    from moe_jax.train.routing_history import read_history
 
     rows = read_metrics(flags.workdir)
     if not rows:
@@ -85,7 +86,7 @@ def _page(config: Config, flags: Any, sources: dict[str, str]) -> str:
     columns = max(map(len, column_names(config.model).values()), default=1)
     detailed = spread(list(observed.layers), min(max(DETAILED_COLUMNS // columns, few), many))
     analyses = analyse(observed, before, detailed, pieces=12)
-    material = Material(run, rows, observed, analyses, detailed, words, why)
+    material = Material(run, rows, observed, analyses, detailed, words, why, read_history(flags.workdir))
     title = f"Routers of {epath.Path(flags.workdir).name}" if analyses else f"Run {epath.Path(flags.workdir).name}"
     head = lead(material, flags.workdir, "" if sources else flags.split)
     return frame(title, head, build(material, PAGE_BYTES))

@@ -10,7 +10,7 @@ _LAYER_SCALAR = re.compile(r"router/([^/]+)/([^/]+)")
 _LOSS = re.compile(r"router/([^/]+_loss)")
 _EVALUATION = re.compile(r"eval/([^/]+)/(.+)")
 # What has a picture of its own.
-_SHOWN = ("load", "load_max_over_mean", "entropy", "dropped", "dead_experts")
+_SHOWN = re.compile(r"load|load_max_over_mean|entropy|dropped|dead_experts|fluctuation_\d+")
 
 Row = dict[str, Any]
 
@@ -45,7 +45,7 @@ def other_sums(rows: list[Row], layers: list[str]) -> dict[str, dict[str, Series
     the layer ""."""
     found: dict[str, dict[str, str]] = {}
     for key in sorted({name for row in rows for name in row}):
-        if (match := _LAYER_SCALAR.fullmatch(key)) and match[1] in layers and match[2] not in _SHOWN:
+        if (match := _LAYER_SCALAR.fullmatch(key)) and match[1] in layers and not _SHOWN.fullmatch(match[2]):
             found.setdefault(match[2], {})[match[1]] = key
         elif match := _LOSS.fullmatch(key):
             found.setdefault(match[1], {})[""] = key

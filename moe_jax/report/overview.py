@@ -15,13 +15,15 @@ from moe_jax.report.collect import Observed, column_names
 from moe_jax.report.history import Row, evaluations, series
 from moe_jax.report.page import number, paragraph, percent, table, text
 from moe_jax.train.restore import LoadedRun
+from moe_jax.train.routing_history import RoutingHistory
 
 
 class Material(NamedTuple):
     """What the page is made from.
 
     rows: of metrics.jsonl. analyses: by layer, in order of depth; {} of a dense model. detailed: the layers with pieces and
-    passages. older: what the choices are compared with, in words; "": nothing, and `no_older` says why.
+    passages. older: what the choices are compared with, in words; "": nothing, and `no_older` says why. routing: what the run
+    recorded while it went on.
     """
 
     run: LoadedRun
@@ -31,6 +33,7 @@ class Material(NamedTuple):
     detailed: list[str]
     older: str
     no_older: str
+    routing: RoutingHistory | None = None
 
     @property
     def model(self) -> ModelConfig:

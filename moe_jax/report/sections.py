@@ -12,8 +12,10 @@ from moe_jax.report.page import paragraph, percent, picture, table, text
 from moe_jax.report.passages import passages_html
 from moe_jax.report.pictures import Panel
 from moe_jax.report.retrieval import retrieval
+from moe_jax.report.settling import settling
 
 # How much of what grows with layers and experts a page holds, before it is thinned.
+_UNITS = {"experts_per_token": "experts", "agreement": "share of tokens"}
 _PIECE_ROWS, _PIECES, _PASSAGE_TOKENS = 1200, 6000, 5000
 
 
@@ -62,7 +64,7 @@ def routing_over_time(m: Material) -> str:
     panels = [Panel(t, unit, {name: series(m.rows, f"router/{name}/{key}") for name in layers}) for t, key, unit in figures]
     for name, lines in other_sums(m.rows, layers).items():
         lines = {layer or "all layers": lines[layer] for layer in ["", *layers] if layer in lines}
-        unit = "experts" if name == "experts_per_token" else "" if name.endswith("_loss") else "a step"
+        unit = _UNITS.get(name, "" if name.endswith("_loss") else "a step")
         panels.append(Panel(name.replace("_", " ").capitalize(), unit, lines))
     zero = [p.title for p in panels if all(np.all(np.nan_to_num(one.values) == 0) for one in p.lines.values())]
     panels = [panel for panel in panels if panel.title not in zero]
@@ -247,6 +249,8 @@ def build(m: Material, size: int) -> list[tuple[str, str, str]]:
         ("routing", "Routing during training", routing_over_time(m)),
         ("load", "Load on held-out text", held_out_load(m)),
     ]
+    if m.routing is not None and len(m.routing.steps) > 1:
+        opening.append(("settling", "How the routing settles", settling(m)))
     after = [
         ("sources", "Which sources go where", sources(m)),
         ("pairs", "Experts chosen together", pairs(m)),

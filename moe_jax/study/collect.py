@@ -86,6 +86,9 @@ def read_run(folder: pathlib.Path, sources: Collection[str], facts: dict[str, An
     rows = read_metrics(folder)
     run["curve"] = validation_curve(rows, sources, scores["sources"] if scores else {})
     training = [row for row in rows if "loss" in row]
+    if training:  # what stands in a row of its own after the last step
+        late = (row for row in rows if row["step"] == training[-1]["step"])
+        training[-1] = training[-1] | {k: v for row in late for k, v in row.items() if k.startswith("router/fluctuation_")}
     run["load_curve"] = [[row["step"], row[f"router/{LOAD}"]] for row in training if f"router/{LOAD}" in row]
     if scores:
         run["sources"] = scores["sources"]

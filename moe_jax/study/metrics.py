@@ -5,6 +5,8 @@ import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from moe_jax.train.routing_history import SHARES_OF_TRAINING
+
 Scores = dict[str, dict[str, Any]]  # source -> what `train.evaluation.evaluate` gives of its whole validation text
 Rows = list[dict[str, Any]]  # the training rows of metrics.jsonl
 
@@ -91,6 +93,10 @@ def _counted_flops(sources: Scores, rows: Rows) -> float | None:
     return statistics.fmean(values) if values else None
 
 
+def _last_value(rows: Rows, name: str) -> float | None:
+    return next((row[name] for row in reversed(rows) if row.get(name) is not None), None)
+
+
 _LOSS, _BITS = "loss (nats per token)", "bits per byte"
 METRICS = {
     # Of the whole validation text.
@@ -117,6 +123,17 @@ METRICS = {
     "entropy": Metric("entropy, nats", "entropy of the router (nats)", ".2f", _late("entropy")),
     "experts_per_token": Metric("experts a token", "experts that ran for a token", ".2f", _late("experts_per_token")),
     # Of the whole of it.
+    **{
+        f"fluctuation_{share}": Metric(
+            f"changed after {share} %",
+            f"tokens whose expert changed after {share} % of training (%)",
+            ".1f",
+            lambda sources, rows, share=share: _last_value(rows, f"router/fluctuation_{share}"),
+            scale=100,
+            unit=" %",
+        )
+        for share in SHARES_OF_TRAINING
+    },
     "flops_per_token": Metric(
         "MFLOP a token", "training FLOPs of a token, by the experts that ran (MFLOP)", ".2f", _counted_flops, scale=1e-6
     ),

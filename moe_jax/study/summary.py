@@ -8,6 +8,7 @@ from moe_jax.study import protocol
 from moe_jax.study.metrics import METRICS
 from moe_jax.study.plan import flag
 from moe_jax.study.timing import conditions
+from moe_jax.train.routing_history import SHARES_OF_TRAINING
 
 NONE = "-"
 
@@ -108,12 +109,14 @@ def quality(result: dict[str, Any], rows: list[dict]) -> str:
 
 
 ROUTING = ("load", "load_worst", "dead_experts", "dropped", "entropy", "skipped")
+FLUCTUATION = tuple(f"fluctuation_{share}" for share in SHARES_OF_TRAINING)
 USE = ("usage", "unevenness")  # of one-neuron experts
 
 
 def routing(rows: list[dict]) -> str:
     """Sizes, FLOPs and what the routers did."""
     metrics = ROUTING + (("experts_per_token",) if any(row.get("experts_per_token") for row in rows) else ())
+    metrics += FLUCTUATION if any(row.get(FLUCTUATION[0]) is not None for row in rows) else ()
     metrics += USE if any(row.get("usage") for row in rows) else ()
     titles = ["arm", "parameters, M", "active, M", "MFLOP a token", "of them routers", *(METRICS[m].title for m in metrics)]
     body = []

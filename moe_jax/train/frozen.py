@@ -47,6 +47,11 @@ def frozen_by_routers(config: ModelConfig, router_state: Any, params: Any) -> di
     return flag_of
 
 
+def frozen_count(frozen: dict[str, jax.Array]) -> jax.Array:
+    """int32 scalar: how many leaves, each block's by itself, of what `frozen_by_routers` returns are frozen."""
+    return sum((jnp.sum(flag, dtype=jnp.int32) for flag in frozen.values()), start=jnp.int32(0))
+
+
 def keep_frozen(frozen: dict[str, jax.Array], old: Any, new: Any) -> Any:
     """`new` with the values of `old` where `frozen` says so; trees of the structure of the parameters, or of a part of them."""
     if not frozen:

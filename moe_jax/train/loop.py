@@ -10,6 +10,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from etils import epath
 
 from moe_jax.config import Config, ConfigError, from_dict, to_dict
@@ -18,8 +19,10 @@ from moe_jax.config.train import kept_steps
 from moe_jax.config.validate import validate
 from moe_jax.data import TextData, Tokenizer, check_same_text, open_data
 from moe_jax.models import MODELS
+from moe_jax.models.places import by_layer, places
 from moe_jax.parallel.mesh import mesh_from_config, start_devices
 from moe_jax.parallel.rules import local_rows, put_batch
+from moe_jax.routing import ROUTERS
 from moe_jax.train.checkpoint import Checkpoints, DamagedCheckpointError
 from moe_jax.train.evaluation import evaluate, make_evaluation_step
 from moe_jax.train.interrupt import Interrupts, exit_code
@@ -27,6 +30,9 @@ from moe_jax.train.metrics import MetricsWriter, write_whole
 from moe_jax.train.optimizer import check_groups, warmup_steps
 from moe_jax.train.progress import ProgressBar
 from moe_jax.train.reporter import Profile, Reporter
+from moe_jax.train.routing_history import FILE_NAME as ROUTING
+from moe_jax.train.routing_history import Recorder, due, fluctuation
+from moe_jax.train.routing_metrics import describe_frozen
 from moe_jax.train.start import begin, check_resume, resume, run_meta, way_of
 from moe_jax.train.state import State, abstract_state, overlay, total_bytes
 from moe_jax.train.step import compile_train_step
@@ -131,6 +137,9 @@ class Trainer:
         self.config, self.folder, self.mesh, self.checkpoints = config, folder, mesh, checkpoints
         self.data, self.model, self.state, self.step = data, model, state, int(state["step"])
         self.evaluation_step = make_evaluation_step(model, data.tokenizer.token_bytes)
+        snapshots = config.train.routing_snapshots and places(config.model, "routed")
+        self.frozen = 0
+        self.recorder = Recorder(config, folder, mesh, data, model, self.step) if snapshots else None
 
     def describe(self) -> None:
         """Writes config.json and says how large the run is."""
@@ -138,7 +147,8 @@ class Trainer:
         if jax.process_index() == 0:
             write_whole(self.folder / "config.json", json.dumps(to_dict(c), indent=1))
             if self.step == 0:
-                (self.folder / "results.json").unlink(missing_ok=True)
+                for left in ("results.json", ROUTING):  # of a run that began here before
+                    (self.folder / left).unlink(missing_ok=True)
         parameters = sum(a.size for a in jax.tree.leaves(self.state["params"]))
         to_train = c.train.steps * c.data.batch_size * c.data.sequence_length
         say(
@@ -186,13 +196,16 @@ class Trainer:
                 waiting.append(metrics)
                 # One step stays queued, so that the device has work while the host prepares the next batch; none at the end.
                 while len(waiting) > (self.step < t.steps):
-                    if int(waiting.popleft()["skipped_in_row"]) >= t.max_skipped:
+                    done = waiting.popleft()
+                    if int(done["skipped_in_row"]) >= t.max_skipped:
                         return self._stop_skipping(reporter, self.step - len(waiting))
+                    self._say_frozen(done, self.step - len(waiting), reporter.bar)
             profile.after(self.step, metrics)
             # Log.
             log, evaluation, save = (self._due(every) for every in (t.log_every, t.eval_every, t.checkpoint_every))
             save = save or self.step in kept
-            if log or evaluation or save:
+            record = self.recorder and due(self.step, t)
+            if log or evaluation or save or record:
                 with reporter.inside_step():  # or the wait would count as time outside
                     jax.block_until_ready(metrics)
             if log:
@@ -207,6 +220,8 @@ class Trainer:
                 # Else evaluated before it is saved: a row of a saved step is never missing after a restart.
                 if evaluation:
                     self.evaluate(reporter.writer, reporter.bar)
+                if record:
+                    self.record_routing(reporter.writer)
                 if save:
                     self.save()
             reporter.bar.update(self.step)
@@ -214,6 +229,15 @@ class Trainer:
                 return exit_code(signum)
         self.checkpoints.wait()
         return 0
+
+    def _say_frozen(self, metrics, step: int, bar: ProgressBar) -> None:
+        """One line for the first step in which routers keep leaves frozen that learned before, or since the run goes on."""
+        if (count := int(metrics["frozen"])) > self.frozen:
+            stats = by_layer(jax.device_get(metrics["stats"]), self.config.model)
+            blocks = places(self.config.model, "routed")
+            stats = {p.name: stats[p.name] for p in blocks if ROUTERS[p.ffn.moe.router].frozen}
+            bar.write(f"step {step}: {describe_frozen(stats)}")
+        self.frozen = count
 
     def _due(self, every: int) -> bool:
         """Whether what is done every so many steps, and after the last one, is done now; 0: only after the last one."""
@@ -237,6 +261,16 @@ class Trainer:
                 f"step {self.step}: {name} validation loss {scores['loss']:.4f}, {scores['bits_per_byte']:.4f} bits per byte"
             )
         writer.write(self.step, row)
+
+    def record_routing(self, writer: MetricsWriter) -> None:
+        """Records the routing of the parameters as they are; after the last step writes how long it fluctuated."""
+        history = self.recorder.record(self.step, {name: self.state[name] for name in ("params", "router_state")})
+        if self.step == self.config.train.steps:
+            layers = fluctuation(history, self.step)
+            known = [name for name, share in next(iter(layers.values())).items() if share is not None]
+            row = {f"router/{layer}/{name}": shares[name] for layer, shares in layers.items() for name in known}
+            row |= {f"router/{name}": float(np.mean([shares[name] for shares in layers.values()])) for name in known}
+            writer.write(self.step, row)
 
     def variables(self) -> dict[str, Any]:
         """What evaluation uses: the averaged parameters where the config keeps them, and the routers' state."""

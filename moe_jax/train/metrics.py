@@ -139,14 +139,15 @@ class MetricsWriter:
         return None
 
 
-def write_whole(path: epath.Path, text: str) -> None:
+def write_whole(path: epath.Path, content: str | bytes) -> None:
     """Writes a file, whole or not at all, whenever the process is killed."""
+    content = content.encode() if isinstance(content, str) else content
     if not is_local(path):
-        path.write_text(text)
+        path.write_bytes(content)
         return
     unfinished = f"{path}.tmp"
-    with open(unfinished, "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(unfinished, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, path)

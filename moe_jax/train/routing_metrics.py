@@ -66,6 +66,22 @@ def _layer_metrics(sums: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def describe_frozen(stats: dict[str, dict[str, Any]]) -> str:
+    """What the first step with a frozen routing says of it, from its sums by layer, those of all microbatches together."""
+    row, counts = (
+        routing_metrics(stats),
+        [np.asarray(sums["counts"], np.float64) for sums in stats.values() if "counts" in sums],
+    )
+    over = sum(np.maximum(one - np.ceil(2 * one.sum() / one.size), 0).sum() for one in counts)
+    parts = [
+        f"the fullest expert has {row['router/load_max_over_mean']:.2f} times the mean load",
+        f"a capacity factor of 2 would drop about {over / max(sum(one.sum() for one in counts), 1):.1%}",
+    ]
+    if "router/agreement" in row:
+        parts.insert(0, f"the light router agrees with the backbone on {row['router/agreement']:.1%} of the tokens")
+    return "the routing is frozen: " + "; ".join(parts)
+
+
 def _can_be_shown(value: Any) -> bool:
     """Whether a router's own statistic has a figure of its own: a scalar, or one histogram."""
     return value.counts.ndim == 1 if isinstance(value, Histogram) else np.ndim(value) == 0

@@ -16,7 +16,7 @@ from moe_jax.models.places import pool_path, stacked_places
 from moe_jax.ops.row_gradient import SortedRows, WholeRows, join_rows, squared_norm
 from moe_jax.parallel.rules import batch_sharding, replicated
 from moe_jax.routing import ROUTERS
-from moe_jax.train.frozen import frozen_by_routers, keep_frozen, keep_frozen_moments
+from moe_jax.train.frozen import frozen_by_routers, frozen_count, keep_frozen, keep_frozen_moments
 from moe_jax.train.optimizer import learning_rate, make_optimizer
 from moe_jax.train.router_state import update_router_state
 from moe_jax.train.row_update import row_count, row_gradient, update_rows
@@ -188,7 +188,8 @@ def make_train_step(model: nn.Module, config: Config):
     Frozen parameters (`train.frozen`) keep their bits. A step whose loss or gradient is not finite is counted and
     skipped: it leaves params, opt_state, router_state and ema as they were, while step and data move on.
 
-    metrics: loss (nats per token), total_loss, gradient_norm, learning_rate, skipped, skipped_in_row, losses, stats.
+    metrics: loss (nats per token), total_loss, gradient_norm, learning_rate, skipped, skipped_in_row, losses, stats; frozen,
+    how many leaves routers kept frozen in the step.
     """
     update, clip_norm = make_update(config), config.optimizer.clip_norm
 
@@ -216,6 +217,7 @@ def make_train_step(model: nn.Module, config: Config):
             "skipped_in_row": (state["skipped_in_row"] + 1) * skipped,
         }
         metrics = totals._asdict() | {"losses": losses_by_name(totals.losses), "gradient_norm": norm, "learning_rate": rate}
+        metrics["frozen"] = frozen_count(frozen)
         return learning | counters, metrics | {name: counters[name] for name in ("skipped", "skipped_in_row")}
 
     return train_step

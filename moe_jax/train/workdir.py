@@ -15,7 +15,7 @@ from moe_jax.config.load import run_folder
 from moe_jax.train.interrupt import largest
 
 # What a run writes.
-FILES = ("config.json", "metrics.jsonl", "results.json", ".lock")
+FILES = ("config.json", "metrics.jsonl", "results.json", "routing.npz", ".lock")
 FOLDERS = ("checkpoints", "tensorboard", "profile")
 # What file systems without locks answer.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)

@@ -1,9 +1,11 @@
 """A model and batches small enough for a test, shared by the tests of `train`."""
 
+import pathlib
+
 import jax
 import numpy as np
 
-from moe_jax.config import Config
+from moe_jax.config import Config, DataConfig, SourceConfig
 from moe_jax.models.decoder import Decoder
 from moe_jax.parallel.mesh import mesh_from_config
 from moe_jax.parallel.rules import batch_sharding, put_batch, replicated
@@ -35,6 +37,21 @@ def make_config(**overrides) -> Config:
         assert hasattr(owner, name), path
         setattr(owner, name, value)
     return config
+
+
+def words(folder: pathlib.Path) -> DataConfig:
+    """A source of 24 small documents in `folder`, a fifth of them held out, in rows of 16 bytes."""
+    (folder / "text").mkdir()
+    for i in range(24):
+        (folder / "text" / f"{i}.txt").write_text(f"document {i} " + f"word {i} " * 30)
+    return DataConfig(
+        sources=(SourceConfig(name="words", files=f"{folder}/text/*.txt"),),
+        tokenizer="bytes",
+        sequence_length=LENGTH,
+        batch_size=8,
+        held_out_percent=20.0,
+        cache_dir=str(folder / "cache"),
+    )
 
 
 def make_batch(step: int, length: int = LENGTH) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ from moe_jax.config.validate import validate
 from moe_jax.train import loop
 from moe_jax.train.branch import check_branch
 from moe_jax.train.checkpoint import Checkpoints
-from tests.train.small import make_config
+from tests.train.small import make_config, words
 
 
 def stable(**overrides) -> Config:
@@ -122,18 +122,7 @@ def losses(workdir):
 
 @pytest.fixture
 def text(tmp_path):
-    folder = tmp_path / "text"
-    folder.mkdir()
-    for i in range(24):
-        (folder / f"{i}.txt").write_text(f"document {i} " + f"word {i} " * 30)
-    return c.DataConfig(
-        sources=(c.SourceConfig(name="words", files=f"{folder}/*.txt"),),
-        tokenizer="bytes",
-        sequence_length=16,
-        batch_size=8,
-        held_out_percent=20.0,
-        cache_dir=str(tmp_path / "cache"),
-    )
+    return words(tmp_path)
 
 
 @pytest.mark.slow

@@ -32,6 +32,7 @@ class Loop(loop.Trainer):
 
     def __init__(self, config, workdir, skipped=lambda step: 0, signals=(), saved=(1,)):
         self.config, self.folder, self.mesh, self.step, self.state = config, epath.Path(workdir), None, 0, None
+        self.frozen, self.recorder = 0, None
         self.events, self.lines, self.skipped, self.signals = [], [], skipped, signals
         self.checkpoints = types.SimpleNamespace(wait=lambda: self.note("wait"), steps=lambda: saved)
 
@@ -52,7 +53,7 @@ class Loop(loop.Trainer):
             number = next(steps)
             if number in self.signals:
                 signal.raise_signal(signal.SIGTERM)
-            return state, {"skipped_in_row": self.skipped(number), "loss": 1.0}
+            return state, {"skipped_in_row": self.skipped(number), "loss": 1.0, "frozen": 0}
 
         reporter = types.SimpleNamespace(
             start=lambda: None,
