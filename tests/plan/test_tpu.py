@@ -76,6 +76,16 @@ def test_a_billion_parameters_on_eight_chips(topology):
     assert 0 < found["roofline"]["mfu"] < 1
 
 
+@pytest.mark.parametrize("size, topology", [("base", "v5p:2x4x4"), ("large", "v5p:4x4x4")])
+def test_stablemoe(size, topology):
+    """An expert on each chip, its stack in the grouped kernel; no chip is full."""
+    found = plan(ROOT / "configs" / f"stablemoe_lm_{size}.py", topology)
+    assert found["chips"] == found["devices"] == {"base": 32, "large": 64}[size]
+    assert "grouped_matmul" in {kernel["kind"] for kernel in found["kernels"]}
+    assert found["memory"]["peak"] < 0.6 * found["memory"]["hbm"]
+    assert found["flops"]["program_compared"] == pytest.approx(found["flops"]["model_with_recomputation"], rel=0.1)
+
+
 @pytest.mark.parametrize("topology", ["v5e:2x4", "v4:2x2x2"])
 def test_the_exchange_sends_what_it_says(tmp_path, topology):
     """A routed layer gathers x, ids and gates and scatters y over `expert`; its gradient does the reverse."""
