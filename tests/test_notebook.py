@@ -13,8 +13,8 @@ def test_quickstart_notebook_runs(tmp_path):
 
     notebook = nbformat.read(ROOT / "notebooks" / "quickstart.ipynb", as_version=4)
     parameters = notebook.cells[1]
-    assert "STEPS = 300" in parameters.source and 'WORKDIR = "runs/notebook"' in parameters.source
-    parameters.source = parameters.source.replace("STEPS = 300", "STEPS = 6")
+    assert "STEPS = 600" in parameters.source and 'WORKDIR = "runs/notebook"' in parameters.source
+    parameters.source = parameters.source.replace("STEPS = 600", "STEPS = 6")
     parameters.source = parameters.source.replace("runs/notebook", str(tmp_path / "run"))
     nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(ROOT / "notebooks")}}).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
