@@ -4,7 +4,8 @@
     python -m moe_jax.report --workdir=runs/stablemoe
 
 4 dense blocks, and between them one layer of 8 experts, each a stack of 2 residual sublayers, without attention and norm of
-its own. Routing is learned in the first tenth of the steps, then frozen.
+its own. Routing is learned in the first 30 % of the steps, then frozen. After the paper's tenth of so few steps the affinities
+still move: the light router agrees with them on 18 % of the tokens, after 200 steps on 38 %.
 """
 
 from moe_jax import config as c
@@ -18,6 +19,7 @@ def get_config() -> c.Config:
     model.width, model.ffn_width, model.heads, model.init_std = 64, 256, 2, 0.125
     model.scan = False  # four blocks compile fast enough, and a loop costs a fifth more time on a CPU
     moe = c.MoEConfig(router="stable", experts=8, top_k=1, expert_sublayers=2)
+    moe.routers.stable.stage_1 = 0.3
     model.ffns = (c.FFNConfig("experts", kind="routed", attention=False, norm=False, moe=moe),)
     config.optimizer.learning_rate, config.optimizer.warmup_steps = 6e-3, 40
     config.train.steps = 700
