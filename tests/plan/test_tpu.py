@@ -76,14 +76,13 @@ def test_a_billion_parameters_on_eight_chips(topology):
     assert 0 < found["roofline"]["mfu"] < 1
 
 
-@pytest.mark.parametrize("size, topology", [("base", "v5p:2x4x4"), ("large", "v5p:4x4x4")])
-def test_stablemoe(size, topology):
-    """An expert on each chip, its stack in the grouped kernel; no chip is full."""
-    found = plan(ROOT / "configs" / f"stablemoe_lm_{size}.py", topology)
-    assert found["chips"] == found["devices"] == {"base": 32, "large": 64}[size]
+def test_stablemoe():
+    """An expert on each chip, its stack in the grouped kernel; no chip is full. The large model takes longer to compile."""
+    found = plan(ROOT / "configs" / "stablemoe_lm_base.py", "v5p:2x4x4")
+    assert found["chips"] == found["devices"] == 32
     assert "grouped_matmul" in {kernel["kind"] for kernel in found["kernels"]}
     assert found["memory"]["peak"] < 0.6 * found["memory"]["hbm"]
-    assert found["flops"]["program_compared"] == pytest.approx(found["flops"]["model_with_recomputation"], rel=0.1)
+    assert found["flops"]["program_compared"] == pytest.approx(found["flops"]["model_with_recomputation"], rel=0.05)
 
 
 @pytest.mark.parametrize("topology", ["v5e:2x4", "v4:2x2x2"])
