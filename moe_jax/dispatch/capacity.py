@@ -13,7 +13,7 @@ from moe_jax import compat
 from moe_jax.dispatch.permute import Order, combine_rows, gather_rows
 from moe_jax.ops.activations import activate, is_gated
 from moe_jax.ops.counting import count_experts
-from moe_jax.ops.norms import layer_norm, rms_norm
+from moe_jax.ops.norms import norm_before
 from moe_jax.ops.precision import accumulator
 from moe_jax.ops.residual_stack import Weights, residual_stack
 from moe_jax.types import TokenChoice
@@ -131,9 +131,8 @@ def slots_stack(rows: jax.Array, sublayers: Sequence[Weights], **options) -> jax
 def slots_ffn(rows: jax.Array, weights: Mapping[str, jax.Array], *, activation: str, norm_epsilon: float = 1e-5) -> jax.Array:
     """Equal groups of rows, each through its expert: [E, C, D] -> [E, C, D]. Arguments as in `expert_ffn`."""
     weights = {name: weight.astype(rows.dtype) for name, weight in weights.items()}
-    norm = [weights[name][:, None] for name in ("norm_scale", "norm_bias") if name in weights]
-    if norm:
-        rows = (layer_norm if len(norm) == 2 else rms_norm)(rows, *norm, norm_epsilon).astype(rows.dtype)
+    vectors = {name: weight[:, None] for name, weight in weights.items() if name.startswith("norm_")}
+    rows = norm_before(rows, vectors, norm_epsilon)
 
     def project(x, name, axes="ECD,EDF->ECF"):
         y = jnp.einsum(axes, x, weights["w_" + name])

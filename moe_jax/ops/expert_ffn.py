@@ -19,7 +19,7 @@ from moe_jax import compat
 from moe_jax.ops.activations import activate, is_gated
 from moe_jax.ops.counting import real_rows
 from moe_jax.ops.grouped_matmul import BACKENDS, blocks, group_products, resolve_backend, rows_times_groups
-from moe_jax.ops.norms import layer_norm, rms_norm
+from moe_jax.ops.norms import norm_before
 from moe_jax.ops.precision import accumulator, standard_promotion
 from moe_jax.ops.residual_stack import Weights, residual_stack
 
@@ -149,7 +149,7 @@ def _sum_of_tokens(rows, inverse, tokens):
 
 def _project_in(x, w, static):
     """Rows [m, D] -> (normalised rows [m, D], {"in": [m, F], "gate": [m, F]} before the activation)."""
-    n = _norm(x, w.vectors("norm_"), static)
+    n = norm_before(x, w.vectors("norm_"), static.norm_epsilon)
     names = ("in", "gate") if is_gated(static.activation) else ("in",)
     return n, {name: _plus(w.product(n, "w_" + name), w.vectors("b_" + name)).astype(x.dtype) for name in names}
 
@@ -178,7 +178,7 @@ def _backward(x, hidden, gates, d_y, w, static):
     for name in bias:
         w.add_rows(name, d_y)
     (d_hidden,) = pull(d_a.astype(x.dtype))
-    n, pull = jax.vjp(lambda x, vectors: _norm(x, vectors, static), x, w.vectors("norm_"))
+    n, pull = jax.vjp(lambda x, vectors: norm_before(x, vectors, static.norm_epsilon), x, w.vectors("norm_"))
     d_n = 0
     for name, d in d_hidden.items():
         w.add("w_" + name, n, d)
@@ -189,14 +189,6 @@ def _backward(x, hidden, gates, d_y, w, static):
     for name, d in d_vectors.items():
         w.add_rows(name, d)
     return d_x, d_gates
-
-
-def _norm(x, vectors, static):
-    if not vectors:
-        return x
-    if "norm_bias" in vectors:
-        return layer_norm(x, vectors["norm_scale"], vectors["norm_bias"], static.norm_epsilon).astype(x.dtype)
-    return rms_norm(x, vectors["norm_scale"], static.norm_epsilon).astype(x.dtype)
 
 
 def _plus(y, vectors):

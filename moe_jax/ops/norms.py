@@ -1,5 +1,7 @@
 """Normalisation over the last axis, or over tokens, with statistics in at least float32."""
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 
@@ -38,6 +40,21 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) 
     x = x - jnp.mean(x, axis=-1, keepdims=True)
     x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
     return x * scale.astype(x.dtype) + bias.astype(x.dtype)
+
+
+def norm_before(rows: jax.Array, vectors: Mapping[str, jax.Array], epsilon: float) -> jax.Array:
+    """The norm before an expert's projections: none, or by `norm_scale` (RMS norm), with `norm_bias` (layer norm).
+
+    Args:
+      rows: [..., D] of any float dtype, which the result has.
+      vectors: of the expert, whatever else is among them; broadcast against `rows`.
+      epsilon: of the norm.
+    """
+    if "norm_scale" not in vectors:
+        return rows
+    if "norm_bias" in vectors:
+        return layer_norm(rows, vectors["norm_scale"], vectors["norm_bias"], epsilon).astype(rows.dtype)
+    return rms_norm(rows, vectors["norm_scale"], epsilon).astype(rows.dtype)
 
 
 def moments(x: jax.Array, counted: jax.Array) -> tuple[jax.Array, jax.Array]:

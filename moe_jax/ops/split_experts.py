@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.ops.activations import activate, is_gated
-from moe_jax.ops.norms import layer_norm, rms_norm
+from moe_jax.ops.norms import norm_before
 from moe_jax.ops.precision import accumulator
 from moe_jax.ops.residual_stack import residual_stack
 
@@ -63,10 +63,7 @@ def split_expert_ffn(
 def _network(rows, w, activation, norm_epsilon):
     """[m, D] -> [m, D] in float32 at least."""
     wide = accumulator(rows.dtype)
-    if "norm_bias" in w:
-        rows = layer_norm(rows, w["norm_scale"], w["norm_bias"], norm_epsilon).astype(rows.dtype)
-    elif "norm_scale" in w:
-        rows = rms_norm(rows, w["norm_scale"], norm_epsilon).astype(rows.dtype)
+    rows = norm_before(rows, w, norm_epsilon)
 
     def project(h, branch):
         y = jnp.dot(h, w[f"w_{branch}"], preferred_element_type=wide)
