@@ -90,8 +90,11 @@ class Aux(NamedTuple):
     `ProductKeys`.
     row_ids: int32 [T, R], N for "no row", for each pool [N, M, D] whose gradient is wanted by rows, by the parameter's
     name.
+    rows: float32 [B], by name, of each row of the layer's input: `experts`, how many ran for a token on average, as the router
+      chose, in layers whose tokens choose.
     """
 
     losses: dict[str, jax.Array]
     stats: dict[str, jax.Array]
     row_ids: dict[str, jax.Array] = {}
+    rows: dict[str, jax.Array] = {}

@@ -34,6 +34,13 @@ class DataConfig:
     sequence_length: int = field(256, "Tokens S in a packed row.", low=8)
     batch_size: int = field(16, "Rows B in a global batch.", low=1)
     document_attention: bool = field(True, "Keep attention and positions inside a document of a packed row.")
+    curriculum: str = field(
+        "none",
+        "Order of the rows from the second epoch on, by how many experts their tokens took before: mean, over the layers; "
+        "cosine, the rule of arXiv:2310.07188; none: random.",
+        choices=("none", "mean", "cosine"),
+    )
+    curriculum_buckets: int = field(16, "Equal parts of an ordered epoch, random inside.", low=1)
     held_out_percent: float = field(
         3.0,
         "Percent of documents in each of validation and test, where the source has no split.",

@@ -11,7 +11,8 @@ import numpy as np
 from etils import epath
 
 from moe_jax.config import ConfigError, DataConfig, SourceConfig
-from moe_jax.data.hashing import digest, hash64
+from moe_jax.data.curriculum import Curriculum, RandomOrder
+from moe_jax.data.hashing import digest
 from moe_jax.data.packing import PackedRows
 from moe_jax.data.say import say, say_after
 from moe_jax.data.sources import SPLITS, open_sources
@@ -21,6 +22,7 @@ from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.data.vocabulary import open_tokenizer
 
 Batch = dict[str, np.ndarray]
+READ_AHEAD = 4  # batches; with those in progress below `curriculum.MARGIN`
 
 # Where the flags of `evaluate` stand for the fields of a source.
 _COMMAND_FIELDS = dict.fromkeys(GLOBS.values(), "--source") | {"text_feature": "--text_feature"}
@@ -100,35 +102,60 @@ class TextData:
     _train: list[tuple[float, PackedRows]]
     _evaluation: dict[str, dict[str, EvaluationSet]]
 
-    def train_dataset(self, seed: int, batch_size: int, rows: slice = slice(None)) -> grain.MapDataset:
-        """Step -> batch with random access. The global batch depends on (seed, step) alone, `rows` cuts it.
-
-        Every pass over a source has an order of its own; sources take turns in proportion to their weights.
+    def order(self, seed: int) -> RandomOrder:
+        """Which row of the training text stands where.
 
         Raises:
           ConfigError: the data was opened without training text.
         """
+        return RandomOrder(*self._lengths_and_weights(), seed)
+
+    def curriculum(self, seed: int, batch_size: int, layers: int, config: DataConfig) -> Curriculum:
+        """The order that `config.curriculum` asks for; layers: that decide how many experts run.
+
+        Raises:
+          ConfigError: as `order`, and of a source with too few rows.
+        """
+        lengths, weights = self._lengths_and_weights()
+        return Curriculum(lengths, weights, seed, batch_size, layers, config.curriculum, config.curriculum_buckets)
+
+    def _lengths_and_weights(self):
         if not self._train:
             raise ConfigError("data.sources", "", "hold no training text", "give a source a weight above 0")
-        parts = [
-            grain.MapDataset.source(source).shuffle(hash64(f"{seed}/{i}") % 2**32).repeat()
-            for i, (_, source) in enumerate(self._train)
-        ]
-        weights = [weight for weight, _ in self._train]
-        stream = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
+        return [len(source) for _, source in self._train], [weight for weight, _ in self._train]
+
+    def train_dataset(
+        self, seed: int, batch_size: int, rows: slice = slice(None), order: RandomOrder | None = None
+    ) -> grain.MapDataset:
+        """Step -> batch with random access. The global batch depends on (seed, step) and `order` alone, `rows` cuts it.
+
+        order: None: that of `seed`.
+
+        Raises:
+          ConfigError: the data was opened without training text.
+        """
+        order = order or self.order(seed)
         wanted = range(*rows.indices(batch_size))
 
         def batch(step: int) -> Batch:
-            return _stack([stream[step * batch_size + row] for row in wanted])
+            places = [order[step * batch_size + row] for row in wanted]
+            return _stack([self._train[source][1][row] for source, row in places])
 
         return grain.MapDataset.range(sys.maxsize // batch_size).map(batch)
 
-    def train_batch(self, seed: int, batch_size: int, step: int, rows: slice = slice(None)) -> Batch:
+    def train_batch(
+        self, seed: int, batch_size: int, step: int, rows: slice = slice(None), order: RandomOrder | None = None
+    ) -> Batch:
         """The batch of one step: arrays [rows, S] as in `PackedRows`."""
-        return self.train_dataset(seed, batch_size, rows)[step]
+        return self.train_dataset(seed, batch_size, rows, order)[step]
 
     def train_batches(
-        self, seed: int, batch_size: int, start_step: int = 0, rows: slice = slice(None)
+        self,
+        seed: int,
+        batch_size: int,
+        start_step: int = 0,
+        rows: slice = slice(None),
+        order: RandomOrder | None = None,
     ) -> grain.DatasetIterator:
         """Batches of `start_step`, `start_step` + 1, ... without end, read ahead by a thread until `close()`.
 
@@ -137,12 +164,13 @@ class TextData:
           batch_size: rows B of a global batch.
           start_step: the only state; to resume, the number of steps taken.
           rows: the rows of every global batch that this process wants; all processes together see all.
+          order: None: that of `seed`.
 
         Yields:
           arrays [rows, S] as in `PackedRows`.
         """
-        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-        iterator = iter(self.train_dataset(seed, batch_size, rows).to_iter_dataset(options))
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=READ_AHEAD)
+        iterator = iter(self.train_dataset(seed, batch_size, rows, order).to_iter_dataset(options))
         iterator.set_state({"next_index": start_step})
         return iterator
 

@@ -18,7 +18,7 @@ from moe_jax.layers.tokens import flatten_tokens, needs_router_state, unflatten_
 from moe_jax.layers.virtual_experts import VirtualExperts
 from moe_jax.ops.counting import slots_per_expert
 from moe_jax.ops.precision import accumulator, standard_promotion
-from moe_jax.routing.statistics import matrix
+from moe_jax.routing.statistics import experts_by_row, matrix
 from moe_jax.routing.top_k import TopK
 from moe_jax.types import Aux, ExpertChoice, RouterInputs, SlotMix, TokenChoice
 
@@ -123,6 +123,9 @@ class MoE(nn.Module):
             with needs_router_state("MoE"):
                 choice, losses, stats = router(tokens, inputs)
             self._check_router(choice, stats, virtual)
+            rows = {}
+            if isinstance(choice, TokenChoice):
+                rows["experts"] = experts_by_row(choice.expert_ids, inputs.valid, self.experts, sequences)
             if inputs.record:
                 stats = {**stats, "matrix": matrix(choice, tokens.shape[0], self.experts, virtual)}
             choice, slots, dropped = self._limit(choice, tokens.shape[0], virtual, inputs.train)
@@ -155,7 +158,7 @@ class MoE(nn.Module):
             y = (y + others(tokens, choice)).astype(y.dtype)
         if self.shared_width:
             y = y + self._shared(tokens)
-        return unflatten_tokens(y, x.shape), Aux(losses, {**stats, **sent})
+        return unflatten_tokens(y, x.shape), Aux(losses, {**stats, **sent}, rows=rows)
 
     def _check_arguments(self, virtual):
         check_arguments("MoE", vars(self), FIELDS)

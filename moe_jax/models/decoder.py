@@ -14,7 +14,7 @@ from moe_jax.layers.earlier_tokens import earlier_tokens
 from moe_jax.layers.embeddings import LearnedPositions, TokenEmbedding, row_ids
 from moe_jax.layers.norms import make_norm
 from moe_jax.models.places import pool_path, stacked_places
-from moe_jax.models.stack import Stack, mean_losses, row_ids_tree, stats_tree
+from moe_jax.models.stack import Stack, mean_losses, row_ids_tree, rows_by_layer, stats_tree
 from moe_jax.ops.retrieval import row_sink, rows_of_expert
 
 
@@ -24,7 +24,8 @@ class Output(NamedTuple):
     x: [B, S, D], normalised; logits are x table^T. table: [V, D], the output projection. losses: the routers' unweighted
       losses by feed-forward layer (see `stack.mean_losses`). stats: routing statistics of every block with a router (see
       `by_layer`). cache: for the next call, or None. row_ids: for every table in the collection `row_sinks`, at the same place,
-      the table's rows that the sink's gradient belongs to: int32 [T], of a pool [T, R] (stacked over groups).
+      the table's rows that the sink's gradient belongs to: int32 [T], of a pool [T, R] (stacked over groups). rows: {name of a
+      block: `Aux.rows`}.
     """
 
     x: jax.Array
@@ -33,6 +34,7 @@ class Output(NamedTuple):
     stats: dict[str, Any]
     cache: dict[str, Any] | None
     row_ids: dict[str, Any]
+    rows: dict[str, dict[str, jax.Array]] = {}
 
 
 class Decoder(nn.Module):
@@ -76,7 +78,7 @@ class Decoder(nn.Module):
         table = embed.embedding if c.tied_embeddings else self._output_table()
         ids = {"embed": {"embedding": row_ids(token_ids)}} if c.row_gradients else {}
         ids |= flax.traverse_util.unflatten_dict(row_ids_tree(aux, c), sep="/")
-        return Output(x, table, mean_losses(aux, c), stats_tree(aux), cache, ids)
+        return Output(x, table, mean_losses(aux, c), stats_tree(aux), cache, ids, rows_by_layer(aux, c))
 
     def _output_table(self):
         init = nn.with_logical_partitioning(nn.initializers.variance_scaling(1.0, "fan_out", "normal"), ("vocab", "embed"))

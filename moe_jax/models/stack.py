@@ -16,7 +16,7 @@ from moe_jax.config.blocks import RETRIEVING, distinct_layers, most_earlier_toke
 from moe_jax.layers.block import Block, BlockInputs
 from moe_jax.layers.earlier_tokens import init_window
 from moe_jax.layers.kv_cache import init_cache
-from moe_jax.models.places import MODULES, shared_pool, stacked_places
+from moe_jax.models.places import MODULES, by_layer, shared_pool, stacked_places
 from moe_jax.types import Aux
 
 COLLECTIONS = ("params", "router_state", "row_sinks")
@@ -240,6 +240,12 @@ def mean_losses(aux: dict[str, Any], config: ModelConfig) -> dict[str, dict[str,
 def stats_tree(aux: dict[str, Any]) -> dict[str, Any]:
     """The statistics of every block with a router, at the places of `aux`."""
     return jax.tree.map(lambda a: a.stats, aux, is_leaf=lambda a: isinstance(a, Aux))
+
+
+def rows_by_layer(aux: dict[str, Any], config: ModelConfig) -> dict[str, dict[str, jax.Array]]:
+    """`Aux.rows` of every block that has some, by the name of the block in order of depth."""
+    rows = jax.tree.map(lambda a: a.rows, aux, is_leaf=lambda a: isinstance(a, Aux))
+    return {name: of_block for name, of_block in by_layer(rows, config).items() if of_block}
 
 
 def row_ids_tree(aux: dict[str, Any], config: ModelConfig) -> dict[str, Any]:

@@ -65,6 +65,12 @@ def excess_loss(gates: jax.Array, counts: jax.Array, expert_ids: jax.Array, vali
     return jnp.sum(jnp.where(valid, excess * gates, 0)) / jnp.maximum(jnp.sum(valid), 1)
 
 
+def entropy_loss(probabilities: jax.Array, valid: jax.Array) -> jax.Array:
+    """Mean over valid tokens of the entropy of probabilities [T, N], nats (arXiv:2403.07652, equation 6)."""
+    nats = -jnp.sum(probabilities * jnp.log(jnp.maximum(probabilities, jnp.finfo(probabilities.dtype).tiny)), axis=-1)
+    return jnp.sum(jnp.where(valid, nats, 0)) / jnp.maximum(jnp.sum(valid), 1)
+
+
 def token_nats(logits: jax.Array, targets: jax.Array, valid: jax.Array) -> jax.Array:
     """Mean over valid tokens of the cross-entropy of logits [T, N] with targets int [T], nats."""
     nats = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]

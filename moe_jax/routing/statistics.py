@@ -99,6 +99,27 @@ def histogram(values: jax.Array, counted: jax.Array, low: float, high: float, bi
     return Histogram(flat.reshape(*values.shape[1:], bins), low, high)
 
 
+def running_mean(before: jax.Array, value: jax.Array, number: jax.Array, decay: float) -> jax.Array:
+    """The mean of the values so far, from the one before: the plain mean at first, later that with `decay`.
+
+    number: of the value, from 1.
+    """
+    return before + jnp.maximum(1 - decay, 1 / jnp.maximum(number, 1).astype(before.dtype)) * (value - before)
+
+
+def experts_by_row(expert_ids: jax.Array, valid: jax.Array | None, experts: int, rows: int) -> jax.Array:
+    """float32 [B]: how many experts a valid token of each of B = `rows` rows chose on average.
+
+    Args:
+      expert_ids: int32 [T, K], row after row.
+      valid: bool [T]; None: all.
+      experts: E; other ids are no experts, or virtual ones.
+    """
+    chosen = jnp.sum((expert_ids < experts).reshape(rows, -1), axis=1, dtype=jnp.float32)
+    tokens = jnp.ones(expert_ids.shape[:1], bool) if valid is None else valid
+    return chosen / jnp.maximum(jnp.sum(tokens.reshape(rows, -1), axis=1, dtype=jnp.float32), 1)
+
+
 def sums(stats: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """`stats` as float32 without a gradient."""
     return jax.tree.map(lambda a: jax.lax.stop_gradient(a).astype(jnp.float32), stats)

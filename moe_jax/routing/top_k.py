@@ -10,10 +10,12 @@ from moe_jax.config.routers import TopKConfig
 from moe_jax.ops.counting import one_hot_sum
 from moe_jax.routing.contract import Router, Sizes, Step, best, own_or_given, score_by_kernel, token_choice
 from moe_jax.routing.losses import balance_loss, sequence_balance_loss, z_loss
-from moe_jax.routing.statistics import choice_statistics, column_counts
+from moe_jax.routing.statistics import choice_statistics, column_counts, histogram
 from moe_jax.types import Given, RouterInputs, TokenChoice
 
 LOAD_DECAY = 0.99
+# The quantiles of `bias_rule="quantile"` are whole bins of 1/1024.
+MARGIN_BINS = 2048
 SCORES = {
     "softmax": lambda logits: jax.nn.softmax(logits, axis=-1),
     "sigmoid": jax.nn.sigmoid,
@@ -68,6 +70,14 @@ def _limit_groups(scores: jax.Array, groups: int, kept: int) -> jax.Array:
     return jnp.where(out[..., None], -jnp.inf, grouped).reshape(scores.shape)
 
 
+def margins(scores: jax.Array, bias: jax.Array, top_k: int) -> jax.Array:
+    """[T, N]: how far each score [T, N] is above its token's (K+1)-th highest score + bias, which a chosen expert beats.
+
+    An expert is chosen where its margin is above minus its bias [N].
+    """
+    return scores - jax.lax.top_k(scores + bias, top_k + 1)[0][:, -1:]
+
+
 class TopK(nn.Module):
     """The router `top_k`: parameter `kernel` [D, E+V]; state `load` [E+V] and, if it learns one, `bias` [E+V].
 
@@ -98,6 +108,9 @@ class TopK(nn.Module):
             "balance": balance_loss(probabilities, column_counts(stats), routed),
             "z": z_loss(logits, routed),
         }
+        if self.options.bias_rate and self.options.bias_rule == "quantile":
+            above = margins(SCORES[self.options.score](logits), bias, self.top_k)
+            stats["margins"] = histogram(above, routed, -1.0, 1.0, MARGIN_BINS)
         if self.options.sequence_loss:
             chosen = one_hot_sum(ids, columns)
             losses["sequence"] = sequence_balance_loss(probabilities, chosen, routed, inputs.sequences)
@@ -114,15 +127,21 @@ def update(state: dict[str, jax.Array], step: Step, sizes: Sizes, options: TopKC
     """The state after one optimizer step, from the statistics summed over it.
 
     `load` is a running mean of each expert's share. `bias` moves by `bias_rate` towards the experts below the
-    mean load (arXiv 2408.15664, algorithm 1), from the counts of the whole step.
+    mean load (arXiv 2408.15664, algorithm 1), from the counts of the whole step. By the rule "quantile" it moves by the share
+    `bias_rate` of the way to where the T K / N best margins of each expert would have been chosen: a round of the dual
+    coordinate descent on the balanced assignment. Its mean, which changes no choice, stays 0.
     """
     counts = column_counts(step.stats)
     assignments = jnp.sum(counts)
     share = counts / jnp.maximum(assignments, 1)
     new = {"load": jnp.where(assignments > 0, LOAD_DECAY * state["load"] + (1 - LOAD_DECAY) * share, state["load"])}
     if "bias" in state:
-        bias = state["bias"] + options.bias_rate * jnp.sign(assignments / counts.shape[0] - counts)
-        new["bias"] = bias - jnp.mean(bias) if options.zero_sum_bias else bias
+        if by_quantile := options.bias_rule == "quantile":
+            wanted = -step.stats["margins"].quantile(1 - sizes.top_k / counts.shape[0])
+            bias = state["bias"] + options.bias_rate * (wanted - state["bias"])
+        else:
+            bias = state["bias"] + options.bias_rate * jnp.sign(assignments / counts.shape[0] - counts)
+        new["bias"] = bias - jnp.mean(bias) if options.zero_sum_bias or by_quantile else bias
     return new
 
 

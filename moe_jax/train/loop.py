@@ -17,13 +17,14 @@ from moe_jax.config import Config, ConfigError, from_dict, to_dict
 from moe_jax.config.load import run_folder
 from moe_jax.config.train import kept_steps
 from moe_jax.config.validate import validate
-from moe_jax.data import TextData, Tokenizer, check_same_text, open_data
+from moe_jax.data import Curriculum, TextData, Tokenizer, check_same_text, open_data
 from moe_jax.models import MODELS
 from moe_jax.models.places import by_layer, places
 from moe_jax.parallel.mesh import mesh_from_config, start_devices
-from moe_jax.parallel.rules import local_rows, put_batch
+from moe_jax.parallel.rules import local_rows, put_batch, replicated
 from moe_jax.routing import ROUTERS
 from moe_jax.train.checkpoint import Checkpoints, DamagedCheckpointError
+from moe_jax.train.curriculum import abstract_curriculum, open_curriculum
 from moe_jax.train.evaluation import evaluate, make_evaluation_step
 from moe_jax.train.interrupt import Interrupts, exit_code
 from moe_jax.train.metrics import MetricsWriter, write_whole
@@ -105,10 +106,11 @@ def train(config: Config, folder: epath.Path, mesh, checkpoints: Checkpoints, in
 
     # The model and its state.
     model = MODELS[config.model.name](config.model, data.tokenizer.vocab_size)
+    curriculum = open_curriculum(config, data)
     shapes = abstract_state(model, config, mesh)
     check_groups(config.optimizer, shapes["params"])
     if saved:
-        state, lines = resume(config, model, mesh, checkpoints)
+        state, lines = resume(config, model, mesh, checkpoints, abstract_curriculum(curriculum, mesh))
     else:
         check_free_space(folder, total_bytes(shapes), config.train.max_to_keep + len(kept_steps(config.train)))
         state, lines = begin(config, model, data, mesh)
@@ -116,7 +118,7 @@ def train(config: Config, folder: epath.Path, mesh, checkpoints: Checkpoints, in
         say(line)
 
     # The steps.
-    trainer = Trainer(config, folder, mesh, checkpoints, data, model, state)
+    trainer = Trainer(config, folder, mesh, checkpoints, data, model, state, curriculum)
     trainer.describe()
     return trainer.run(interrupts)
 
@@ -133,9 +135,13 @@ class Trainer:
         data: TextData,
         model: nn.Module,
         state: State,
+        curriculum: Curriculum | None = None,
     ):
         self.config, self.folder, self.mesh, self.checkpoints = config, folder, mesh, checkpoints
         self.data, self.model, self.state, self.step = data, model, state, int(state["step"])
+        if curriculum and "curriculum" in state:
+            curriculum.load(jax.device_get(self.state.pop("curriculum")), self.step)
+        self.curriculum = curriculum
         self.evaluation_step = make_evaluation_step(model, data.tokenizer.token_bytes)
         snapshots = config.train.routing_snapshots and places(config.model, "routed")
         self.frozen = 0
@@ -161,7 +167,7 @@ class Trainer:
         """Compiles the step and trains to the last one; returns the exit code."""
         c, t = self.config, self.config.train
         rows = local_rows(self.mesh, c.data.batch_size)
-        first = self.data.train_batch(c.seed, c.data.batch_size, self.step, rows)
+        first = self.data.train_batch(c.seed, c.data.batch_size, self.step, rows, self.curriculum)
         if signum := interrupts.agreed(0):
             return self._stop_before_training(signum)
         started = time.perf_counter()
@@ -170,7 +176,7 @@ class Trainer:
         if signum := interrupts.agreed(0):
             return self._stop_before_training(signum)
         with (
-            contextlib.closing(self.data.train_batches(c.seed, c.data.batch_size, start_step=self.step, rows=rows)) as batches,
+            contextlib.closing(self.data.train_batches(c.seed, c.data.batch_size, self.step, rows, self.curriculum)) as batches,
             MetricsWriter(self.folder, tensorboard=t.tensorboard, resume_step=self.step) as writer,
             ProgressBar(t.steps, self.step, enabled=jax.process_index() == 0) as bar,
             Profile(t.profile_steps, self.folder) as profile,
@@ -196,10 +202,8 @@ class Trainer:
                 waiting.append(metrics)
                 # One step stays queued, so that the device has work while the host prepares the next batch; none at the end.
                 while len(waiting) > (self.step < t.steps):
-                    done = waiting.popleft()
-                    if int(done["skipped_in_row"]) >= t.max_skipped:
+                    if self._finish(waiting, reporter):
                         return self._stop_skipping(reporter, self.step - len(waiting))
-                    self._say_frozen(done, self.step - len(waiting), reporter.bar)
             profile.after(self.step, metrics)
             # Log.
             log, evaluation, save = (self._due(every) for every in (t.log_every, t.eval_every, t.checkpoint_every))
@@ -212,6 +216,9 @@ class Trainer:
                 reporter.log(self.step, jax.device_get(metrics))
             # Evaluate and save.
             signum = interrupts.agreed(self.step)
+            while waiting and (signum or save):  # a checkpoint has the rows of all steps up to its own
+                if self._finish(waiting, reporter):
+                    return self._stop_skipping(reporter, self.step - len(waiting))
             with reporter.outside():
                 if signum:  # before an evaluation, which may take longer than whoever sent the signal waits
                     self.save()
@@ -229,6 +236,17 @@ class Trainer:
                 return exit_code(signum)
         self.checkpoints.wait()
         return 0
+
+    def _finish(self, waiting, reporter: Reporter) -> bool:
+        """Waits for the first step of `waiting` and takes it off; whether too many in a row were skipped."""
+        done = waiting.popleft()
+        step = self.step - len(waiting)
+        if int(done["skipped_in_row"]) >= self.config.train.max_skipped:
+            return True
+        if self.curriculum:
+            self.curriculum.report(step - 1, np.stack(list(jax.device_get(done["rows"]).values()), axis=1))
+        self._say_frozen(done, step, reporter.bar)
+        return False
 
     def _say_frozen(self, metrics, step: int, bar: ProgressBar) -> None:
         """One line for the first step in which routers keep leaves frozen that learned before, or since the run goes on."""
@@ -282,7 +300,8 @@ class Trainer:
     def save(self) -> None:
         """Saves the state after `self.step` steps, unless it is there."""
         meta = run_meta(self.config, self.data, self.step)
-        self.checkpoints.save(self.step, self.state, meta)
+        beside = {"curriculum": jax.device_put(self.curriculum.arrays(), replicated(self.mesh))} if self.curriculum else {}
+        self.checkpoints.save(self.step, self.state | beside, meta)
 
     def _stop_before_training(self, signum: int) -> int:
         say(f"stopped at step {self.step}, before the first step; run the same command to go on")

@@ -8,6 +8,8 @@ from moe_jax.routing.product_keys import usage
 from moe_jax.routing.statistics import Histogram
 
 TOKENS = "_tokens"
+# Finer ones are there for a quantile, and each would be some kilobytes in every row.
+MOST_BINS = 100
 
 
 def routing_metrics(stats: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -22,11 +24,11 @@ def routing_metrics(stats: dict[str, dict[str, Any]]) -> dict[str, Any]:
       For each layer, under router/<layer>/: `load_max_over_mean` (1: balanced, E: one expert has all), `entropy` (nats per
       token), `dropped` (share of the assignments), `dead_experts` (experts without a token), `load` (list of E shares),
       `virtual_share` (where there are zero, copy or constant experts, their share of the assignments), what a router names
-      X_tokens as X, a share of the tokens, a router's own histogram (list of the bins' shares) and the other sums. A layer that
-      retrieves one-neuron experts has no counts; it has `gate_entropy` (nats) of a head's gates and, in evaluation, `usage` and
-      `unevenness` (`routing.product_keys.usage`). Under router/: means over the layers that have them of shares, entropy,
-      load_max_over_mean, gate_entropy, usage and unevenness, and totals of dead_experts and the other sums. A layer without
-      assignments counts as balanced, with all experts dead. Empty without layers.
+      X_tokens as X, a share of the tokens, a router's own histogram of at most 100 bins (list of their shares) and the other
+      sums. A layer that retrieves one-neuron experts has no counts; it has `gate_entropy` (nats) of a head's gates and, in
+      evaluation, `usage` and `unevenness` (`routing.product_keys.usage`). Under router/: means over the layers that have them
+      of shares, entropy, load_max_over_mean, gate_entropy, usage and unevenness, and totals of dead_experts and the other sums.
+      A layer without assignments counts as balanced, with all experts dead. Empty without layers.
     """
     if not stats:
         return {}
@@ -83,8 +85,8 @@ def describe_frozen(stats: dict[str, dict[str, Any]]) -> str:
 
 
 def _can_be_shown(value: Any) -> bool:
-    """Whether a router's own statistic has a figure of its own: a scalar, or one histogram."""
-    return value.counts.ndim == 1 if isinstance(value, Histogram) else np.ndim(value) == 0
+    """Whether a router's own statistic has a figure of its own: a scalar, or one histogram of not too many bins."""
+    return value.counts.ndim == 1 and value.counts.size <= MOST_BINS if isinstance(value, Histogram) else np.ndim(value) == 0
 
 
 def _plain_statistic(value: Any) -> Any:

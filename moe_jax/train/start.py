@@ -32,6 +32,7 @@ from moe_jax.models.places import places
 from moe_jax.routing import ROUTERS
 from moe_jax.train.branch import check_branch
 from moe_jax.train.checkpoint import Checkpoints, leaves_by_path, load_meta
+from moe_jax.train.curriculum import abstract_curriculum, open_curriculum
 from moe_jax.train.fill import fill_from
 from moe_jax.train.frozen import frozen_paths
 from moe_jax.train.optimizer import group_settings
@@ -199,7 +200,8 @@ def _branched(config: Config, model: nn.Module, data: TextData, mesh) -> tuple[S
     meta = _branch_meta(config)
     lines = [f"warning: {warning}" for warning in check_same_text(meta, data)]
     with Checkpoints(config.init.branch_from, read_only=True, field="init.branch_from") as checkpoints:
-        restored = checkpoints.restore(abstract_state(model, config, mesh), meta["step"])
+        beside = abstract_curriculum(open_curriculum(config, data), mesh)
+        restored = checkpoints.restore(abstract_state(model, config, mesh) | beside, meta["step"])
     return restored.state, [*lines, f"branched from {config.init.branch_from} step {restored.step}"]
 
 
@@ -277,12 +279,13 @@ def _check_groups_freeze(saved: OptimizerConfig, new: OptimizerConfig, parameter
         raise ConfigError("optimizer.groups", None, limit, "set the groups back, or start in another --workdir")
 
 
-def resume(config: Config, model: nn.Module, mesh, checkpoints: Checkpoints) -> tuple[State, list[str]]:
+def resume(config: Config, model: nn.Module, mesh, checkpoints: Checkpoints, beside: State) -> tuple[State, list[str]]:
     """The state of the newest checkpoint that can be read, on `mesh`, and lines that report it.
 
-    The moments and averages of parameters that are frozen now are dropped.
+    The moments and averages of parameters that are frozen now are dropped. beside: what the checkpoint holds beside
+    `abstract_state`, ShapeDtypeStructs.
     """
-    target = abstract_state(model, config, mesh)
+    target = abstract_state(model, config, mesh) | beside
     frozen = frozen_paths(config.optimizer, leaves_by_path(target["params"]))
     of_frozen = _leaves_of_frozen(config, model) if frozen else frozenset()
     restored = checkpoints.restore(target, ignore=lambda path: path in of_frozen)

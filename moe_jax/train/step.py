@@ -12,7 +12,7 @@ from moe_jax.config import Config
 from moe_jax.config.blocks import RETRIEVING, distinct_layers
 from moe_jax.models.decoder import row_sinks, sink_tables
 from moe_jax.models.losses import cross_entropy
-from moe_jax.models.places import pool_path, stacked_places
+from moe_jax.models.places import places, pool_path, stacked_places
 from moe_jax.ops.row_gradient import SortedRows, WholeRows, join_rows, squared_norm
 from moe_jax.parallel.rules import batch_sharding, replicated
 from moe_jax.routing import ROUTERS
@@ -43,16 +43,18 @@ class Gradients(NamedTuple):
 
 class Totals(NamedTuple):
     """Losses and statistics of a batch. total_loss: what is differentiated. loss: nats per token. losses: the
-    routers', unweighted, by feed-forward layer, as means over the microbatches. stats: the routers', summed over them."""
+    routers', unweighted, by feed-forward layer, as means over the microbatches. stats: the routers', summed over them.
+    rows: with a curriculum how many experts the tokens of each row took, {name of a block: [B]}."""
 
     total_loss: jax.Array
     loss: jax.Array
     losses: dict[str, dict[str, jax.Array]]
     stats: Any
+    rows: dict[str, jax.Array]
 
 
 def make_loss(model: nn.Module, config: Config):
-    """(learned, state, microbatch, tokens, key) -> (loss, (nats, losses, stats, row ids)).
+    """(learned, state, microbatch, tokens, key) -> (loss, (nats, losses, stats, row ids, rows)).
 
     learned: {"params", "row_sinks"}, what is differentiated; its leaves replace those of `state` and the zeros of the sinks.
     loss: this microbatch's share of the step's: its nats over the step's `tokens`, plus the weighted router losses over the
@@ -82,7 +84,11 @@ def make_loss(model: nn.Module, config: Config):
             for name, value in losses.items():
                 if weights[ffn][name]:  # a loss of weight 0 must not leak a NaN
                     total += weights[ffn][name] * value / config.train.microbatches
-        return total, (nats, out.losses, out.stats, out.row_ids)
+        rows = {}
+        if config.data.curriculum != "none":
+            deciding = {place.name for place in places(config.model, "routed") if place.ffn.moe.options.varies(place.ffn.moe)}
+            rows = {name: of_block["experts"] for name, of_block in out.rows.items() if name in deciding}
+        return total, (nats, out.losses, out.stats, out.row_ids, rows)
 
     return loss
 
@@ -99,8 +105,8 @@ def accumulate(model: nn.Module, config: Config, state: State, batch: Batch) -> 
     def add_up(micro, part):
         """(what is summed over the microbatches, what is kept of each)."""
         learned = {"params": dense, "row_sinks": _learned_sinks(config, tables, micro["tokens"].size)}
-        (loss, (nats, *aux, ids)), d = gradient(learned, state, micro, tokens, jax.random.fold_in(key, part))
-        return (d["params"], loss, nats, *aux), (ids, d["row_sinks"])
+        (loss, (nats, *aux, ids, by_row)), d = gradient(learned, state, micro, tokens, jax.random.fold_in(key, part))
+        return (d["params"], loss, nats, *aux), (ids, d["row_sinks"], by_row)
 
     micro = _split_microbatches(batch, parts)
     if parts == 1:
@@ -115,7 +121,9 @@ def accumulate(model: nn.Module, config: Config, state: State, batch: Batch) -> 
 
         sums, rows = jax.lax.scan(body, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), (micro, jnp.arange(parts)))
     d_dense, total_loss, nats, losses, stats = sums
-    totals = Totals(total_loss, nats / tokens, jax.tree.map(lambda a: a / parts, losses), stats)
+    *rows, by_row = rows
+    by_row = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1).reshape(-1), by_row)  # as `_split_microbatches` took them apart
+    totals = Totals(total_loss, nats / tokens, jax.tree.map(lambda a: a / parts, losses), stats, by_row)
     return Gradients(d_dense, _row_gradients(config, tables, *rows)), totals
 
 
@@ -188,8 +196,8 @@ def make_train_step(model: nn.Module, config: Config):
     Frozen parameters (`train.frozen`) keep their bits. A step whose loss or gradient is not finite is counted and
     skipped: it leaves params, opt_state, router_state and ema as they were, while step and data move on.
 
-    metrics: loss (nats per token), total_loss, gradient_norm, learning_rate, skipped, skipped_in_row, losses, stats; frozen,
-    how many leaves routers kept frozen in the step.
+    metrics: loss (nats per token), total_loss, gradient_norm, learning_rate, skipped, skipped_in_row, losses, stats, rows;
+    frozen, how many leaves routers kept frozen in the step.
     """
     update, clip_norm = make_update(config), config.optimizer.clip_norm
 

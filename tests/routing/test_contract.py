@@ -14,8 +14,10 @@ from jax.sharding import NamedSharding
 from moe_jax import compat
 from moe_jax.config import MoEConfig
 from moe_jax.config.routers import (
+    AdaptiveConfig,
     BaseConfig,
     ExpertChoiceConfig,
+    ExpertThresholdConfig,
     GShardConfig,
     HashConfig,
     ReMoEConfig,
@@ -24,6 +26,7 @@ from moe_jax.config.routers import (
     StableConfig,
     SwitchConfig,
     TopKConfig,
+    TopPConfig,
 )
 from moe_jax.layers.moe import MoE
 from moe_jax.routing import ROUTERS, Sizes, Step
@@ -51,6 +54,7 @@ GROUPS = TopKConfig(score="sigmoid", groups=2, kept_groups=1, bias_rate=0.01, ze
 ROWS = {
     "top_1": Row("top_k", TopKConfig(), 1),
     "top_2_bias": Row("top_k", TopKConfig(bias_rate=0.01, sequence_loss=0.01), 2),
+    "top_2_quantile": Row("top_k", TopKConfig(score="sigmoid", bias_rate=0.5, bias_rule="quantile"), 2),
     "top_2_groups": Row("top_k", GROUPS, 2),
     "top_3_raw": Row("top_k", TopKConfig(score="sqrt_softplus", renormalise="never"), 3),
     "top_2_first": Row("top_k", TopKConfig(order="top_k_first"), 2),
@@ -58,6 +62,12 @@ ROWS = {
     "switch": Row("switch", SwitchConfig(jitter=0.01), 1, noisy=True),
     "gshard": Row("gshard", GShardConfig(second_expert="threshold", threshold=0.3), 2),
     "gshard_random": Row("gshard", GShardConfig(), 2, noisy=True),
+    "adaptive": Row("adaptive", AdaptiveConfig(threshold=0.2), 2),
+    "adaptive_pair": Row("adaptive", AdaptiveConfig(target_k=1.5, gap="pair", renormalise_pair=True, balance_over="single"), 2),
+    "top_p": Row("top_p", TopPConfig(p=0.6), 2),
+    "top_p_at_most_2": Row("top_p", TopPConfig(p=0.9, max_k=2), 2),
+    "expert_threshold": Row("expert_threshold", ExpertThresholdConfig(), 2, all_served=False),
+    "expert_threshold_at_most_2": Row("expert_threshold", ExpertThresholdConfig(max_k=2), 2, all_served=False),
     "base": Row("base", BaseConfig(), 1),
     "hash": Row("hash", HashConfig(table="random"), 1),
     "hash_balanced": Row("hash", HashConfig(), 1),
@@ -200,7 +210,11 @@ def test_shapes_and_types(row):
         chex.assert_shape([*choice], (T, E, 2))
         chex.assert_type([*choice], jnp.float32)
     else:
-        width = (E, T * k // E) if isinstance(choice, ExpertChoice) else (T, E if row == "remoe" else k)
+        width = (
+            (E, T * k // E)
+            if isinstance(choice, ExpertChoice)
+            else (T, E if row in ("remoe", "top_p", "expert_threshold") else k)
+        )
         chex.assert_shape([*choice], width)
         chex.assert_type([*choice], [jnp.int32, jnp.float32])
     chex.assert_shape(result.y, (T, D))
@@ -210,7 +224,7 @@ def test_shapes_and_types(row):
     chex.assert_trees_all_equal_structs(losses, result.losses)
     scalars = [result.stats[name] for name in ("tokens", "entropy_sum", "nonfinite", "dropped")]
     chex.assert_shape([result.stats["counts"], *scalars], [(E,), (), (), (), ()])
-    chex.assert_type(list(result.stats.values()), jnp.float32)
+    chex.assert_type(jax.tree.leaves(result.stats), jnp.float32)
     assert set(result.stats) == {*stats, "dropped"}
     chex.assert_trees_all_equal_shapes_and_dtypes(result.gradients, s.params)
     assert set(ROUTERS[ROWS[row].router].loss_weights(ROWS[row].options)) == set(losses)
@@ -383,7 +397,9 @@ def test_equal_logits(row):
     k = ROWS[row].top_k
     if row == "gshard_random":  # a gate of 1/2 at the threshold is always kept
         assert GShardConfig().threshold == 0.5
-    wanted = {"remoe": 0, "expert_choice": E * np.ceil(valid * k / E)}.get(ROWS[row].router, k * valid)
+    wanted = {"remoe": 0, "expert_threshold": 0, "expert_choice": E * np.ceil(valid * k / E)}.get(
+        ROWS[row].router, (3 if row == "top_p" else k) * valid
+    )
     np.testing.assert_allclose(column_counts(result.stats).sum(), wanted, rtol=1e-6)
 
 
@@ -411,7 +427,7 @@ def test_a_token_that_is_not_finite(row):
 def test_update(row):
     """From sums over a step; the state keeps its structure."""
     router, s = ROUTERS[ROWS[row].router], setup(row)
-    if router.update is None:
+    if router.update is None or not s.state:
         assert not s.state or router.start
         return
     state, stats = s.state["router"], s.route_jit(hidden(), example())[2]

@@ -4,10 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.config import ConfigError, MoEConfig
 from moe_jax.config.routers import TopKConfig
 from moe_jax.routing.contract import Sizes, Step
 from moe_jax.routing.top_k import TopK, choose, update
 from moe_jax.types import RouterInputs
+from tests.compiled import apply
 
 T, D, E = 10, 6, 4
 
@@ -108,3 +110,62 @@ def test_update():
     idle = step(state, [0.0] * E, TopKConfig(bias_rate=0.1))
     chex.assert_trees_all_equal(idle, state)
     assert set(step({"load": state["load"]}, [1.0] * E, TopKConfig())) == {"load"}
+
+
+def quantile_step(bias, rate=1.0, seed=0, tokens=4000):
+    """(counts before, the new bias) of skewed sigmoid scores by the quantile rule."""
+    options = TopKConfig(score="sigmoid", bias_rate=rate, bias_rule="quantile", balance_loss=0)
+    x = np.random.default_rng(seed).normal(size=(tokens, D)).astype(np.float32)
+    kernel = np.random.default_rng(1).normal(size=(D, E)).astype(np.float32)
+    x[:, 0] = 1
+    kernel[0] = [2, 1, 0, -2]
+    state = {"load": jnp.full(E, 1 / E), "bias": jnp.asarray(bias, jnp.float32)}
+    module = TopK(E, 2, options=options)
+    _, _, stats = apply(module, {"params": {"kernel": kernel}, "router_state": state}, x, RouterInputs(train=True))
+    step = Step(stats, stats, {}, jnp.int32(1), 10)
+    return np.asarray(stats["counts"]), update(state, step, Sizes(E, 2), options)["bias"]
+
+
+def test_the_quantile_rule_balances_in_a_few_rounds():
+    bias = np.zeros(E)
+    first, _ = quantile_step(bias)
+    for _ in range(12):
+        counts, bias = quantile_step(bias)
+    np.testing.assert_allclose(counts, 4000 * 2 / E, rtol=0.03)
+    assert first.max() > 1.5 * 2000 and abs(np.sum(bias)) < 1e-5
+    other, _ = quantile_step(bias, seed=5)
+    np.testing.assert_allclose(other, 4000 * 2 / E, rtol=0.1)
+
+
+def test_the_quantile_rule_is_its_equation():
+    """b <- the (n+1)-th largest of s - a, a the (K+1)-th largest of s - b, n = T K / E; the bias here is -b less its mean."""
+    bias = np.asarray([-0.2, 0.0, 0.1, 0.1], np.float32)
+    x = np.random.default_rng(0).normal(size=(4000, D)).astype(np.float32)
+    kernel = np.random.default_rng(1).normal(size=(D, E)).astype(np.float32)
+    x[:, 0] = 1
+    kernel[0] = [2, 1, 0, -2]
+    s = 1 / (1 + np.exp(-(x @ kernel)))
+    a = np.sort(s + bias, axis=1)[:, -3]
+    wanted = -np.sort(s - a[:, None], axis=0)[-(4000 * 2 // E + 1)]
+    wanted -= wanted.mean()
+    np.testing.assert_allclose(quantile_step(bias)[1], wanted, atol=2 / 1024)
+    half = quantile_step(bias, 0.5)[1]
+    np.testing.assert_allclose(half, (wanted + bias) / 2 - np.mean(bias) / 2, atol=2 / 1024)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bias_rate": 0.0},
+        {"bias_rate": 1.5},
+        {"score": "sqrt_softplus"},
+        {"groups": 2, "kept_groups": 2},
+        {"top_k": 4},
+    ],
+)
+def test_what_the_quantile_rule_cannot_do(options):
+    moe = MoEConfig(experts=4, top_k=options.pop("top_k", 2))
+    for name, value in ({"bias_rate": 0.1, "bias_rule": "quantile"} | options).items():
+        setattr(moe.routers.top_k, name, value)
+    with pytest.raises(ConfigError, match="bias_rule=quantile"):
+        moe.options.check(moe, "model.moe.", 64)

@@ -22,6 +22,7 @@ def config_of(router, **overrides):
         model__moe__top_k=1 if router in ONE_EXPERT else 2,
         model__moe__allow_noncausal=True,
         model__moe__routers__top_k__bias_rate=0.01,
+        model__moe__routers__adaptive__target_k=1.5,
         model__moe__routers__remoe__start_weight=0.1,
         # Near 0 gradients that are 0 but for rounding would move a parameter by a whole learning rate.
         optimizer__epsilon=1e-3,

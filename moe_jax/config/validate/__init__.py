@@ -12,7 +12,7 @@ from moe_jax.config.run import Config
 from moe_jax.config.validate.data import check_data
 from moe_jax.config.validate.limits import check_limits, validate_types
 from moe_jax.config.validate.model import check_attention, check_blocks, check_feed_forward
-from moe_jax.config.validate.run import check_mesh, check_optimizer, check_run
+from moe_jax.config.validate.run import check_curriculum, check_mesh, check_optimizer, check_run
 
 
 def validate(config: Any, device_count: int | None = None) -> None:
@@ -35,6 +35,7 @@ def validate(config: Any, device_count: int | None = None) -> None:
     check_blocks(config.model)
     check_attention(config)
     check_feed_forward(config)
+    check_curriculum(config)
     check_mesh(config, device_count or _emulated_devices(config) or None)
     check_optimizer(config)
     check_run(config)

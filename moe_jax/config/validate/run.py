@@ -11,6 +11,13 @@ from moe_jax.config.train import kept_steps
 _STEP_RANGE = re.compile(r"(\d+):(\d+)", re.ASCII)
 
 
+def check_curriculum(config: Config) -> None:
+    layers = [ffn for ffn in distinct_layers(config.model, "routed") if ffn.moe.options.varies(ffn.moe)]
+    if config.data.curriculum != "none" and not layers:
+        limit = "no router of the model decides how many experts a token takes, so that all rows are alike"
+        raise ConfigError("data.curriculum", config.data.curriculum, limit, "use none, or a router such as adaptive")
+
+
 def check_mesh(config: Config, device_count: int | None) -> None:
     mesh, train = config.mesh, config.train
     if mesh.data == 0:

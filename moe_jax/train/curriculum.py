@@ -1,0 +1,25 @@
+"""The order of a run's rows by what their tokens took, and what a checkpoint holds of it."""
+
+import jax
+
+from moe_jax.config import Config
+from moe_jax.data import Curriculum, TextData
+from moe_jax.models.places import places
+from moe_jax.parallel.rules import replicated
+from moe_jax.train.state import State
+
+
+def open_curriculum(config: Config, data: TextData) -> Curriculum | None:
+    """The order that `data.curriculum` asks for, before the first step; None: the random one."""
+    if config.data.curriculum == "none":
+        return None
+    layers = sum(place.ffn.moe.options.varies(place.ffn.moe) for place in places(config.model, "routed"))
+    return data.curriculum(config.seed, config.data.batch_size, layers, config.data)
+
+
+def abstract_curriculum(curriculum: Curriculum | None, mesh) -> State:
+    """ShapeDtypeStructs of what a checkpoint holds of it, beside the state of the training."""
+    if curriculum is None:
+        return {}
+    struct = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated(mesh))
+    return {"curriculum": jax.tree.map(struct, curriculum.arrays())}
