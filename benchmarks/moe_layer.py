@@ -22,6 +22,7 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from moe_jax.config import MoEConfig  # noqa: E402
+from moe_jax.config.routers import AdaptiveConfig  # noqa: E402
 from moe_jax.dispatch.capacity import slots_ffn  # noqa: E402
 from moe_jax.layers.ffn import FeedForward  # noqa: E402
 from moe_jax.layers.moe import MoE  # noqa: E402
@@ -30,10 +31,10 @@ from moe_jax.ops.counting import slots_per_expert  # noqa: E402
 from moe_jax.ops.expert_ffn import expert_ffn  # noqa: E402
 from moe_jax.ops.grouped_matmul import resolve_backend  # noqa: E402
 from moe_jax.routing import ROUTERS  # noqa: E402
-from moe_jax.routing.contract import Sizes  # noqa: E402
-from moe_jax.routing.top_k import TopK  # noqa: E402
+from moe_jax.routing.adaptive import gap_of_two_best  # noqa: E402
+from moe_jax.routing.contract import Sizes, score  # noqa: E402
 from moe_jax.study import timing  # noqa: E402
-from moe_jax.types import RouterInputs, TokenChoice  # noqa: E402
+from moe_jax.types import RouterInputs  # noqa: E402
 
 CAPACITY_FACTOR = 1.25
 BALANCE_WEIGHT = 0.01
@@ -45,8 +46,8 @@ SORTED = ("grouped_matmul", "torch_grouped_mm")  # the products alone, over rows
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Sizes of a layer, and what runs in it. `second`: every so many-th token has more than one expert. `router`: "top_k" of
-    softmax, "switch", or "hash" of random token ids."""
+    """Sizes of a layer, and what runs in it. `router`: "top_k" of softmax, "switch", "hash" of random token ids, or "adaptive".
+    `second`: with that the share of the tokens that take a second expert."""
 
     name: str
     tokens: int
@@ -56,14 +57,19 @@ class Case:
     top_k: int
     backends: tuple[str, ...]
     dtype: str = "float32"
-    second: int = 1
+    second: float = 1.0
     activation: str = "gelu_tanh"
     router: str = "top_k"
 
     @property
     def assignments(self) -> int:
         """Pairs of a token and an expert."""
-        return self.tokens + (self.top_k - 1) * -(-self.tokens // self.second)
+        return self.tokens * self.top_k if self.router != "adaptive" else self.tokens + self.seconds
+
+    @property
+    def seconds(self) -> int:
+        """Tokens with a second expert by the router `adaptive`."""
+        return round(self.second * self.tokens)
 
     def flops(self, kind: str) -> float:
         """Of the active experts' products in a pass."""
@@ -96,12 +102,15 @@ GROUPS: dict[str, tuple[str, tuple[Case, ...]]] = {
         "cpu",
         (
             Case("second_all", 8192, 512, 2048, 16, 2, ("dense", "dropless")),
-            Case("second_quarter", 8192, 512, 2048, 16, 2, ("dense", "dropless"), second=4),
+            *(
+                Case(f"second_{percent}", 8192, 512, 2048, 16, 2, ("dropless",), router="adaptive", second=percent / 100)
+                for percent in (10, 25, 50)
+            ),
         ),
     ),
     "wide": ("gpu", (Case("wide", 16384, 4096, 14336, 8, 2, LAYERS + OTHERS + SORTED, "bfloat16"),)),
     "fine": ("gpu", (Case("fine", 16384, 2048, 1024, 64, 8, LAYERS + OTHERS + SORTED, "bfloat16"),)),
-    "tiny": ("test", (Case("tiny", 64, 8, 16, 4, 2, LAYERS + OTHERS + SORTED, second=4),)),
+    "tiny": ("test", (Case("tiny", 64, 8, 16, 4, 2, LAYERS + OTHERS + SORTED, router="adaptive", second=0.25),)),
     "ceiling": ("any", ()),
 }
 
@@ -109,25 +118,24 @@ GROUPS: dict[str, tuple[str, tuple[Case, ...]]] = {
 Apply = Callable[[dict, jax.Array], tuple[jax.Array, jax.Array]]
 
 
-class SomeSeconds(nn.Module):
-    """Softmax top-k in which only every n-th token has more than its first expert."""
-
-    experts: int
-    top_k: int
-    every: int
-
-    @nn.compact
-    def __call__(self, x, inputs):
-        choice, losses, stats = TopK(self.experts, self.top_k, name="top_k")(x, inputs)
-        keep = (jnp.arange(x.shape[0]) % self.every == 0)[:, None] | (jnp.arange(self.top_k) == 0)
-        ids = jnp.where(keep, choice.expert_ids, self.experts)
-        return TokenChoice(ids, jnp.where(keep, choice.gates, 0)), losses, stats
+@functools.cache
+def adaptive(case: Case) -> nn.Module:
+    """The router `adaptive`, whose threshold is where the share `second` of the case's tokens take two experts."""
+    build, sizes = ROUTERS["adaptive"].build, Sizes(case.experts, case.top_k)
+    routed, _, x = random_inputs(case)
+    layer = MoE(case.experts, case.expert_width, case.top_k, build(sizes, AdaptiveConfig()), case.activation)
+    params = nn.meta.unbox(jax.jit(functools.partial(layer.init, inputs=router_inputs(case)))(routed, x)["params"])
+    logits = score(x, params["router"]["kernel"], RouterInputs()).logits
+    pair = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), 2)[0]
+    gaps = np.sort(jax.device_get(gap_of_two_best(pair, "raw")))
+    threshold = float(gaps[case.seconds - 1] + gaps[case.seconds]) / 2
+    return build(sizes, AdaptiveConfig(threshold=threshold))
 
 
 def make_layer(case: Case, **options) -> MoE:
     """The routed layer of a case."""
-    if case.second > 1:
-        router = SomeSeconds(case.experts, case.top_k, case.second)
+    if case.router == "adaptive":
+        router = adaptive(case)
     else:
         build, sizes = ROUTERS[case.router].build, Sizes(case.experts, case.top_k, vocab_size=VOCABULARY)
         router = build(sizes, getattr(MoEConfig().routers, case.router))
@@ -161,10 +169,15 @@ def group_sizes(case: Case) -> np.ndarray:
     return rng.multinomial(case.assignments, np.full(case.experts, 1 / case.experts)).astype(np.int32)
 
 
+def random_inputs(case: Case) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Keys of the parameters of the routed layer and of the dense layer, and x [T, D]."""
+    routed, dense, data = jax.random.split(jax.random.key(0), 3)
+    return routed, dense, jax.random.normal(data, (case.tokens, case.width), case.dtype)
+
+
 def make_inputs(case: Case) -> tuple[dict, dict, jax.Array]:
     """(parameters of the routed layer, of the dense layer, x [T, D]); experts and dense in the case's dtype."""
-    routed, dense, data = jax.random.split(jax.random.key(0), 3)
-    x = jax.random.normal(data, (case.tokens, case.width), case.dtype)
+    routed, dense, x = random_inputs(case)
     params = nn.meta.unbox(jax.jit(functools.partial(make_layer(case).init, inputs=router_inputs(case)))(routed, x)["params"])
     cast = functools.partial(jax.tree.map, lambda w: w.astype(case.dtype))
     params = {"router": params.get("router", {}), "experts": cast(params["experts"])}

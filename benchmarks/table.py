@@ -32,7 +32,7 @@ BACKENDS = {
     "grouped_matmul": "`grouped_matmul` alone, rows sorted",
     "torch_grouped_mm": "torch's grouped product alone, rows sorted",
 }
-SECOND = ("second_all", "second_quarter")
+SECOND = ("second_all", "second_10", "second_25", "second_50")
 
 
 def render(results: list[dict]) -> str:
@@ -96,19 +96,20 @@ def number(value: float) -> str:
 
 
 def second(rows: dict, passes: list[str], cases: dict) -> str:
-    """How the time follows the rows: a second expert for a quarter of the tokens against one for all."""
-    texts, work = [], 0.0
-    for kind in passes:
-        full, part = (rows.get((f"{name}/{kind}", "dropless")) for name in SECOND)
-        if full is None or part is None or full["ms"] is None or part["ms"] is None:
-            texts.append(f"{kind} {MISSING}")
-            continue
-        work = part["gflop"] / full["gflop"]
-        texts.append(f"{kind} {part['ms'] / full['ms']:.2f} ({number(part['ms'])} of {number(full['ms'])} ms)")
+    """How the time follows the rows: a second expert for some of the tokens, by the router's choice, against one for all."""
+    full, *parts = ({kind: rows.get((f"{name}/{kind}", "dropless")) for kind in passes} for name in SECOND)
+    texts = []
+    for name, part in zip(SECOND[1:], parts, strict=True):
+        measured = [kind for kind in passes if full[kind] and part[kind] and full[kind]["ms"] and part[kind]["ms"]]
+        times = {kind: f"{kind} {part[kind]['ms'] / full[kind]['ms']:.2f}" for kind in measured}
+        work = [part[kind]["gflop"] / full[kind]["gflop"] for kind in measured]
+        share = f"{name.removeprefix('second_')} % of the tokens"
+        of_work = f" ({work[0]:.3g} of the FLOPs)" if work else ""
+        texts.append(f"for {share}{of_work} {', '.join(times.get(kind, f'{kind} {MISSING}') for kind in passes)}")
     case = cases[SECOND[0]]
     return (
-        "A second expert for a quarter of the tokens instead of all, "
-        f"{work:.3g} of the FLOPs, takes of the time: {', '.join(texts)} (dropless, E={case['experts']}, {sizes(case)})."
+        "A second expert by the router `adaptive`, of the time of top-2: "
+        f"{'; '.join(texts)} (dropless, E={case['experts']}, {sizes(case)})."
     )
 
 

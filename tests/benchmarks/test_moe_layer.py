@@ -56,8 +56,10 @@ def test_layers_agree(monkeypatch):
 
 def test_cases_of_one_dense_shape_share_its_times():
     """Of a hash, whose layer has no loss and no parameters of the router, and of top-2 with half the width."""
-    hashed = dataclasses.replace(TINY, name="hash", expert_width=32, top_k=1, second=1, router="hash", activation="swiglu")
-    top2 = dataclasses.replace(TINY, name="top2", second=1, activation="swiglu", backends=("dense", "dropless"))
+    hashed = dataclasses.replace(TINY, name="hash", expert_width=32, top_k=1, second=1.0, router="hash", activation="swiglu")
+    top2 = dataclasses.replace(
+        TINY, name="top2", second=1.0, router="top_k", activation="swiglu", backends=("dense", "dropless")
+    )
     rows = moe_layer.measure([dataclasses.replace(hashed, backends=("dense", "dropless")), top2], 1, progress=False)
     dense = [row for row in rows if row["backend"] == "dense" and row["case"].endswith("/forward")]
     assert dense[0]["ms"] == dense[1]["ms"] and [row["runs"] for row in dense] == [2, 2]
@@ -102,7 +104,7 @@ def make_result():
         row("e4/forward", "one_hot", None, None),
         row("e8/forward", "dense", 3.0, 1.0),
         row("second_all/forward", "dropless", 8.0, 1.0),
-        row("second_quarter/forward", "dropless", 5.0, 1.0) | {"gflop": 0.625},
+        row("second_25/forward", "dropless", 5.0, 1.0) | {"gflop": 0.625},
         row("ceiling_2048_float32", "matmul", 9.0, None),
     ]
     environment = {
@@ -115,7 +117,7 @@ def make_result():
         "date": "2026-01-02",
         "load_before": 0.5,
     }
-    cases = {"e4": case, "e8": case | {"experts": 8}, "second_all": case, "second_quarter": case}
+    cases = {"e4": case, "e8": case | {"experts": 8}, "second_all": case, "second_25": case}
     return {"benchmark": "moe_layer", "environment": environment, "cases": cases, "rows": rows}
 
 
@@ -131,7 +133,7 @@ def test_table(tmp_path):
         assert "| forward, K=1, T=64 D=8 F=16, float32 | E=4 | E=8 |" in text
         assert "| **dropless** | 123 (61.70) | not measured |" in text
         assert "| one-hot einsums, factor 1.25 | not measured | not measured |" in text
-        assert "0.625 of the FLOPs, takes of the time: forward 0.62 (5 of 8 ms) (dropless, E=4, K=1" in text
+        assert "for 25 % of the tokens (0.625 of the FLOPs) forward 0.62" in text
         assert "One dense product of 2048 x 2048 in float32: 100 GFLOP/s." in text
         assert "NVIDIA GPU, TPU: not measured." in text and text.count(table.BEGIN) == 1
 
