@@ -92,7 +92,8 @@ class Curve:
     name: of the picture's file. title, x: of the picture and of its axis. lines: label -> {arm: its x, a number or the
       dotted path of the config that has it}, the first one the line that the others are compared with where they share
       an x. metrics: names in `moe_jax.study.metrics.METRICS`, such as loss, or difference: the loss minus that of the arm's
-      baseline, seed by seed. log: of x.
+      baseline, seed by seed. log: of x. x_metric: a metric whose mean over the arm's runs takes the place of its x, such as
+      evaluated_experts; empty: none. Arms without a finished run are then left out.
     """
 
     name: str
@@ -101,6 +102,7 @@ class Curve:
     lines: dict[str, dict[str, float | str]]
     metrics: tuple[str, ...] = ("loss",)
     log: bool = True
+    x_metric: str = ""
 
 
 @dataclasses.dataclass

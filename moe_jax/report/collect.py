@@ -46,15 +46,19 @@ class Choices(NamedTuple):
 class Observed(NamedTuple):
     """A model's choices on some held-out text.
 
-    ids, sources: int32 [T], each token and the index of its source in `names`. passages: {source: int32 [P]}, ids. scores:
-    {source: {tokens, loss in nats per token, bits_per_byte}}. layers: by name, in order of depth. batch: rows x length that
-    went through the model at once. dense: the layers whose routers' matrices are dense, so that the largest entry stands for
-    the choice. retrieved: of the layers that retrieve one-neuron experts, the statistics summed, float64, with `mass` [N].
+    ids, sources: int32 [T], each token and the index of its source in `names`. positions, rows: int32 [T], its place in its
+    document, and the number of its row. nats: float32 [T], of the prediction after it. passages: {source: int32 [P]}, ids.
+    scores: {source: {tokens, loss in nats per token, bits_per_byte}}. layers: by name, in order of depth. batch: rows x length
+    that went through the model at once. dense: the layers whose routers' matrices are dense, so that the largest entry stands
+    for the choice. retrieved: of the layers that retrieve one-neuron experts, the statistics summed, float64, with `mass` [N].
     """
 
     names: tuple[str, ...]
     ids: np.ndarray
     sources: np.ndarray
+    positions: np.ndarray
+    rows: np.ndarray
+    nats: np.ndarray
     passages: dict[str, np.ndarray]
     scores: dict[str, dict[str, float]]
     layers: dict[str, Choices]
@@ -148,7 +152,8 @@ class _Recorder:
 
     def __init__(self, run: LoadedRun, passage: int, dense: frozenset[str]):
         self.run, self.passage, self.dense = run, passage, dense
-        self.ids, self.sources, self.passages, self.totals = [], [], {}, {}
+        self.ids, self.sources, self.positions, self.rows, self.nats = [], [], [], [], []
+        self.passages, self.totals, self.rows_seen = {}, {}, 0
         self.layers: dict[str, dict[str, Any]] = {}
         self.retrieved: dict[str, dict[str, np.ndarray]] = {}
 
@@ -162,6 +167,11 @@ class _Recorder:
         total["tokens"] += float(weights.sum())
         total["bytes"] += float((self.run.tokenizer.token_bytes[batch["targets"]] * weights).sum())
         self.sources.append(np.full(valid.sum(), len(self.totals) - 1, np.int32))
+        self.positions.append(batch["positions"].reshape(-1)[valid])
+        count, length = batch["tokens"].shape
+        self.rows.append(np.repeat(np.arange(self.rows_seen, self.rows_seen + count, dtype=np.int32), length)[valid])
+        self.rows_seen += count
+        self.nats.append(np.asarray(result["nats"], np.float32).reshape(-1)[valid])
         if keep:
             self.passages[name] = self.ids[-1][: self.passage]
         for layer, stats in result["layers"].items():
@@ -207,7 +217,7 @@ class _Recorder:
         return Observed(
             tuple(self.totals),
             np.concatenate(self.ids),
-            np.concatenate(self.sources),
+            *(np.concatenate(one) for one in (self.sources, self.positions, self.rows, self.nats)),
             self.passages,
             scores,
             layers,

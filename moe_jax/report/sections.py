@@ -12,6 +12,7 @@ from moe_jax.report.page import paragraph, percent, picture, table, text
 from moe_jax.report.passages import passages_html
 from moe_jax.report.pictures import Panel
 from moe_jax.report.retrieval import retrieval
+from moe_jax.report.set_sizes import set_sizes
 from moe_jax.report.settling import settling
 
 # How much of what grows with layers and experts a page holds, before it is thinned.
@@ -251,6 +252,8 @@ def build(m: Material, size: int) -> list[tuple[str, str, str]]:
     ]
     if m.routing is not None and len(m.routing.steps) > 1:
         opening.append(("settling", "How the routing settles", settling(m)))
+    if found := set_sizes(m):
+        opening.append(("sizes", "How many experts a token takes", found))
     after = [
         ("sources", "Which sources go where", sources(m)),
         ("pairs", "Experts chosen together", pairs(m)),

@@ -215,6 +215,8 @@ def check_curves(study: Study) -> None:
         for metric in curve.metrics:
             if metric not in METRICS:
                 raise ConfigError(f"{where} metrics", metric, "no metric of a run", f"use {', '.join(METRICS)}")
+        if curve.x_metric and curve.x_metric not in METRICS:
+            raise ConfigError(f"{where} x_metric", curve.x_metric, "no metric of a run", f"use {', '.join(METRICS)}")
         for label, points in curve.lines.items():
             for name in points:
                 if name not in names:

@@ -60,6 +60,13 @@ def slope(
     return t_interval(slopes)
 
 
+def _measured(arms: dict[str, float], runs: Runs, seeds: Sequence[int], metric: str) -> dict[str, float]:
+    """{arm: the mean of `metric` over its finished runs}, of the arms that have it."""
+    found = {arm: [runs[arm, seed].get(metric) for seed in seeds if runs[arm, seed]["state"] == "done"] for arm in arms}
+    known = {arm: [value for value in values if value is not None] for arm, values in found.items()}
+    return {arm: statistics.fmean(values) for arm, values in known.items() if values}
+
+
 def collect_curve(curve: Curve, runs: Runs, seeds: Sequence[int]) -> dict[str, Any]:
     """The points of a curve.
 
@@ -72,6 +79,8 @@ def collect_curve(curve: Curve, runs: Runs, seeds: Sequence[int]) -> dict[str, A
     lines, first = [], {}
     for label, arms in curve.lines.items():
         points, before = [], None
+        if curve.x_metric:
+            arms = _measured(arms, runs, seeds, curve.x_metric)
         for arm, x in sorted(arms.items(), key=lambda item: item[1]):
             point = {"x": x, "arm": arm, "value": {}, "step": {}, "across": {}}
             for metric in curve.metrics:

@@ -115,6 +115,9 @@ METRICS = {
     "bits_difference": Metric(
         f"{_BITS} minus the baseline's", f"{_BITS} minus the baseline's", ".4f", minus_baseline="bits_per_byte", interval=True
     ),
+    "evaluated_experts": Metric(
+        "experts a token, evaluated", "experts that ran for a token, in evaluation", ".2f", _score("experts_per_token")
+    ),
     # Of the last quarter of training.
     "load": Metric("load max/mean", "tokens of the fullest expert / mean of all", ".2f", _late(LOAD)),
     "load_worst": Metric("worst layer", "load of the worst layer", ".2f", lambda sources, rows: worst_layer(rows)[1]),

@@ -83,7 +83,8 @@ def evaluate(
 
     Returns:
       `loss` in nats per token, `perplexity`, `bits_per_byte`, `tokens`, `bytes`, `documents` and `seconds`;
-      with routed layers also the totals of `routing_metrics`, such as `router/dropped`. Sums are kept in
+      with routed layers also the totals of `routing_metrics`, such as `router/dropped`, and `router/experts_per_token`, how
+      many ran on average, over the layers. Sums are kept in
       float64 on the host. Where the step gives tokens and `limit` is 0, also `by_document`: the `nats`, float64, and the
       `tokens` and `bytes`, int64 [documents], of each document in the order of the text.
     """
@@ -109,8 +110,15 @@ def evaluate(
         "documents": int(total["documents"]),
         "seconds": time.monotonic() - start,
         **{name: value for name, value in routing.items() if name.count("/") == 1},
+        **_experts_per_token(total["routing"]),
         **({"by_document": sums_by_document(tokens)} if whole else {}),
     }
+
+
+def _experts_per_token(routing: dict[str, dict[str, Any]]) -> dict[str, float]:
+    layers = [sums for sums in routing.values() if "counts" in sums]
+    ran = [(sums["counts"].sum() - sums["dropped"]) / max(sums["tokens"], 1) for sums in layers]
+    return {"router/experts_per_token": float(np.mean(ran))} if ran else {}
 
 
 def sums_by_document(batches: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -45,3 +45,17 @@ def test_slope_in_the_table():
             for kind in ("value", "step", "across"):
                 point[kind] = {metric: value and value._asdict() for metric, value in point[kind].items()}
     assert "Slope for a doubling of experts, least squares by seed: loss -0.04" in to_markdown(one)
+
+
+def test_x_can_be_measured():
+    """The mean over the runs that have it; an arm without one is left out."""
+    lines = {"": dict.fromkeys(LOSSES, 0.0)}
+    runs = {
+        (arm, seed): {"state": "done", "loss": loss, "load": load + seed, "sources": {"text": {"digest": "a"}}}
+        for (arm, losses), load in zip(LOSSES.items(), (5.0, 1.0, 3.0), strict=True)
+        for seed, loss in enumerate(losses)
+    }
+    runs |= {("large", seed): runs["large", seed] | {"state": "missing"} for seed in range(3)}
+    runs["small", 0] = runs["small", 0] | {"load": None}
+    found = collect_curve(Curve("load", "Load", "load", lines, log=False, x_metric="load"), runs, range(3))
+    assert [(point["arm"], point["x"]) for point in found["lines"][0]["points"]] == [("middle", 2.0), ("small", 6.5)]
