@@ -47,7 +47,7 @@ def kind_of(piece: bytes) -> str:
     if not any(c.isalnum() for c in word):
         return "punctuation"
     if word[0].isalpha() or word[0] == "_":
-        return "start of a word" if content[0].isspace() else "rest of a word"
+        return "start of a word" if content[0].isspace() else "rest of a word"  # as far as the piece alone can tell
     return "other"
 
 
@@ -148,8 +148,10 @@ class _Pieces:
         ids = m.observed.ids
         of_id = {int(i): m.run.tokenizer.decode_bytes(np.asarray([i])) for i in np.unique(ids)}
         kinds = {i: kind_of(piece) for i, piece in of_id.items()}
-        self.kinds = np.asarray([kinds[int(i)] for i in ids])
         self.words = words([of_id[int(i)] for i in ids], m.observed.rows)
+        self.kinds = np.asarray([kinds[int(i)] for i in ids], object)
+        for _, tokens in self.words:
+            self.kinds[tokens[0]], self.kinds[tokens[1:]] = "start of a word", "rest of a word"
 
 
 def _layers(taken: dict[str, np.ndarray]) -> str:
@@ -162,14 +164,8 @@ def _layers(taken: dict[str, np.ndarray]) -> str:
 
 
 def _parts(title: str, parts: dict[str, np.ndarray], mean: np.ndarray) -> str:
-    body = [
-        (text(name), f"{int(part.sum()):,}", number(mean[part].mean()), percent(np.mean(mean[part] > np.median(mean))))
-        for name, part in parts.items()
-        if part.any()
-    ]
-    return f"<h3>By {text(title)}</h3>\n" + table(
-        [title, "tokens", "experts per token", "above the median"], body, kinds=".nnn"
-    )
+    body = [(text(name), f"{int(part.sum()):,}", number(mean[part].mean())) for name, part in parts.items() if part.any()]
+    return f"<h3>By {text(title)}</h3>\n" + table([title, "tokens", "experts per token"], body, kinds=".nn")
 
 
 def _ranges(positions: np.ndarray) -> dict[str, np.ndarray]:

@@ -37,7 +37,7 @@ class AdaptiveConfig(RouterOptions):
         high=2,
     )
     target_decay: float = field(
-        0.9,
+        0.5,
         "Of the controller's running mean of thresholds, each the one that a step's tokens asked for.",
         low=0,
         high=0.999999,
