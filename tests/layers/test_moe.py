@@ -11,8 +11,10 @@ import pytest
 from jax.sharding import NamedSharding
 
 from moe_jax import compat
+from moe_jax.config.routers import AdaptiveConfig
 from moe_jax.layers.experts import Experts
 from moe_jax.layers.moe import MoE
+from moe_jax.routing.adaptive import Adaptive
 from moe_jax.routing.soft_moe import SoftMoE
 from moe_jax.types import RouterInputs, TokenChoice
 
@@ -384,3 +386,23 @@ def test_meshes_of_others():
     with jax.set_mesh(jax.make_mesh((8,), ("data",), axis_types=(compat.AxisType.Explicit,))):
         with pytest.raises(ValueError, match=r"^MoE under a mesh of Explicit axes \('data',\): make"):
             run(params, x)
+
+
+def test_a_second_expert_that_is_not_wanted_is_not_sent():
+    """By the ragged exchange: D numbers there and back for each choice of an expert on another device, none for "no expert"."""
+    mesh, tokens, width, experts = compat.make_mesh(jax.devices(), ("expert",), (8,)), 64, 16, 16
+    x = jax.random.normal(jax.random.key(0), (8, tokens // 8, width))
+    sent = []
+    for threshold in (-1.0, 0.1, 1.0):
+        layer = MoE(
+            experts, 8, 2, Adaptive(experts, options=AdaptiveConfig(threshold=threshold)), exchange="ragged", exchange_buffer=0
+        )
+        params = nn.meta.unbox(layer.init(jax.random.key(1), x)["params"])
+        with jax.set_mesh(mesh):
+            aux = jax.jit(lambda p, x: layer.apply({"params": p}, x, RouterInputs(record=True)))(params, x)[1]
+        chosen = np.asarray(aux.stats["matrix"]) > 0
+        home = np.arange(tokens) // 8
+        remote = sum(chosen[t, e] for t in range(tokens) for e in range(experts) if e // 2 != home[t])
+        assert aux.stats["exchange_bytes"] == 2 * width * 4 * remote
+        sent.append(int(remote))
+    assert sent[0] < sent[1] < sent[2]

@@ -1,11 +1,13 @@
 import flax.linen as nn
 import jax
+import numpy as np
 import pytest
 
 from moe_jax.config import ModelConfig, PeerConfig
 from moe_jax.models.decoder import Decoder
 from moe_jax.models.flops import (
     active_parameters,
+    experts_run,
     forward_flops_per_token,
     router_flops_per_token,
     training_flops_per_token,
@@ -83,3 +85,16 @@ def test_the_width_of_dense_inserts():
     shapes = lambda ffn: {leaf.shape[-2:] for leaf in jax.tree.leaves(ffn)}
     assert shapes(params["stack"]["middle"]["ffn"]) == {(8, 6), (6, 8)}
     assert shapes(params["stack"]["groups"]["block_0"]["ffn"]) == {(8, 16), (16, 8)}
+
+
+def test_a_second_expert_for_some_costs_its_share():
+    """The experts' FLOPs are (1 + p) / 2 of top-2's, by the counts of a step; as planned those of the target."""
+    c = ModelConfig(layers=1, pattern="routed")
+    c.moe.experts, c.moe.top_k, c.moe.router = 4, 2, "adaptive"
+    two, one = (forward_flops_per_token(c, 50, 10, {"layer_00": k}) for k in (2.0, 1.0))
+    stats = {"layer_00": {"counts": np.asarray([30.0, 40.0, 20.0, 35.0]), "dropped": 0.0, "tokens": 100.0}}
+    counted = forward_flops_per_token(c, 50, 10, experts_run(c, stats))
+    experts, rest = 2 * (two - one), two - 2 * (two - one)
+    assert counted - rest == pytest.approx((1 + 0.25) / 2 * experts, rel=1e-12)
+    c.moe.routers.adaptive.target_k = 1.25
+    assert forward_flops_per_token(c, 50, 10) == pytest.approx(counted, rel=1e-12)

@@ -80,7 +80,7 @@ ROWS = {
     "soft_moe": Row("soft_moe", SoftMoEConfig(slots=2), 1),
 }
 # By router, not by test: a router's programs are freed before the next one's are compiled.
-SLOW = ("stable_window", "stable_base")
+SLOW = ("stable_window", "stable_base", "adaptive_pair", "top_p_at_most_2", "expert_threshold_at_most_2", "top_2_quantile")
 every_router = pytest.mark.parametrize(
     "row", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in ROWS], scope="module"
 )

@@ -102,12 +102,14 @@ def test_eight_devices_are_one(router):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("router", ["top_k", "remoe"])
+@pytest.mark.parametrize("router", ["top_k", "remoe", "adaptive", "expert_threshold", "quantile"])
 @pytest.mark.parametrize("change", ["model__remat", "model__scan", "train__microbatches"])
 def test_state_outside_the_gradient_is_updated_once_a_step(router, change):
     """Under recomputation, unrolled, and by the counts of the whole step where it is cut into 2 or 4."""
     values = {"model__remat": [True], "model__scan": [False], "train__microbatches": [2, 4]}[change]
     quiet = {"model__moe__routers__top_k__balance_loss": 0.0, "model__moe__routers__top_k__z_loss": 0.0}
+    if router == "quantile":
+        router, quiet = "top_k", quiet | {"model__moe__routers__top_k__bias_rule": "quantile"}
     want = Runner(config_of(router, **quiet))
     want.step(make_batch(0))
     for value in values:
