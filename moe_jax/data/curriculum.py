@@ -99,10 +99,12 @@ class Curriculum(RandomOrder):
         """Takes how many experts the tokens of each row of a batch took, float [B, L]; batches come one after the other.
 
         Raises:
-          ValueError: this is not the next batch.
+          ValueError: this is not the next batch, or a layer that decides how many experts run has no shares.
         """
         if batch != self.reported:
             raise ValueError(f"batch {batch} is reported after {self.reported} batches")
+        if np.shape(shares) != (wanted := (self.batch_size, self.shares.shape[1])):
+            raise ValueError(f"shares {list(np.shape(shares))}: {list(wanted)} are wanted, of every layer that decides")
         for row, share in enumerate(shares):
             source, of_source = self[batch * self.batch_size + row]
             self._of(self.shares, source)[of_source] = share
@@ -130,8 +132,8 @@ class Curriculum(RandomOrder):
         return np.concatenate([random.permutation(bucket) for bucket in np.array_split(order, self._buckets)])
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What a checkpoint keeps, after the batches reported so far."""
-        return {"shares": self.shares, "order": self.order, "epochs": self.epochs}
+        """Copies of what a checkpoint keeps, after the batches reported so far."""
+        return {"shares": self.shares.copy(), "order": self.order.copy(), "epochs": self.epochs.copy()}
 
     def load(self, arrays: dict[str, Any], batches: int) -> None:
         """Goes on from `arrays` of a checkpoint, after that many batches."""

@@ -16,7 +16,7 @@ from moe_jax.report.set_sizes import set_sizes
 from moe_jax.report.settling import settling
 
 # How much of what grows with layers and experts a page holds, before it is thinned.
-_UNITS = {"experts_per_token": "experts", "agreement": "share of tokens"}
+_UNITS = {"experts_per_token": "experts", "agreement": "share of tokens", "two_experts": "share of tokens"}
 _PIECE_ROWS, _PIECES, _PASSAGE_TOKENS = 1200, 6000, 5000
 
 

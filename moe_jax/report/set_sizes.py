@@ -59,14 +59,16 @@ def words(pieces: Sequence[bytes], rows: np.ndarray) -> list[tuple[str, list[int
       rows: int [T], the row of text of each; no word crosses one.
     """
     found: list[tuple[str, list[int]]] = []
+    ended = False  # whether the last piece ends in a space
     for t, piece in enumerate(pieces):
         content = piece.decode("utf-8", "replace")
         letters = content.strip().replace("_", "").isalpha()
         joins = letters and not content[0].isspace() and t and found and found[-1][1][-1] == t - 1 and rows[t] == rows[t - 1]
-        if joins and not content[-1].isspace():
-            found[-1] = (found[-1][0] + content, [*found[-1][1], t])
+        if joins and not ended:
+            found[-1] = (found[-1][0] + content.strip(), [*found[-1][1], t])
         elif letters:
             found.append((content.strip(), [t]))
+        ended = content[-1:].isspace()
     return found
 
 

@@ -46,7 +46,7 @@ class Adaptive(nn.Module):
     def __call__(self, x: jax.Array, inputs: RouterInputs) -> tuple[TokenChoice, dict, dict]:
         """x [T, D] -> (TokenChoice with K = 2, losses `balance` (equation 4) and `z`, stats).
 
-        The stats have `two_experts_tokens`, how many tokens took two, and with a target `gap`, a histogram.
+        The stats have `two_experts_tokens`, how many tokens took two, and in training with a target `gap`, a histogram.
         """
         o, columns, threshold = self.options, self.experts + self.virtual, self.options.threshold
         if o.target_k:
@@ -56,6 +56,8 @@ class Adaptive(nn.Module):
         ids = best(probabilities, 2)
         gates = jnp.take_along_axis(probabilities, ids, axis=-1)
         gap = jax.lax.stop_gradient(gap_of_two_best(gates, o.gap))
+        if o.evaluation_threshold >= 0 and not inputs.train:
+            threshold = o.evaluation_threshold
         two = gap <= threshold
         if o.evaluation_k and not inputs.train:
             two = jnp.full_like(two, o.evaluation_k == 2)
@@ -66,7 +68,7 @@ class Adaptive(nn.Module):
         choice = TokenChoice(jnp.where(kept, choice.expert_ids, self.experts), jnp.where(kept, choice.gates, 0))
         stats = choice_statistics(choice.expert_ids, probabilities, routed, finite, self.experts)
         stats |= sums({"two_experts_tokens": jnp.sum(two & routed)})
-        if o.target_k:
+        if o.target_k and inputs.train:
             stats["gap"] = histogram(gap, routed, 0.0, 1.0, BINS)
         counted = routed & ~two if o.balance_over == "single" else routed
         first = jnp.sum(jnp.where(counted[:, None], one_hot_sum(ids[:, :1], columns), 0), axis=0)

@@ -104,7 +104,9 @@ def running_mean(before: jax.Array, value: jax.Array, number: jax.Array, decay: 
 
     number: of the value, from 1.
     """
-    return before + jnp.maximum(1 - decay, 1 / jnp.maximum(number, 1).astype(before.dtype)) * (value - before)
+    return before + jnp.maximum(1 - decay, 1 / jnp.maximum(number, 1).astype(before.dtype)) * (
+        value.astype(before.dtype) - before
+    )
 
 
 def experts_by_row(expert_ids: jax.Array, valid: jax.Array | None, experts: int, rows: int) -> jax.Array:

@@ -108,7 +108,7 @@ class TopK(nn.Module):
             "balance": balance_loss(probabilities, column_counts(stats), routed),
             "z": z_loss(logits, routed),
         }
-        if self.options.bias_rate and self.options.bias_rule == "quantile":
+        if self.options.bias_rate and self.options.bias_rule == "quantile" and inputs.train:
             above = margins(SCORES[self.options.score](logits), bias, self.top_k)
             stats["margins"] = histogram(above, routed, -1.0, 1.0, MARGIN_BINS)
         if self.options.sequence_loss:
@@ -138,7 +138,7 @@ def update(state: dict[str, jax.Array], step: Step, sizes: Sizes, options: TopKC
     if "bias" in state:
         if by_quantile := options.bias_rule == "quantile":
             wanted = -step.stats["margins"].quantile(1 - sizes.top_k / counts.shape[0])
-            bias = state["bias"] + options.bias_rate * (wanted - state["bias"])
+            bias = state["bias"] + options.bias_rate * (wanted.astype(state["bias"].dtype) - state["bias"])
         else:
             bias = state["bias"] + options.bias_rate * jnp.sign(assignments / counts.shape[0] - counts)
         new["bias"] = bias - jnp.mean(bias) if options.zero_sum_bias or by_quantile else bias

@@ -20,7 +20,7 @@ from moe_jax.parallel.rules import local_rows, put_batch
 from moe_jax.study.fixed import equal_steps
 from moe_jax.study.plan import fingerprint
 from moe_jax.study.timing import environment, interleaved, median
-from moe_jax.train.checkpoint import Checkpoints, load_meta
+from moe_jax.train.checkpoint import Checkpoints, load_meta, outside
 from moe_jax.train.evaluation import batch_count
 from moe_jax.train.start import inherited_tokenizer
 from moe_jax.train.state import abstract_state, place_state, total_bytes
@@ -45,7 +45,8 @@ class Stepper:
         with jax.set_mesh(mesh):
             if workdir:
                 with Checkpoints(workdir, read_only=True) as checkpoints:
-                    self.state = checkpoints.restore(abstract_state(model, config, mesh)).state
+                    target = abstract_state(model, config, mesh)
+                    self.state = checkpoints.restore(target, ignore=outside(target)).state  # such as of a curriculum
             else:
                 self.state = place_state(model, config, mesh)
             first, rows = int(self.state["step"]), local_rows(mesh, size)

@@ -17,6 +17,15 @@ def open_curriculum(config: Config, data: TextData) -> Curriculum | None:
     return data.curriculum(config.seed, config.data.batch_size, layers, config.data)
 
 
+def placed_curriculum(curriculum: Curriculum | None, mesh) -> State:
+    """What a checkpoint holds of it now, on all devices of `mesh`."""
+    if curriculum is None:
+        return {}
+    # `device_put` compares the processes' values, and NaN is not equal to itself.
+    place = lambda a: jax.make_array_from_callback(a.shape, replicated(mesh), lambda index: a[index])
+    return {"curriculum": jax.tree.map(place, curriculum.arrays())}
+
+
 def abstract_curriculum(curriculum: Curriculum | None, mesh) -> State:
     """ShapeDtypeStructs of what a checkpoint holds of it, beside the state of the training."""
     if curriculum is None:

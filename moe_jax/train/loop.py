@@ -21,10 +21,10 @@ from moe_jax.data import Curriculum, TextData, Tokenizer, check_same_text, open_
 from moe_jax.models import MODELS
 from moe_jax.models.places import by_layer, places
 from moe_jax.parallel.mesh import mesh_from_config, start_devices
-from moe_jax.parallel.rules import local_rows, put_batch, replicated
+from moe_jax.parallel.rules import local_rows, put_batch
 from moe_jax.routing import ROUTERS
 from moe_jax.train.checkpoint import Checkpoints, DamagedCheckpointError
-from moe_jax.train.curriculum import abstract_curriculum, open_curriculum
+from moe_jax.train.curriculum import abstract_curriculum, open_curriculum, placed_curriculum
 from moe_jax.train.evaluation import evaluate, make_evaluation_step
 from moe_jax.train.interrupt import Interrupts, exit_code
 from moe_jax.train.metrics import MetricsWriter, write_whole
@@ -300,8 +300,7 @@ class Trainer:
     def save(self) -> None:
         """Saves the state after `self.step` steps, unless it is there."""
         meta = run_meta(self.config, self.data, self.step)
-        beside = {"curriculum": jax.device_put(self.curriculum.arrays(), replicated(self.mesh))} if self.curriculum else {}
-        self.checkpoints.save(self.step, self.state | beside, meta)
+        self.checkpoints.save(self.step, self.state | placed_curriculum(self.curriculum, self.mesh), meta)
 
     def _stop_before_training(self, signum: int) -> int:
         say(f"stopped at step {self.step}, before the first step; run the same command to go on")

@@ -5,6 +5,7 @@ import pytest
 from moe_jax.config import ConfigError
 from moe_jax.data.curriculum import MARGIN, Curriculum, RandomOrder, order_keys
 from moe_jax.data.hashing import hash64
+from moe_jax.data.pipeline import READ_AHEAD
 
 B, ROWS, LAYERS = 4, 100, 3
 
@@ -110,8 +111,22 @@ def test_a_mixture():
         assert halves[0] < halves[1]
 
 
+def test_the_margin_is_above_what_is_read_ahead():
+    """The buffer, the batch that its thread reads, and the two steps that the trainer has in hand."""
+    assert READ_AHEAD + 3 <= MARGIN
+
+
+def test_a_checkpoint_keeps_what_was_there():
+    curriculum = make()
+    kept = curriculum.arrays()
+    train(curriculum, 0, ROWS // B)
+    assert np.all(np.isnan(kept["shares"])) and np.all(kept["epochs"] == -1)
+
+
 def test_reports_are_in_turn():
     curriculum = make()
+    with pytest.raises(ValueError, match="are wanted"):
+        curriculum.report(0, np.ones((B, LAYERS - 1)))
     with pytest.raises(ValueError, match="batch 1 is reported after 0"):
         curriculum.report(1, np.ones((B, LAYERS)))
 

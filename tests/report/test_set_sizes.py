@@ -54,6 +54,7 @@ def test_words():
     pieces = [b" ad", b"apt", b"ive", b" 12", b"x", b" gate", b"s", b"."]
     rows = np.asarray([0, 0, 0, 0, 0, 0, 1, 1])
     assert words(pieces, rows) == [("adaptive", [0, 1, 2]), ("x", [4]), ("gate", [5]), ("s", [6])]
+    assert words([b"fo", b"o ", b"bar"], np.zeros(3)) == [("foo", [0, 1]), ("bar", [2])]
 
 
 def test_differences_are_means_over_rows():

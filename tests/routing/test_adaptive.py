@@ -127,6 +127,24 @@ def test_k_of_evaluation():
     assert 0 < trained < T and trained == route(train=False, threshold=0.1)[2]["two_experts_tokens"]
 
 
+def test_threshold_of_evaluation():
+    for k, threshold in ((0.0, 0.3), (1.5, 0.3)):
+        x, kernel = example()
+        module = Adaptive(E, options=AdaptiveConfig(threshold=0.1, target_k=k, evaluation_threshold=threshold))
+        variables = {"params": {"kernel": kernel}, "router_state": {"threshold": jnp.float32(0.1)}}
+        found = {train: apply(module, variables, x, RouterInputs(train=train))[2] for train in (True, False)}
+        assert found[True]["two_experts_tokens"] / T == pytest.approx(shares(threshold=0.1))
+        assert found[False]["two_experts_tokens"] / T == pytest.approx(shares(threshold=0.3))
+        assert "gap" not in found[False]
+
+
+def test_states_keep_their_type_in_float64():
+    with jax.enable_x64(True):
+        before = {"threshold": jnp.float32(0.1)}
+        state = ROUTERS["adaptive"].update(before, step_of(np.linspace(0, 1, 99), 1), Sizes(E, 2), AdaptiveConfig(target_k=1.5))
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, before)
+
+
 def step_of(gaps, number):
     counts = np.histogram(gaps, BINS, (0, 1))[0].astype(np.float32)
     total = {"gap": Histogram(jnp.asarray(counts), 0.0, 1.0)}
@@ -177,6 +195,7 @@ def test_with_a_target_the_state_decides():
         ({"target_k": 2.0}, "target_k"),
         ({"target_k": 0.5}, "target_k"),
         ({"target_k": 1.5, "threshold": -1.0}, "threshold"),
+        ({"evaluation_k": 1, "evaluation_threshold": 0.2}, "evaluation_threshold"),
     ],
 )
 def test_bad_options(options, field):

@@ -58,6 +58,8 @@ def test_bad_options():
     moe.routers.top_p.max_k = 9
     with pytest.raises(ConfigError, match="max_k=9"):
         moe.options.check(moe, "model.moe.", 64)
-    moe.routers.top_p.max_k, moe.execution = 1, "capacity"
-    with pytest.raises(ConfigError, match="max_k=1"):
-        moe.options.check(moe, "model.moe.", 64)
+    moe.routers.top_p.max_k = 1
+    for execution, capacity in (("capacity", 0.0), ("dropless", 1.5)):
+        moe.execution, moe.eval_capacity = execution, capacity
+        with pytest.raises(ConfigError, match="max_k=1"):
+            moe.options.check(moe, "model.moe.", 64)

@@ -1,5 +1,7 @@
 """The order of the rows by what their tokens took, in the whole run."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -7,8 +9,8 @@ import pytest
 from moe_jax.config import ConfigError
 from moe_jax.config.validate import validate
 from moe_jax.models.places import by_layer
+from moe_jax.study.measure import Stepper
 from moe_jax.train import loop
-from moe_jax.train.checkpoint import Checkpoints
 from moe_jax.train.metrics import read_metrics
 from tests.train.small import BATCH, Runner, make_batch, make_config, words
 
@@ -67,25 +69,31 @@ def quiet(monkeypatch):
 
 @pytest.mark.slow
 def test_a_restart_in_the_second_epoch_gives_the_same_run(tmp_path, quiet):
-    """One run, and one with restarts before, at and after the boundary of the epoch: the same losses."""
-    rows, end = {}, 0
-    for name, stops in (("whole", []), ("cut", [0.5, 0.97, 1.2])):
-        config = run_config(tmp_path / name, 1)
+    """One run, and one with restarts before, at and after the boundary of the epoch, from its end or from earlier.
+
+    The first epoch is that of a run without a curriculum, the second is not.
+    """
+    losses, end = {}, 0
+    for name, stops in (("whole", []), ("cut", [0.5, 0.97, 1.2]), ("random", [])):
+        config = run_config(tmp_path / name, 1, data__curriculum="none" if name == "random" else "mean")
         if not end:
-            data = loop.open_data(config.data, show_progress=False)
-            epoch = data.train_rows // config.data.batch_size
+            epoch = loop.open_data(config.data, show_progress=False).train_rows // config.data.batch_size
             end = round(1.6 * epoch)
         config.optimizer.schedule = "constant"
+        config.train.checkpoint_every, config.train.max_to_keep = 3 if stops else 0, 2
+        folder = tmp_path / name / "run"
         for stop in [round(share * epoch) for share in stops] + [end]:
             config.train.steps = stop
-            assert loop.fit(config, tmp_path / name / "run") == 0
-        rows[name] = [row["loss"] for row in read_metrics(tmp_path / name / "run") if "loss" in row]
-    assert len(rows["whole"]) == end and rows["whole"] == rows["cut"]
-    saved = []
-    for name in rows:
-        with Checkpoints(tmp_path / name / "run", read_only=True) as checkpoints:
-            saved.append(checkpoints.restore_paths())
-    assert saved[0] == saved[1] and "curriculum/order" in saved[0]
+            assert loop.fit(config, folder) == 0
+            if stop == round(0.97 * epoch):  # as if it had been killed: it goes on from a checkpoint among its steps
+                shutil.rmtree(folder / "checkpoints" / str(stop))
+        losses[name] = np.asarray([row["loss"] for row in read_metrics(folder) if "loss" in row])
+        if name == "whole":  # a study times the steps of a finished run
+            assert np.isfinite(Stepper(config, loop.open_data(config.data, show_progress=False), str(folder))())
+    assert len(losses["whole"]) == end
+    np.testing.assert_array_equal(losses["cut"], losses["whole"])
+    same = np.isclose(losses["random"], losses["whole"], rtol=1e-4)  # another program, which may round otherwise
+    assert np.all(same[:epoch]) and np.mean(same[epoch + 1 :]) < 0.2
 
 
 def test_a_router_that_does_not_decide():

@@ -34,6 +34,7 @@ class Loop(loop.Trainer):
         self.config, self.folder, self.mesh, self.step, self.state = config, epath.Path(workdir), None, 0, None
         self.frozen, self.recorder = 0, None
         self.events, self.lines, self.skipped, self.signals = [], [], skipped, signals
+        self.curriculum = None
         self.checkpoints = types.SimpleNamespace(wait=lambda: self.note("wait"), steps=lambda: saved)
 
     def note(self, event):

@@ -244,7 +244,7 @@ def test_noise_has_a_seed_of_its_own(monkeypatch):
     def make_loss(model, config):
         def loss(learned, state, micro, tokens, key):
             noise = jax.random.uniform(key)
-            return 0 * learned["params"]["w"] + noise, (noise * tokens, {}, {}, {})
+            return 0 * learned["params"]["w"] + noise, (noise * tokens, {}, {}, {}, {})
 
         return loss
 

@@ -20,12 +20,11 @@ class AdaptiveConfig(RouterOptions):
         "With target_k the threshold of the first step.",
         low=-1,
         high=1,
-        role="scoring",
     )
     gap: str = field(
         "raw",
-        "The gap of the probabilities p1 and p2: raw, p1 - p2; pair, (p1 - p2) / (p1 + p2); max, (p1 - p2) / p1. With E "
-        "experts p1 - p2 starts near 0, and every token takes two.",
+        "The gap of the probabilities p1 and p2: raw, p1 - p2; pair, (p1 - p2) / (p1 + p2); max, (p1 - p2) / p1. The more "
+        "experts there are, the smaller is p1 - p2, and the more tokens take two.",
         choices=("raw", "pair", "max"),
         role="scoring",
     )
@@ -48,6 +47,9 @@ class AdaptiveConfig(RouterOptions):
     evaluation_k: int = field(
         0, "Experts of every token in evaluation and generation: 1 or 2; 0: by the threshold.", low=0, high=2, role="scoring"
     )
+    evaluation_threshold: float = field(
+        -1.0, "The threshold of evaluation and generation; -1: as training left it.", low=-1, high=1, role="scoring"
+    )
     balance_over: str = field(
         "first_choices",
         "Whose experts the balance loss counts: first_choices, of all tokens; single, of the tokens with one expert alone, as "
@@ -64,6 +66,9 @@ class AdaptiveConfig(RouterOptions):
         if self.target_k and not 1 < self.target_k < 2:
             fix = "use a number in between; for 1 or 2 itself threshold=-1 or 1 without a target"
             raise ConfigError(f"{own}target_k", self.target_k, "is not between 1 and 2", fix)
+        if self.evaluation_k and self.evaluation_threshold >= 0:
+            limit = f"{own}evaluation_k={self.evaluation_k} leaves nothing to a threshold"
+            raise ConfigError(f"{own}evaluation_threshold", self.evaluation_threshold, limit, "use -1, or evaluation_k=0")
         if self.target_k and self.threshold < 0:
             limit = f"with {own}target_k={self.target_k:g} it is where the controller starts, 0 to 1"
             raise ConfigError(f"{own}threshold", self.threshold, limit, "raise it")

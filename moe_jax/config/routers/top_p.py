@@ -26,7 +26,7 @@ class TopPConfig(RouterOptions):
         columns = moe.experts + moe.virtual_experts
         if self.max_k > columns:
             raise ConfigError(f"{path}routers.top_p.max_k", self.max_k, f"more than the {columns} experts", "use 0 for all")
-        if moe.execution == "capacity" and (self.max_k or columns) < moe.top_k:
+        if (moe.execution == "capacity" or moe.eval_capacity) and (self.max_k or columns) < moe.top_k:
             limit = f"below {path}top_k={moe.top_k}, which the capacity follows"
             raise ConfigError(f"{path}routers.top_p.max_k", self.max_k, limit, "raise it, or lower top_k")
 
