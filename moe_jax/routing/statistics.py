@@ -133,11 +133,15 @@ def column_counts(stats: dict[str, jax.Array]) -> jax.Array:
 
 
 def matrix(assignment: Assignment, tokens: int, experts: int, virtual: int) -> jax.Array:
-    """The sparse matrix as a dense one, float32 [T, E+V]: the gate of each token and expert."""
+    """The sparse matrix as a dense one, float32 [T, E+V]: the gate of each token and expert.
+
+    A gate that underflowed to 0 is the least normal number: the expert was chosen all the same.
+    """
     if isinstance(assignment, SlotMix):
         return sums({"": jnp.sum(assignment.combine, axis=-1)})[""]
     columns = experts + 1 + virtual
     gates = jax.lax.stop_gradient(assignment.gates).astype(jnp.float32)
+    gates = jnp.where(gates == 0, jnp.finfo(jnp.float32).tiny, gates)
     dense = jnp.zeros((tokens, columns), jnp.float32)
     if isinstance(assignment, ExpertChoice):
         column = jnp.broadcast_to(jnp.arange(experts)[:, None], gates.shape)
