@@ -279,13 +279,15 @@ def _check_groups_freeze(saved: OptimizerConfig, new: OptimizerConfig, parameter
         raise ConfigError("optimizer.groups", None, limit, "set the groups back, or start in another --workdir")
 
 
-def resume(config: Config, model: nn.Module, mesh, checkpoints: Checkpoints, beside: State) -> tuple[State, list[str]]:
+def resume(
+    config: Config, model: nn.Module, mesh, checkpoints: Checkpoints, beside: State | None = None
+) -> tuple[State, list[str]]:
     """The state of the newest checkpoint that can be read, on `mesh`, and lines that report it.
 
     The moments and averages of parameters that are frozen now are dropped. beside: what the checkpoint holds beside
     `abstract_state`, ShapeDtypeStructs.
     """
-    target = abstract_state(model, config, mesh) | beside
+    target = abstract_state(model, config, mesh) | (beside or {})
     frozen = frozen_paths(config.optimizer, leaves_by_path(target["params"]))
     of_frozen = _leaves_of_frozen(config, model) if frozen else frozenset()
     restored = checkpoints.restore(target, ignore=lambda path: path in of_frozen)
