@@ -8,7 +8,7 @@ import jax
 
 from moe_jax.config import FFNConfig, ModelConfig
 from moe_jax.config.blocks import RETRIEVING, block_layers, expert_width
-from moe_jax.models.places import places, pool_path, stacked_places
+from moe_jax.models.places import deciding_places, places, pool_path, stacked_places
 from moe_jax.ops.activations import is_gated
 from moe_jax.ops.retrieval import rows_of_expert
 
@@ -86,11 +86,15 @@ def experts_run(config: ModelConfig, stats: Mapping[str, Mapping[str, Any]]) -> 
       stats: statistics by block (`by_layer`), on the host.
     """
     experts = {}
-    for place in places(config, "routed"):
-        sums = stats.get(place.name)
-        if sums and place.ffn.moe.options.varies(place.ffn.moe):
-            experts[place.name] = float((sums["counts"].sum() - sums["dropped"]) / max(float(sums["tokens"]), 1.0))
+    for place in deciding_places(config):
+        if sums := stats.get(place.name):
+            experts[place.name] = experts_per_token(sums)
     return experts
+
+
+def experts_per_token(sums: Mapping[str, Any]) -> float:
+    """Experts with matrices that ran for a token on average, from the statistics of a routed layer, on the host."""
+    return float((sums["counts"].sum() - sums["dropped"]) / max(float(sums["tokens"]), 1.0))
 
 
 def active_parameters(config: ModelConfig, params: Any) -> int:

@@ -67,6 +67,11 @@ def _all_places(config: ModelConfig) -> Iterator[Place]:
             yield Place(f"layer_{number:02d}", number, ("groups", f"block_{i}"), group, pattern[i])
 
 
+def deciding_places(config: ModelConfig) -> list[Place]:
+    """The blocks whose router decides how many experts a token takes, in the order in which a token meets them."""
+    return [place for place in places(config, "routed") if place.ffn.moe.options.varies(place.ffn.moe)]
+
+
 def stacked_places(config: ModelConfig, *kinds: str) -> list[Place]:
     """`places` whose variables are different arrays: the first of all the groups, and the inserts."""
     return [place for place in places(config, *kinds) if not place.group]

@@ -74,28 +74,25 @@ def words(pieces: Sequence[bytes], rows: np.ndarray) -> list[tuple[str, list[int
 
 def by_row(values: np.ndarray, rows: np.ndarray, first: np.ndarray, second: np.ndarray) -> Interval | None:
     """Mean over rows of the mean of `values` [T] over `second` less that over `first`, both bool [T]; None: no row has both."""
-    differences = []
-    for row in np.unique(rows):
-        a, b = (values[(rows == row) & part] for part in (first, second))
-        if len(a) and len(b):
-            differences.append(float(b.mean() - a.mean()))
-    return t_interval(differences)
+    differences = _means(values, rows, second) - _means(values, rows, first)
+    return t_interval(differences[~np.isnan(differences)].tolist())
 
 
 def harder_half(nats: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """bool [T]: tokens whose nats are above the median of their row."""
-    medians = {row: np.median(nats[rows == row]) for row in np.unique(rows)}
-    return nats > np.asarray([medians[row] for row in rows])
+    order = np.argsort(rows, kind="stable")
+    _, starts, of_row = np.unique(rows[order], return_index=True, return_inverse=True)
+    medians = np.asarray([np.median(part) for part in np.split(nats[order], starts[1:])])
+    harder = np.empty(len(nats), bool)
+    harder[order] = nats[order] > medians[of_row]
+    return harder
 
 
 def clustering(values: np.ndarray, rows: np.ndarray, seed: int = 0, shuffles: int = 50) -> tuple[float, float]:
     """(standard deviation of the rows' means of `values` [T], what it is with the values dealt out anew among the tokens)."""
-
-    def spread(one):
-        return float(np.std([one[rows == row].mean() for row in np.unique(rows)]))
-
     rng = np.random.default_rng(seed)
-    return spread(values), float(np.mean([spread(rng.permutation(values)) for _ in range(shuffles)]))
+    shuffled = [np.std(_means(rng.permutation(values), rows)) for _ in range(shuffles)]
+    return float(np.std(_means(values, rows))), float(np.mean(shuffled))
 
 
 def findings(taken: dict[str, np.ndarray], observed: Observed) -> list[Finding]:
@@ -107,24 +104,24 @@ def findings(taken: dict[str, np.ndarray], observed: Observed) -> list[Finding]:
         (
             "it changes with depth",
             f"{layers[-1]} less {layers[0]}",
-            t_interval(_means(depth, rows)) if len(layers) > 1 else None,
+            t_interval(_means(depth, rows).tolist()) if len(layers) > 1 else None,
         ),
         (
             "it grows with the length of the text before",
             "later half of the positions less earlier half",
-            _split(mean, rows, late),
+            by_row(mean, rows, ~late, late),
         ),
-        ("it depends on the token that is predicted", "harder half less easier half, by loss", _split(mean, rows, hard)),
+        ("it depends on the token that is predicted", "harder half less easier half, by loss", by_row(mean, rows, ~hard, hard)),
     )
     return [Finding(*one) for one in wanted if one[2] is not None]
 
 
-def _means(values: np.ndarray, rows: np.ndarray) -> list[float]:
-    return [float(values[rows == row].mean()) for row in np.unique(rows)]
-
-
-def _split(values: np.ndarray, rows: np.ndarray, second: np.ndarray) -> Interval | None:
-    return by_row(values, rows, ~second, second)
+def _means(values: np.ndarray, rows: np.ndarray, part: np.ndarray | None = None) -> np.ndarray:
+    """[R]: the mean of `values` [T] in each row, over the tokens of `part`, bool [T]; NaN: the row has none of them."""
+    of_row = np.unique(rows, return_inverse=True)[1]
+    weights = np.ones(len(rows)) if part is None else part.astype(float)
+    counts = np.bincount(of_row, weights)
+    return np.divide(np.bincount(of_row, weights * values), counts, out=np.full(len(counts), np.nan), where=counts > 0)
 
 
 def set_sizes(m: Material) -> str:
@@ -207,14 +204,11 @@ def _table_of_findings(taken, observed, mean) -> str:
         body.append((claim, what, f"{difference.mean:+.3f}{span}", verdict))
     real, chance = clustering(mean, observed.rows)
     spread = "rows of text differ in their mean"
-    body.append(("tokens that need more come together", spread, f"{real:.3f}, by chance {chance:.3f}", _together(real, chance)))
+    together = "yes" if real > 1.5 * chance else "no"
+    body.append(("tokens that need more come together", spread, f"{real:.3f}, by chance {chance:.3f}", together))
     head = ["observation", "here: experts per token", "difference", "seen"]
     note = (
         "Observations of arXiv:2310.07188, section 4.3. Differences are means over rows of text, with Student's 95 % interval. "
         "no: the interval holds 0."
     )
     return "<h3>What the paper saw</h3>\n" + table(head, body, kinds="..nn") + paragraph(note, note=True)
-
-
-def _together(real: float, chance: float) -> str:
-    return "yes" if real > 1.5 * chance else "no"

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config.routers import AdaptiveConfig
-from moe_jax.ops.counting import one_hot_sum
+from moe_jax.ops.counting import count_experts
 from moe_jax.routing.contract import Router, Sizes, Step, best, score_by_kernel, token_choice
 from moe_jax.routing.losses import balance_loss, z_loss
 from moe_jax.routing.statistics import choice_statistics, histogram, running_mean, sums
@@ -63,22 +63,18 @@ class Adaptive(nn.Module):
             two = jnp.full_like(two, o.evaluation_k == 2)
         if o.renormalise_pair:
             gates = jnp.where(two[:, None], gates / jnp.sum(gates, axis=-1, keepdims=True), gates)
-        choice = token_choice(ids, gates, routed, self.experts)
-        kept = jnp.stack([jnp.ones_like(two), two], axis=1)
-        choice = TokenChoice(jnp.where(kept, choice.expert_ids, self.experts), jnp.where(kept, choice.gates, 0))
+        choice = token_choice(ids, gates, jnp.stack([routed, routed & two], axis=1), self.experts)
         stats = choice_statistics(choice.expert_ids, probabilities, routed, finite, self.experts)
         stats |= sums({"two_experts_tokens": jnp.sum(two & routed)})
         if o.target_k and inputs.train:
             stats["gap"] = histogram(gap, routed, 0.0, 1.0, BINS)
         counted = routed & ~two if o.balance_over == "single" else routed
-        first = jnp.sum(jnp.where(counted[:, None], one_hot_sum(ids[:, :1], columns), 0), axis=0)
+        first = count_experts(jnp.where(counted, ids[:, 0], columns), columns)
         return choice, {"balance": balance_loss(probabilities, first, routed), "z": z_loss(logits, routed)}, stats
 
 
 def update(state: dict, step: Step, sizes: Sizes, options: AdaptiveConfig) -> dict:
     """A threshold nearer to the one at which target_k experts per token would have run, over all blocks of the layer."""
-    if not options.target_k:
-        return state
     wanted = step.total["gap"].quantile(options.target_k - 1)
     return {"threshold": running_mean(state["threshold"], wanted, step.number, options.target_decay)}
 

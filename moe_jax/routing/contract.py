@@ -121,9 +121,35 @@ def score_by_kernel(
 
 
 def token_choice(columns: jax.Array, gates: jax.Array, routed: jax.Array, experts: int) -> TokenChoice:
-    """[T, K] columns of the E + V experts -> `TokenChoice`; tokens that are not routed get no expert."""
+    """[T, K] columns of the E + V experts -> `TokenChoice`, with "no expert" where not `routed`, bool [T] or [T, K]."""
     ids = jnp.where(columns >= experts, columns + 1, columns).astype(jnp.int32)
-    return TokenChoice(jnp.where(routed[:, None], ids, experts), jnp.where(routed[:, None], gates, 0))
+    kept = routed.reshape(len(routed), -1)
+    return TokenChoice(jnp.where(kept, ids, experts), jnp.where(kept, gates, 0))
+
+
+def every_positive(
+    scores: jax.Array, gates: jax.Array, routed: jax.Array, most: int
+) -> tuple[TokenChoice, dict[str, jax.Array]]:
+    """Each token's experts whose score is above 0, up to the `most` highest.
+
+    Args:
+      scores: [T, E], at most 0 for tokens that are not routed.
+      gates: [T, E].
+      routed: bool [T].
+      most: columns of the choice; 0: E.
+
+    Returns:
+      the choice; statistics `overflow`, experts above 0 that were left out, and `unrouted`, routed tokens without one.
+    """
+    experts = scores.shape[1]
+    ids = best(scores, min(most or experts, experts))
+    taken = jnp.take_along_axis(scores, ids, axis=-1) > 0
+    choice = token_choice(ids, jnp.take_along_axis(gates, ids, axis=-1), taken, experts)
+    positive = scores > 0
+    return choice, {
+        "overflow": jnp.sum(positive) - jnp.sum(taken),
+        "unrouted": jnp.sum(routed & ~jnp.any(positive, axis=-1)),
+    }
 
 
 def own_or_given(given: Given | None, own: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config.routers import ExpertThresholdConfig
-from moe_jax.routing.contract import Router, Sizes, Step, best, score_by_kernel
+from moe_jax.routing.contract import Router, Sizes, Step, every_positive, score_by_kernel
 from moe_jax.routing.losses import z_loss
 from moe_jax.routing.statistics import choice_statistics, histogram, running_mean, sums
 from moe_jax.types import RouterInputs, TokenChoice
@@ -38,19 +38,10 @@ class ExpertThreshold(nn.Module):
         logits, routed, finite = score_by_kernel(self, x, inputs, self.experts)
         scores = jax.nn.sigmoid(logits)
         above = jnp.where(routed[:, None], jax.lax.stop_gradient(scores) - thresholds, -1)
-        ids = best(above, self.options.max_k or self.experts)
-        taken = jnp.take_along_axis(above, ids, axis=-1) > 0
-        gates = jnp.take_along_axis(scores, ids, axis=-1)
-        choice = TokenChoice(jnp.where(taken, ids, self.experts), jnp.where(taken, gates, 0))
+        choice, left = every_positive(above, scores, routed, self.options.max_k)
         shares = scores / jnp.sum(scores, axis=-1, keepdims=True)
         stats = choice_statistics(choice.expert_ids, shares, routed, finite, self.experts)
-        wanted = jnp.sum(above > 0)
-        stats |= sums(
-            {
-                "overflow": wanted - jnp.sum(stats["counts"]),
-                "unrouted": jnp.sum(routed & ~jnp.any(above > 0, axis=-1)),
-            }
-        )
+        stats |= sums(left)
         if inputs.train:
             stats["scores"] = histogram(scores, routed, 0.0, 1.0, BINS)
         return choice, {"z": z_loss(logits, routed)}, stats

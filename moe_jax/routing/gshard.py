@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config.routers import GShardConfig
-from moe_jax.ops.counting import one_hot_sum
+from moe_jax.ops.counting import count_experts
 from moe_jax.routing.contract import Router, best, score_by_kernel, token_choice
 from moe_jax.routing.losses import balance_loss, z_loss
 from moe_jax.routing.statistics import choice_statistics
@@ -53,11 +53,9 @@ class GShard(nn.Module):
         gates = gates / jnp.maximum(jnp.sum(gates, axis=-1, keepdims=True), jnp.finfo(gates.dtype).tiny)
         policy = o.second_expert if inputs.train else o.eval_second_expert
         kept = keep_second(gates[:, 1], policy, o.threshold, inputs.key if inputs.train else None)
-        choice = token_choice(ids, gates, routed, self.experts)
-        kept = jnp.stack([jnp.ones_like(kept), kept], axis=1)
-        choice = TokenChoice(jnp.where(kept, choice.expert_ids, self.experts), jnp.where(kept, choice.gates, 0))
+        choice = token_choice(ids, gates, jnp.stack([routed, routed & kept], axis=1), self.experts)
         stats = choice_statistics(choice.expert_ids, probabilities, routed, finite, self.experts)
-        first = jnp.sum(jnp.where(routed[:, None], one_hot_sum(ids[:, :1], columns), 0), axis=0)
+        first = count_experts(jnp.where(routed, ids[:, 0], columns), columns)
         losses = {"balance": balance_loss(probabilities, first, routed), "z": z_loss(logits, routed)}
         return choice, losses, stats
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config.routers import ReMoEConfig
-from moe_jax.routing.contract import Router, Sizes, Step, best, score_by_kernel
+from moe_jax.routing.contract import Router, Sizes, Step, every_positive, score_by_kernel
 from moe_jax.routing.losses import z_loss
 from moe_jax.routing.statistics import choice_statistics, sums
 from moe_jax.types import RouterInputs, TokenChoice
@@ -47,19 +47,11 @@ class ReMoE(nn.Module):
         weight = self.variable("router_state", "weight", jnp.full, (), self.options.start_weight, jnp.float32)
         logits, routed, finite = score_by_kernel(self, x, inputs, self.experts)
         gates = jnp.where(routed[:, None], jax.nn.relu(logits), 0)
-        ids = best(gates, min(self.options.max_k or self.experts, self.experts))
-        chosen = jnp.take_along_axis(gates, ids, axis=-1)
-        # A gate above 0 is a routed token's; the others' columns are "no expert".
-        choice = TokenChoice(jnp.where(chosen > 0, ids, self.experts), chosen)
+        choice, left = every_positive(gates, gates, routed, self.options.max_k)
         shares = gates / jnp.maximum(jnp.sum(gates, axis=-1, keepdims=True), jnp.finfo(gates.dtype).tiny)
         stats = choice_statistics(choice.expert_ids, shares, routed, finite, self.experts)
         active = jnp.sum(gates > 0, axis=0)
-        stats |= sums(
-            {
-                "overflow": jnp.sum(active) - jnp.sum(stats["counts"]),
-                "unrouted": jnp.sum(routed & (jnp.max(gates, axis=-1) <= 0)),
-            }
-        )
+        stats |= sums(left)
         losses = {
             "sparsity": weight.value * sparsity_loss(gates, active, self.top_k, routed),
             "z": z_loss(logits, routed),

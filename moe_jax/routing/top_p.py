@@ -44,8 +44,7 @@ class TopP(nn.Module):
         gates = jnp.take_along_axis(probabilities, ids, axis=-1)
         wanted = keep_until(jax.lax.stop_gradient(gates), o.p)
         kept = wanted[:, : o.max_k or columns]
-        choice = token_choice(ids[:, : kept.shape[1]], gates[:, : kept.shape[1]], routed, self.experts)
-        choice = TokenChoice(jnp.where(kept, choice.expert_ids, self.experts), jnp.where(kept, choice.gates, 0))
+        choice = token_choice(ids[:, : kept.shape[1]], gates[:, : kept.shape[1]], routed[:, None] & kept, self.experts)
         stats = choice_statistics(choice.expert_ids, probabilities, routed, finite, self.experts)
         stats |= sums({"overflow": jnp.sum(jnp.where(routed[:, None], wanted[:, kept.shape[1] :], False))})
         losses = {

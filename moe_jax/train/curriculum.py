@@ -4,7 +4,7 @@ import jax
 
 from moe_jax.config import Config
 from moe_jax.data import Curriculum, TextData
-from moe_jax.models.places import places
+from moe_jax.models.places import deciding_places
 from moe_jax.parallel.rules import replicated
 from moe_jax.train.state import State
 
@@ -13,22 +13,13 @@ def open_curriculum(config: Config, data: TextData) -> Curriculum | None:
     """The order that `data.curriculum` asks for, before the first step; None: the random one."""
     if config.data.curriculum == "none":
         return None
-    layers = sum(place.ffn.moe.options.varies(place.ffn.moe) for place in places(config.model, "routed"))
-    return data.curriculum(config.seed, config.data.batch_size, layers, config.data)
+    return data.curriculum(config.seed, config.data.batch_size, len(deciding_places(config.model)), config.data)
 
 
 def placed_curriculum(curriculum: Curriculum | None, mesh) -> State:
-    """What a checkpoint holds of it now, on all devices of `mesh`."""
+    """What a checkpoint holds of it now, on all devices of `mesh`; a restore takes it as its target."""
     if curriculum is None:
         return {}
     # `device_put` compares the processes' values, and NaN is not equal to itself.
     place = lambda a: jax.make_array_from_callback(a.shape, replicated(mesh), lambda index: a[index])
     return {"curriculum": jax.tree.map(place, curriculum.arrays())}
-
-
-def abstract_curriculum(curriculum: Curriculum | None, mesh) -> State:
-    """ShapeDtypeStructs of what a checkpoint holds of it, beside the state of the training."""
-    if curriculum is None:
-        return {}
-    struct = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated(mesh))
-    return {"curriculum": jax.tree.map(struct, curriculum.arrays())}

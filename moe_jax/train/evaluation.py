@@ -12,6 +12,7 @@ import numpy as np
 
 from moe_jax.compat import PartitionSpec, current_mesh
 from moe_jax.data.pipeline import EvaluationSet
+from moe_jax.models.flops import experts_per_token
 from moe_jax.models.losses import per_token_cross_entropy
 from moe_jax.models.places import by_layer
 from moe_jax.parallel.rules import local_rows, put_batch
@@ -101,6 +102,7 @@ def evaluate(
     loss = float(total["nats"] / total["tokens"])
     whole = tokens[0] is not None and limit == 0
     routing = routing_metrics(total["routing"])
+    ran = [experts_per_token(sums) for sums in total["routing"].values() if "counts" in sums]
     return {
         "loss": loss,
         "perplexity": math.exp(loss) if loss < 700 else math.inf if loss >= 700 else math.nan,
@@ -110,15 +112,9 @@ def evaluate(
         "documents": int(total["documents"]),
         "seconds": time.monotonic() - start,
         **{name: value for name, value in routing.items() if name.count("/") == 1},
-        **_experts_per_token(total["routing"]),
+        **({"router/experts_per_token": float(np.mean(ran))} if ran else {}),
         **({"by_document": sums_by_document(tokens)} if whole else {}),
     }
-
-
-def _experts_per_token(routing: dict[str, dict[str, Any]]) -> dict[str, float]:
-    layers = [sums for sums in routing.values() if "counts" in sums]
-    ran = [(sums["counts"].sum() - sums["dropped"]) / max(sums["tokens"], 1) for sums in layers]
-    return {"router/experts_per_token": float(np.mean(ran))} if ran else {}
 
 
 def sums_by_document(batches: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -24,7 +24,7 @@ from moe_jax.parallel.mesh import mesh_from_config, start_devices
 from moe_jax.parallel.rules import local_rows, put_batch
 from moe_jax.routing import ROUTERS
 from moe_jax.train.checkpoint import Checkpoints, DamagedCheckpointError
-from moe_jax.train.curriculum import abstract_curriculum, open_curriculum, placed_curriculum
+from moe_jax.train.curriculum import open_curriculum, placed_curriculum
 from moe_jax.train.evaluation import evaluate, make_evaluation_step
 from moe_jax.train.interrupt import Interrupts, exit_code
 from moe_jax.train.metrics import MetricsWriter, write_whole
@@ -110,7 +110,7 @@ def train(config: Config, folder: epath.Path, mesh, checkpoints: Checkpoints, in
     shapes = abstract_state(model, config, mesh)
     check_groups(config.optimizer, shapes["params"])
     if saved:
-        state, lines = resume(config, model, mesh, checkpoints, abstract_curriculum(curriculum, mesh))
+        state, lines = resume(config, model, mesh, checkpoints, placed_curriculum(curriculum, mesh))
     else:
         check_free_space(folder, total_bytes(shapes), config.train.max_to_keep + len(kept_steps(config.train)))
         state, lines = begin(config, model, data, mesh)
@@ -201,9 +201,8 @@ class Trainer:
                 self.step += 1
                 waiting.append(metrics)
                 # One step stays queued, so that the device has work while the host prepares the next batch; none at the end.
-                while len(waiting) > (self.step < t.steps):
-                    if self._finish(waiting, reporter):
-                        return self._stop_skipping(reporter, self.step - len(waiting))
+                if self._finish(waiting, int(self.step < t.steps), reporter):
+                    return self._stop_skipping(reporter, self.step - len(waiting))
             profile.after(self.step, metrics)
             # Log.
             log, evaluation, save = (self._due(every) for every in (t.log_every, t.eval_every, t.checkpoint_every))
@@ -216,9 +215,9 @@ class Trainer:
                 reporter.log(self.step, jax.device_get(metrics))
             # Evaluate and save.
             signum = interrupts.agreed(self.step)
-            while waiting and (signum or save):  # a checkpoint has the rows of all steps up to its own
-                if self._finish(waiting, reporter):
-                    return self._stop_skipping(reporter, self.step - len(waiting))
+            # A checkpoint has the rows of all steps up to its own.
+            if (signum or save) and self._finish(waiting, 0, reporter):
+                return self._stop_skipping(reporter, self.step - len(waiting))
             with reporter.outside():
                 if signum:  # before an evaluation, which may take longer than whoever sent the signal waits
                     self.save()
@@ -237,15 +236,16 @@ class Trainer:
         self.checkpoints.wait()
         return 0
 
-    def _finish(self, waiting, reporter: Reporter) -> bool:
-        """Waits for the first step of `waiting` and takes it off; whether too many in a row were skipped."""
-        done = waiting.popleft()
-        step = self.step - len(waiting)
-        if int(done["skipped_in_row"]) >= self.config.train.max_skipped:
-            return True
-        if self.curriculum:
-            self.curriculum.report(step - 1, np.stack(list(jax.device_get(done["rows"]).values()), axis=1))
-        self._say_frozen(done, step, reporter.bar)
+    def _finish(self, waiting, left: int, reporter: Reporter) -> bool:
+        """Waits for the steps in `waiting` but the last `left`, and takes them off; whether too many in a row were skipped."""
+        while len(waiting) > left:
+            done = waiting.popleft()
+            step = self.step - len(waiting)
+            if int(done["skipped_in_row"]) >= self.config.train.max_skipped:
+                return True
+            if self.curriculum:
+                self.curriculum.report(step - 1, np.stack(list(jax.device_get(done["rows"]).values()), axis=1))
+            self._say_frozen(done, step, reporter.bar)
         return False
 
     def _say_frozen(self, metrics, step: int, bar: ProgressBar) -> None:

@@ -32,7 +32,7 @@ from moe_jax.models.places import places
 from moe_jax.routing import ROUTERS
 from moe_jax.train.branch import check_branch
 from moe_jax.train.checkpoint import Checkpoints, leaves_by_path, load_meta
-from moe_jax.train.curriculum import abstract_curriculum, open_curriculum
+from moe_jax.train.curriculum import open_curriculum, placed_curriculum
 from moe_jax.train.fill import fill_from
 from moe_jax.train.frozen import frozen_paths
 from moe_jax.train.optimizer import group_settings
@@ -200,7 +200,7 @@ def _branched(config: Config, model: nn.Module, data: TextData, mesh) -> tuple[S
     meta = _branch_meta(config)
     lines = [f"warning: {warning}" for warning in check_same_text(meta, data)]
     with Checkpoints(config.init.branch_from, read_only=True, field="init.branch_from") as checkpoints:
-        beside = abstract_curriculum(open_curriculum(config, data), mesh)
+        beside = placed_curriculum(open_curriculum(config, data), mesh)
         restored = checkpoints.restore(abstract_state(model, config, mesh) | beside, meta["step"])
     return restored.state, [*lines, f"branched from {config.init.branch_from} step {restored.step}"]
 
@@ -285,7 +285,7 @@ def resume(
     """The state of the newest checkpoint that can be read, on `mesh`, and lines that report it.
 
     The moments and averages of parameters that are frozen now are dropped. beside: what the checkpoint holds beside
-    `abstract_state`, ShapeDtypeStructs.
+    `abstract_state`, arrays or ShapeDtypeStructs.
     """
     target = abstract_state(model, config, mesh) | (beside or {})
     frozen = frozen_paths(config.optimizer, leaves_by_path(target["params"]))

@@ -12,7 +12,7 @@ from moe_jax.config import Config
 from moe_jax.config.blocks import RETRIEVING, distinct_layers
 from moe_jax.models.decoder import row_sinks, sink_tables
 from moe_jax.models.losses import cross_entropy
-from moe_jax.models.places import places, pool_path, stacked_places
+from moe_jax.models.places import deciding_places, pool_path, stacked_places
 from moe_jax.ops.row_gradient import SortedRows, WholeRows, join_rows, squared_norm
 from moe_jax.parallel.rules import batch_sharding, replicated
 from moe_jax.routing import ROUTERS
@@ -86,8 +86,8 @@ def make_loss(model: nn.Module, config: Config):
                     total += weights[ffn][name] * value / config.train.microbatches
         rows = {}
         if config.data.curriculum != "none":
-            deciding = {place.name for place in places(config.model, "routed") if place.ffn.moe.options.varies(place.ffn.moe)}
-            rows = {name: of_block["experts"] for name, of_block in out.rows.items() if name in deciding}
+            names = [place.name for place in deciding_places(config.model)]
+            rows = {name: out.rows[name]["experts"] for name in names if name in out.rows}
         return total, (nats, out.losses, out.stats, out.row_ids, rows)
 
     return loss

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, ClassVar
 
 from moe_jax.config.leaf import ConfigError, field
-from moe_jax.config.routers.options import RouterOptions, Traits, router_options, z_field
+from moe_jax.config.routers.options import RouterOptions, Traits, check_max_k, max_k_field, router_options, z_field
 
 if TYPE_CHECKING:
     from moe_jax.config.moe import MoEConfig
@@ -20,14 +20,11 @@ class ExpertThresholdConfig(RouterOptions):
     decay: float = field(
         0.99, "Of the running mean of the thresholds; the first steps are averaged evenly.", low=0, high=0.999999
     )
-    max_k: int = field(0, "Most experts of a token; what is above is dropped and counted; 0: all.", low=0, role="scoring")
+    max_k: int = max_k_field()
     z_loss: float = z_field(0.0)
 
     def check(self, moe: "MoEConfig", path: str, tokens: int) -> None:
-        low, high = moe.top_k, moe.experts
-        if self.max_k and not low <= self.max_k <= high:
-            limit = f"not from {path}top_k={low} to {path}experts={high}"
-            raise ConfigError(f"{path}routers.expert_threshold.max_k", self.max_k, limit, "use 0 for all")
+        check_max_k(self.max_k, moe, path)
         if moe.top_k >= moe.experts:
             limit = f"each expert takes K / E of the tokens, of {path}experts={moe.experts}"
             raise ConfigError(f"{path}top_k", moe.top_k, limit, "lower it")

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-from moe_jax.config.leaf import field
+from moe_jax.config.leaf import ConfigError, field
 
 if TYPE_CHECKING:
     from moe_jax.config.moe import MoEConfig
@@ -93,3 +93,14 @@ def z_field(default: float):
 
 def jitter_field():
     return field(0.0, "In training the router sees its input times noise from 1 - jitter to 1 + jitter.", low=0, high=1)
+
+
+def max_k_field():
+    return field(0, "Most experts of a token; what is above is dropped and counted; 0: all.", low=0, role="scoring")
+
+
+def check_max_k(max_k: int, moe: "MoEConfig", path: str) -> None:
+    """Refuses a `max_k` of the router in use that is not from K to E; path: of `moe`."""
+    if max_k and not moe.top_k <= max_k <= moe.experts:
+        limit = f"not from {path}top_k={moe.top_k} to {path}experts={moe.experts}"
+        raise ConfigError(f"{path}routers.{moe.router}.max_k", max_k, limit, "use 0 for all")

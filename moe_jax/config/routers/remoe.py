@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING, ClassVar
 
-from moe_jax.config.leaf import ConfigError, field
-from moe_jax.config.routers.options import RouterOptions, Traits, router_options, z_field
+from moe_jax.config.leaf import field
+from moe_jax.config.routers.options import RouterOptions, Traits, check_max_k, max_k_field, router_options, z_field
 
 if TYPE_CHECKING:
     from moe_jax.config.moe import MoEConfig
@@ -14,16 +14,13 @@ class ReMoEConfig(RouterOptions):
     """Options of the router `remoe`: ReLU gates, as many experts as are above 0, K on average by a controller."""
 
     traits: ClassVar[Traits] = Traits(virtual=False)
-    max_k: int = field(0, "Most experts of a token; what is above is dropped and counted; 0: all.", low=0, role="scoring")
+    max_k: int = max_k_field()
     start_weight: float = field(1e-8, "Weight of the sparsity loss at the start.", low=1e-20, high=1e6)
     rate: float = field(1.2, "The weight is multiplied or divided by this after each step.", low=1.000001)
     z_loss: float = z_field(0.0)
 
     def check(self, moe: "MoEConfig", path: str, tokens: int) -> None:
-        low, high = moe.top_k, moe.experts
-        if self.max_k and not low <= self.max_k <= high:
-            limit = f"not from {path}top_k={low} to {path}experts={high}"
-            raise ConfigError(f"{path}routers.remoe.max_k", self.max_k, limit, "use 0 for all")
+        check_max_k(self.max_k, moe, path)
 
     def varies(self, moe: "MoEConfig") -> bool:
         return True

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, ClassVar
 
 from moe_jax.config.leaf import ConfigError, field
-from moe_jax.config.routers.options import RouterOptions, Traits, balance_field, router_options, z_field
+from moe_jax.config.routers.options import RouterOptions, Traits, balance_field, max_k_field, router_options, z_field
 
 if TYPE_CHECKING:
     from moe_jax.config.moe import MoEConfig
@@ -15,7 +15,7 @@ class TopPConfig(RouterOptions):
 
     traits: ClassVar[Traits] = Traits()
     p: float = field(0.4, "A token takes experts until their probabilities sum to this.", low=1e-6, high=1, role="scoring")
-    max_k: int = field(0, "Most experts of a token; what is above is dropped and counted; 0: all.", low=0, role="scoring")
+    max_k: int = max_k_field()
     entropy_loss: float = field(
         1e-4, "Weight of the entropy of a token's probabilities, nats, without which they flatten and more run.", low=0
     )
